@@ -1,0 +1,1 @@
+"""What the notebooks share: data, runs, results, figures, report, book."""
