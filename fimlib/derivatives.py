@@ -1,0 +1,164 @@
+r"""First and second derivatives J = ∂h, S = ∂²h of a network's outputs, per parameter (Section 3).
+
+For one scalar parameter θᵢ, J = ∂ᵢh and S = ∂²ᵢᵢh are vectors of length T. For a linear layer with
+input z, both factor: ``J[W_oj] = J_o z_j`` and ``S[W_oj] = S_o z_j²``, where J_o and S_o are first
+and second derivatives with respect to the layer's o-th output (its pre-activation). So that is
+what is kept; nothing of size outputs × parameters is built unless it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fimlib.diagonal import Diagonal, Term
+
+ENGINES = ("layerwise", "backpack")
+
+
+@dataclass(frozen=True)
+class Block:
+    """J and S of parameters that share their left factors.
+
+    Attributes:
+        layer: Name of the layer in the network.
+        J: [B, T, *K], left factor of the first derivatives.
+        S: [B, T, *K], left factor of the second derivatives.
+        inputs: For every parameter its right factor z, [B, n], or None where it is 1
+            (a bias, or a parameter whose derivatives are kept dense).
+    """
+
+    layer: str
+    J: Tensor
+    S: Tensor
+    inputs: Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """J and S of all parameters at B inputs.
+
+    Attributes:
+        outputs: The network's outputs h, [B, T].
+        blocks: From the first layer to the last.
+    """
+
+    outputs: Tensor
+    blocks: tuple[Block, ...]
+
+    def contract(self, form: Callable[[Block], Tensor], degree: int) -> Diagonal:
+        """Apply a form to every parameter's derivatives.
+
+        Args:
+            form: Maps a block to [B, *K]; it reads J and S along their axis 1. It must be
+                homogeneous, of the given degree if J counts once and S twice: then the form of
+                an outer product is the outer product of the forms.
+            degree: That degree.
+        """
+        return Diagonal(
+            tuple(
+                Term(
+                    block.layer,
+                    form(block),
+                    {
+                        n: None if z is None else z.double() ** degree
+                        for n, z in block.inputs.items()
+                    },
+                )
+                for block in self.blocks
+            )
+        )
+
+    def jacobian(self, name: str) -> Tensor:
+        """J of one parameter, dense: [B, T, *shape]."""
+        return self._dense(name, "J", 1)
+
+    def second(self, name: str) -> Tensor:
+        """S of one parameter, dense: [B, T, *shape]."""
+        return self._dense(name, "S", 2)
+
+    def _dense(self, name: str, which: str, degree: int) -> Tensor:
+        for block in self.blocks:
+            if name in block.inputs:
+                left, z = getattr(block, which), block.inputs[name]
+                return left if z is None else torch.einsum("bt...,bn->bt...n", left, z**degree)
+        known = ", ".join(n for block in self.blocks for n in block.inputs)
+        raise KeyError(f"no parameter {name!r}; there are: {known}")
+
+
+def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Derivatives:
+    r"""J = ∂h and S = ∂²h of every parameter, exactly, at each of B inputs.
+
+    The weights, the mode and ``requires_grad`` of the model are left as they are; frozen
+    parameters are reported like all others.
+
+    Args:
+        model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
+        x: [B, ...], the inputs, of the model's dtype and on its device.
+        engine: "layerwise" (ours: ``nn.Sequential`` of ``Linear``, elementwise activations,
+            ``Dropout``, ``Flatten``, ``Identity``), "backpack" (the paper's way, through BackPACK;
+            keeps J and S dense, much slower), or "auto", which is "layerwise".
+
+    Raises:
+        ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
+            shapes or dtypes do not fit; a parameter is tied; the engine is unknown.
+        NotImplementedError: the engine does not support a module; the message names it.
+        ImportError: BackPACK is asked for and not installed.
+
+    Cost: one forward pass, and one backward sweep that carries T + (number of hidden units
+    further on) rows per input.
+
+    Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
+        >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
+        >>> _ = nn.init.zeros_(net[0].weight), nn.init.constant_(net[2].weight, 3.0)
+        >>> d = differentiate(net, torch.ones(1, 1))
+        >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
+        (3.0, True)
+    """
+    if engine not in ("auto", *ENGINES):
+        raise ValueError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(ENGINES)}.")
+    check_model(model, x)
+    if engine == "backpack":
+        from fimlib import _backpack as chosen
+    else:
+        from fimlib import _layerwise as chosen  # type: ignore[no-redef]
+    return chosen.differentiate(model, x)
+
+
+def check_model(model: nn.Module, x: Tensor) -> None:
+    """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+    for name, module in model.named_modules():
+        # Dropout of every kind has p; RReLU draws slopes; batch norm mixes the inputs of a batch.
+        is_random = getattr(module, "p", 0) > 0 and "Dropout" in type(module).__name__
+        mixes = isinstance(module, nn.RReLU | nn.modules.batchnorm._BatchNorm)
+        if module.training and (is_random or mixes):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) is in training mode, so the outputs "
+                "are random or depend on the other inputs of the batch. Call model.eval() first."
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}; derivatives need float32 or float64: "
+                "call model.double() or model.float()."
+            )
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
+                "file is damaged. Restore finite weights first."
+            )
+        if parameter.dtype != x.dtype or parameter.device != x.device:
+            raise ValueError(
+                f"the input is {x.dtype} on {x.device}, parameter {name!r} is {parameter.dtype} on "
+                f"{parameter.device}: convert one of them with .to(...)."
+            )
+    if x.ndim < 2 or len(x) == 0:
+        raise ValueError(
+            f"the input must have shape [B, ...] with B ≥ 1, got {list(x.shape)}: for a single "
+            "input add a batch dimension, x[None]."
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError("the input holds NaN or infinite values.")

@@ -1,0 +1,263 @@
+r"""The diagonal Fisher information, its two random estimators, and their variances.
+
+Exact quantities (Lemma A.1: Eqs 23–25) read the derivatives and the family; estimates (Eqs 3–6)
+read the derivatives and a sample of labels. All of them are *conditional*, one value per input;
+``.mean_over_inputs()`` of an estimate is the joint estimator with B inputs and N labels for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fimlib.derivatives import Block, Derivatives, check_model
+from fimlib.diagonal import Diagonal
+from fimlib.families import Family, Labels, check_num_samples, weighted_variance
+
+
+def fisher_information(derivs: Derivatives, family: Family) -> Diagonal:
+    r"""Diagonal Fisher information I(θᵢ|x), in closed form (Lemma A.1, Eq. 23).
+
+    ``I(θᵢ|x) = J^a J^b 𝓘_ab``; for a classifier ``Σ_k σ_k c_k²``, c_k = ∂ᵢ log p(k|x).
+
+    Returns:
+        [B, *shape] per parameter, in nat/θ².
+
+    Raises:
+        ValueError: the outputs do not fit the family.
+
+    Example: zero weights make p uniform over 3 classes, and I = 2/9 by hand.
+        >>> from fimlib import Categorical, differentiate
+        >>> net = torch.nn.Linear(1, 3, bias=False)
+        >>> _ = torch.nn.init.zeros_(net.weight)
+        >>> I = fisher_information(differentiate(net, torch.ones(1, 1)), Categorical())
+        >>> round(float(I["weight"][0, 0, 0]) * 9, 12)
+        2.0
+    """
+    h = family.natural(derivs.outputs)
+    return derivs.contract(lambda block: family.information(h, block.J), degree=2)
+
+
+def variance_i1(derivs: Derivatives, family: Family, *, num_samples: int = 1) -> Diagonal:
+    r"""Variance of Î₁(θᵢ|x) over its N labels, in closed form (Lemma A.1, Eq. 24).
+
+    ``V₁(θᵢ|x) = (1/N) J^a J^b J^c J^d (𝓚_abcd − 𝓘_ab 𝓘_cd)``; for a classifier
+    ``(1/N) Σ_k σ_k (c_k² − I)²``. No sampling, no T⁴ tensor.
+
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        num_samples: N ≥ 1, labels that the estimator averages.
+
+    Returns:
+        [B, *shape] per parameter, in nat²/θ⁴.
+
+    Raises:
+        ValueError: N < 1, or the outputs do not fit the family.
+
+    Example: as above, V₁ = 2/81 by hand.
+        >>> from fimlib import Categorical, differentiate
+        >>> net = torch.nn.Linear(1, 3, bias=False)
+        >>> _ = torch.nn.init.zeros_(net.weight)
+        >>> V1 = variance_i1(differentiate(net, torch.ones(1, 1)), Categorical())
+        >>> round(float(V1["weight"][0, 0, 0]) * 81, 12)
+        2.0
+    """
+    h, n = family.natural(derivs.outputs), check_num_samples(num_samples)
+    return derivs.contract(lambda block: family.variance1(h, block.J) / n, degree=4)
+
+
+def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) -> Diagonal:
+    r"""Variance of Î₂(θᵢ|x) over its N labels, in closed form (Lemma A.1, Eq. 25).
+
+    ``V₂(θᵢ|x) = (1/N) S^a S^b 𝓘_ab``: 0 in a last layer that is linear (Remark 4.4).
+
+    Args, Returns, Raises: as ``variance_i1``.
+    """
+    h, n = family.natural(derivs.outputs), check_num_samples(num_samples)
+    return derivs.contract(lambda block: family.variance2(h, block.S) / n, degree=4)
+
+
+def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) -> Diagonal:
+    r"""Covariance of Î₁(θᵢ|x) and Î₂(θᵢ|x) that use the same N labels.
+
+    ``(1/N) Cov((J·δ)², −S·δ)``; not in the paper. ``Var(Î₁ − Î₂) = V₁ + V₂ − 2C₁₂``.
+
+    Args, Returns, Raises: as ``variance_i1``.
+    """
+    h, n = family.natural(derivs.outputs), check_num_samples(num_samples)
+    return derivs.contract(lambda block: family.covariance12(h, block.J, block.S) / n, degree=4)
+
+
+def estimate_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
+    r"""The estimator Î₁(θᵢ|x) on given labels (Eq. 5).
+
+    ``Î₁(θᵢ|x) = (1/N) Σ_k (J·δ_k)² ≥ 0``. Equal labels are counted, so that the cost does not
+    depend on N for a classifier.
+
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        labels: N labels for each of them, e.g. from ``family.sample(derivs.outputs, N)``.
+
+    Returns:
+        [B, *shape] per parameter, in nat/θ².
+
+    Raises:
+        ValueError: the labels were drawn for other outputs.
+    """
+    check_labels(derivs.outputs, labels)
+    return derivs.contract(lambda block: labels.mean(_squared_scores(block, labels)), degree=2)
+
+
+def estimate_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
+    r"""The estimator Î₂(θᵢ|x) on given labels (Eq. 6).
+
+    ``Î₂(θᵢ|x) = (1/N) Σ_k (Jᵀ𝓘J − S·δ_k)``: it may be negative.
+
+    Args, Returns, Raises: as ``estimate_i1``.
+    """
+    check_labels(derivs.outputs, labels)
+    family, h = labels.family, labels.outputs
+
+    def form(block: Block) -> Tensor:
+        return family.information(h, block.J) - labels.mean(labels.project(block.S))
+
+    return derivs.contract(form, degree=2)
+
+
+def sample_variance_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
+    """Unbiased estimate of V₁ from the N ≥ 2 labels themselves, one value per entry of Î₁.
+
+    It is 0 where all N labels agree, as they mostly do under a confident softmax, however large
+    V₁ is: compare ``variance_i1``.
+
+    Args, Returns, Raises: as ``estimate_i1``; and ValueError for N < 2.
+    """
+    return _sample_variance(derivs, labels, _squared_scores)
+
+
+def sample_variance_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
+    """Unbiased estimate of V₂ from the N ≥ 2 labels themselves; see ``sample_variance_i1``."""
+    return _sample_variance(derivs, labels, lambda block, labels: labels.project(block.S))
+
+
+def _squared_scores(block: Block, labels: Labels) -> Tensor:
+    return labels.project(block.J).square()
+
+
+def _sample_variance(
+    derivs: Derivatives, labels: Labels, scores: Callable[[Block, Labels], Tensor]
+) -> Diagonal:
+    check_labels(derivs.outputs, labels)
+    n = check_num_samples(labels.num_samples, at_least=2)
+    return derivs.contract(
+        lambda block: weighted_variance(labels.weights, scores(block, labels)) / (n - 1), degree=4
+    )
+
+
+def check_labels(outputs: Tensor, labels: Labels) -> None:
+    """Raise a ValueError unless the labels were drawn for these outputs."""
+    if not torch.equal(outputs.double(), labels.outputs):
+        raise ValueError(
+            "these labels were drawn for other outputs: draw them with "
+            "family.sample(derivs.outputs, num_samples) for the same model and inputs."
+        )
+
+
+# Full matrices on chosen parameters (Eqs 2–4). They go through torch.func, so any model will do.
+
+
+def fisher_matrix(
+    model: nn.Module, x: Tensor, family: Family, *, parameters: Sequence[str]
+) -> Tensor:
+    r"""Fisher information matrix over the inputs, I(θ) = E_x (∂h)ᵀ 𝓘 (∂h) (Eq. 2).
+
+    Args:
+        model: Any module that maps x to natural parameters [B, T]; in eval mode.
+        x: [B, ...]; B = 1 gives the conditional matrix.
+        family: The output family.
+        parameters: Names, as in ``model.named_parameters()``; flattened and joined in this order.
+
+    Returns:
+        [P, P], float64, symmetric, in nat/θ².
+
+    Raises:
+        ValueError: an unknown parameter name, or what ``fimlib.differentiate`` refuses.
+    """
+    outputs, J = jacobian(model, x, parameters)
+    cov = family.covariance(family.natural(outputs))
+    return torch.einsum("bti,btu,buj->ij", J, cov, J) / len(x)
+
+
+def estimate_i1_matrix(
+    model: nn.Module, x: Tensor, labels: Labels, *, parameters: Sequence[str]
+) -> Tensor:
+    """The estimator Î₁(θ) = (1/N) Σ_k ∂ℓ_k ∂ℓ_kᵀ, averaged over the inputs (Eq. 3).
+
+    Args, Returns, Raises: as ``fisher_matrix``, with labels drawn for the model's outputs at x.
+    """
+    outputs, J = jacobian(model, x, parameters)
+    check_labels(outputs, labels)
+    scores = labels.project(J) * labels.weights.sqrt()[:, :, None]
+    return torch.einsum("bai,baj->ij", scores, scores) / len(x)
+
+
+def estimate_i2_matrix(
+    model: nn.Module, x: Tensor, labels: Labels, *, parameters: Sequence[str]
+) -> Tensor:
+    r"""The estimator Î₂(θ) = −(1/N) Σ_k ∂²ℓ_k, averaged over the inputs (Eq. 4).
+
+    ``−∂²ℓ = (∂h)ᵀ𝓘(∂h) − Σ_a δ_a ∂²h^a`` is linear in δ, so one Hessian serves all labels.
+
+    Args, Returns, Raises: as ``estimate_i1_matrix``.
+    """
+    names = list(parameters)
+    check_labels(outputs_of(model, x), labels)
+    residual = labels.mean_residual().to(x.dtype)
+
+    def residual_output(flat: Tensor) -> Tensor:
+        return (functional(model, names, flat, x) * residual).sum() / len(x)
+
+    curvature: Tensor = torch.func.hessian(residual_output)(flatten(model, names))
+    fisher = fisher_matrix(model, x, labels.family, parameters=names)
+    return fisher - curvature.double().detach()
+
+
+def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
+    """The outputs [B, T] of a checked model, without a graph."""
+    check_model(model, x)
+    with torch.no_grad():
+        outputs: Tensor = model(x)
+    return outputs
+
+
+def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T], and J [B, T, P] in float64 of the named parameters, by ``torch.func``."""
+    outputs = outputs_of(model, x)
+    flat = flatten(model, names)
+
+    def output_at(flat: Tensor, one: Tensor) -> Tensor:
+        return functional(model, names, flat, one[None])[0]
+
+    J = torch.func.vmap(torch.func.jacrev(output_at), in_dims=(None, 0))(flat, x)
+    return outputs, J.double().detach()
+
+
+def flatten(model: nn.Module, names: Sequence[str]) -> Tensor:
+    """The named parameters as one vector [P]."""
+    known = dict(model.named_parameters())
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"no parameters named {unknown}; there are: {', '.join(known)}.")
+    return torch.cat([known[name].detach().flatten() for name in names])
+
+
+def functional(model: nn.Module, names: Sequence[str], flat: Tensor, x: Tensor) -> Tensor:
+    """The outputs with the named parameters taken from the vector ``flat``."""
+    known = dict(model.named_parameters())
+    pieces = torch.split(flat, [known[name].numel() for name in names])
+    values = {n: p.view_as(known[n]) for n, p in zip(names, pieces, strict=True)}
+    result: Tensor = torch.func.functional_call(model, values, (x,))
+    return result

@@ -1,0 +1,228 @@
+import copy
+
+import pytest
+import reference
+import torch
+from strategies import Cube, inputs, mlp
+from torch import nn
+
+from fimlib import differentiate
+
+ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.LogSigmoid, nn.Softplus, nn.ReLU, nn.GELU, nn.SiLU, Cube]
+WIDTHS = [[3, 2], [3, 4, 2], [3, 1, 4, 2], [4, 3, 5, 3, 4, 3], [1, 2, 1]]
+
+
+def networks():
+    """Every kind of network that the layerwise engine takes."""
+    for activation in ACTIVATIONS:
+        yield activation.__name__, mlp([3, 5, 4, 3], activation, scale=1.5), 3
+    for widths in WIDTHS:
+        yield f"widths {widths}", mlp(widths, nn.Tanh, scale=1.5), widths[0]
+    yield "no bias", mlp([3, 4, 2], nn.Sigmoid, bias=False), 3
+    torch.manual_seed(0)
+    nested = nn.Sequential(
+        nn.Flatten(),
+        nn.Tanh(),
+        nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Dropout(0.5), nn.Softplus()),
+        nn.Identity(),
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2), nn.Tanh()),
+    )
+    yield "nested, stacked, activated outputs", nested.double().eval(), 3
+    yield "single layer", nn.Linear(3, 2).double(), 3
+
+
+CASES = {name: (net, width) for name, net, width in networks()}
+
+
+def relative(a, b):
+    return (
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-300)) if b.any() else a.abs().max()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layerwise_equals_autograd(case):
+    net, width = CASES[case]
+    x = inputs(3, width)
+    derivs = differentiate(net, x)
+    assert torch.equal(derivs.outputs, net(x))
+    for b in range(3):
+        J, S = reference.derivatives(net, x[b : b + 1])
+        assert set(J) == {n for block in derivs.blocks for n in block.inputs}
+        for name in J:
+            assert relative(derivs.jacobian(name)[b], J[name]) < 1e-10
+            assert relative(derivs.second(name)[b], S[name]) < 1e-10
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.LogSigmoid, nn.ReLU, nn.Dropout])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_backpack_equals_layerwise(activation, batch):
+    net, x = mlp([3, 5, 4, 3], activation, scale=1.5), inputs(batch, 3)
+    ours, theirs = differentiate(net, x), differentiate(net, x, engine="backpack")
+    assert torch.allclose(ours.outputs, theirs.outputs, rtol=1e-14)
+    for name, _ in net.named_parameters():
+        assert relative(theirs.jacobian(name), ours.jacobian(name)) < 1e-10
+        assert relative(theirs.second(name), ours.second(name)) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "backpack"])
+def test_the_model_is_left_as_it_was(engine):
+    net, x = mlp([3, 4, 2], nn.Sigmoid), inputs(2, 3)
+    net.train()
+    net[0].weight.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    differentiate(net, x, engine=engine)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert net.training
+    assert not net[0].weight.requires_grad
+    assert net[2].weight.requires_grad
+    assert net[2].weight.grad is None
+    assert not any(m._forward_hooks or m._backward_hooks for m in net.modules())
+
+
+def test_a_float32_network_is_differentiated_in_float32():
+    net, x = mlp([3, 5, 4, 3], nn.Sigmoid), inputs(2, 3)
+    exact = differentiate(net, x)
+    rough = differentiate(copy.deepcopy(net).float(), x.float())
+    for name, _ in net.named_parameters():
+        assert rough.second(name).dtype == torch.float32
+        assert relative(rough.second(name).double(), exact.second(name)) < 1e-5
+
+
+class Gate(nn.Module):
+    def forward(self, s):
+        return s * s.mean(1, keepdim=True)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def forward(self, s):
+        return self.scale * s.tanh()
+
+
+class SkipSequential(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x[:, :2]
+
+
+def in_the_middle(module):
+    return nn.Sequential(nn.Linear(3, 4), module, nn.Linear(4, 2)).double().eval()
+
+
+UNSUPPORTED = {
+    "softmax": (lambda: in_the_middle(nn.Softmax(1)), r"'1' \(Softmax\).*logits"),
+    "softmax at the end": (lambda: nn.Sequential(nn.Linear(3, 2), nn.Softmax(1)), "logits"),
+    "layer norm": (lambda: in_the_middle(nn.LayerNorm(4)), r"'1' \(LayerNorm\)"),
+    "layer norm, no parameters": (
+        lambda: in_the_middle(nn.LayerNorm(4, elementwise_affine=False)),
+        r"'1' \(LayerNorm\)",
+    ),
+    "gate": (lambda: in_the_middle(Gate()), r"'1' \(Gate\).*engine='backpack'"),
+    "own parameters": (lambda: in_the_middle(Scaled()), r"'1' \(Scaled\)"),
+    "prelu": (lambda: in_the_middle(nn.PReLU()), r"'1' \(PReLU\)"),
+    "batch norm": (lambda: in_the_middle(nn.BatchNorm1d(4)), r"'1' \(BatchNorm1d\)"),
+    "halving": (lambda: in_the_middle(nn.AvgPool1d(2)), r"'1' \(AvgPool1d\)"),
+    "own forward": (
+        lambda: SkipSequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)),
+        "SkipSequential",
+    ),
+    "weight norm": (
+        lambda: in_the_middle(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        r"'1' \(ParametrizedLinear\)",
+    ),
+    "not flattened": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 2)),
+        r"'0' \(Unflatten\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_modules_are_named(case):
+    build, message = UNSUPPORTED[case]
+    with pytest.raises(NotImplementedError, match=message):
+        differentiate(build().double().eval(), inputs(2, 3))
+
+
+def test_a_hook_that_changes_the_output_is_refused():
+    net = mlp([3, 4, 2], nn.Tanh)
+    net.register_forward_hook(lambda _module, _args, out: 2 * out)
+    with pytest.raises(NotImplementedError, match="hook"):
+        differentiate(net, inputs(1, 3))
+
+
+def test_tied_parameters_are_refused():
+    net = mlp([3, 3, 3, 2], nn.Tanh)
+    net[2].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"'2.weight' is the same tensor as '0.weight'"):
+        differentiate(net, inputs(1, 3))
+    twice = nn.Linear(3, 3).double()
+    with pytest.raises(ValueError, match="tied"):
+        differentiate(nn.Sequential(twice, nn.Tanh(), twice), inputs(1, 3))
+
+
+class Root(nn.Module):
+    def forward(self, s):
+        return s.sqrt()
+
+
+def spoiled(value):
+    net = mlp([3, 4, 2], nn.Tanh)
+    net[0].weight.data[1, 1] = value
+    return net
+
+
+BAD_INPUT = {
+    "dropout": (lambda: in_the_middle(nn.Dropout(0.5)).train(), inputs(1, 3), r"model.eval\(\)"),
+    "rrelu": (lambda: in_the_middle(nn.RReLU()).train(), inputs(1, 3), r"model.eval\(\)"),
+    "nan": (lambda: spoiled(float("nan")), inputs(1, 3), "'0.weight' holds NaN"),
+    "inf": (lambda: spoiled(float("inf")), inputs(1, 3), "'0.weight' holds NaN or infinite"),
+    "width": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 4), r"expects inputs of shape \[B, 3\]"),
+    "no batch": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3)[0], r"x\[None\]"),
+    "empty": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3)[:0], "B ≥ 1"),
+    "image": (lambda: mlp([3, 2], nn.Tanh), inputs(2, 6).view(2, 2, 3), "Flatten"),
+    "dtype": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3).float(), "float32.*float64"),
+    "half": (lambda: mlp([3, 2], nn.Tanh).half(), inputs(1, 3).half(), r"model.float\(\)"),
+    "nan input": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3) * float("nan"), "input holds NaN"),
+    "no derivative": (
+        lambda: nn.Sequential(Root(), nn.Linear(3, 2)).double(),
+        0 * inputs(1, 3),
+        r"'0' \(Root\) has no finite derivative",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused_with_a_remedy(case):
+    build, x, message = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=message):
+        differentiate(build(), x)
+
+
+def test_dropout_that_never_drops_is_no_reason_to_refuse():
+    differentiate(in_the_middle(nn.Dropout(0.0)).train(), inputs(1, 3))
+
+
+def test_unknown_engine_and_parameter():
+    net, x = mlp([3, 4, 2], nn.Tanh), inputs(1, 3)
+    with pytest.raises(ValueError, match="layerwise, backpack"):
+        differentiate(net, x, engine="jax")
+    with pytest.raises(KeyError, match=r"no parameter 'weight'; there are: 0.weight, 0.bias"):
+        differentiate(net, x).jacobian("weight")
+
+
+def test_backpack_names_what_it_does_not_know():
+    with pytest.raises(NotImplementedError, match="Cube"):
+        differentiate(in_the_middle(Cube()), inputs(1, 3), engine="backpack")
+    with pytest.raises(NotImplementedError, match="buffers"):
+        differentiate(in_the_middle(nn.BatchNorm1d(4)), inputs(1, 3), engine="backpack")
+
+
+def test_missing_backpack_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "backpack", None)
+    with pytest.raises(ImportError, match="pip install backpack-for-pytorch"):
+        differentiate(mlp([3, 2], nn.Tanh), inputs(1, 3), engine="backpack")
