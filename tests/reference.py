@@ -23,7 +23,7 @@ def derivatives(model, x):
 
 
 def categorical(model, x):
-    """I, V₁, V₂, C₁₂ of one label at x, by enumerating the labels and differentiating log p(y|x)."""
+    """I, V₁, V₂, C₁₂ of one label at x, by enumerating labels and differentiating log p."""
     sigma = torch.softmax(model(x)[0].detach(), dim=0)
     result = {q: {} for q in ("I", "v1", "v2", "c12")}
     for name, parameter in model.named_parameters():

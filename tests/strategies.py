@@ -1,5 +1,7 @@
 """Networks, inputs and softmax vectors that the tests share."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -16,7 +18,7 @@ def mlp(widths, activation, seed=0, scale=1.0, **linear):
     """Dense network in float64, eval mode, with weights large enough to be non-linear."""
     torch.manual_seed(seed)
     layers = []
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
+    for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out, **linear), activation()]
     net = nn.Sequential(*layers[:-1]).double().eval()
     for parameter in net.parameters():

@@ -1,0 +1,188 @@
+"""Build the book: put runs into ``book/_generated`` and let Jupyter Book render it.
+
+Real MNIST results made on this machine are shown if all of them are there, else the committed
+reference run. Results that do not count (a stand-in data set, smoke size) are shown beside the
+reference run and say on every page what they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+
+from support import figures, report, results, runs
+from support.results import Run
+
+BOOK = results.ROOT / "book"
+GENERATED = BOOK / "_generated"
+PAPER_FIGURE = "sigmoid-seed-0"  # the run that Figure 1 shows
+
+
+class BookError(Exception):
+    """The book cannot be built; the message says why and what to do."""
+
+
+def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[str, Run]]:
+    """The runs whose numbers the book tells, and runs that do not count, to show beside them.
+
+    Args:
+        folder: Runs that were made here.
+        smoke: Whether those are at smoke size.
+
+    Raises:
+        BookError: there is no reference run and nothing to show instead.
+    """
+    here = {name: run for name, run in results.load(folder).items() if name in runs.specs()}
+    complete = set(here) == set(runs.specs(smoke=smoke))
+    if complete and all(run.counts for run in report.experiment(here).values()):
+        return here, {}
+    reference = results.load(report.REFERENCE)
+    if PAPER_FIGURE not in reference:
+        raise BookError(f"no reference run in {os.path.relpath(report.REFERENCE)}: make reproduce")
+    return reference, here if complete else {}
+
+
+def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
+    """Write everything that the pages include: notebooks, figures, fragments."""
+    shutil.rmtree(GENERATED, ignore_errors=True)
+    (GENERATED / "notebooks").mkdir(parents=True)
+    for prefix, group in (("", main), ("not-counted-", aside)):
+        for name, run in group.items():
+            target = GENERATED / "notebooks" / f"{prefix}{name}.ipynb"
+            results.write_text(target, page(run, origin(run)))
+    counted, beside = report.experiment(main), report.experiment(aside)
+    draw(counted, "")
+    landing, section = [shown(counted, "")], [shown(counted, ""), table(counted, "")]
+    if beside:
+        draw(beside, "not-counted-")
+        landing.append(shown(beside, "not-counted-"))
+        section += [shown(beside, "not-counted-"), table(beside, "not-counted-")]
+    results.write_text(GENERATED / "landing.md", "\n".join(landing))
+    results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
+
+
+def origin(run: Run) -> str:
+    """Whose run this is, in words."""
+    if run.folder.parent == report.REFERENCE:
+        return "the reference run, committed with this book"
+    return "a run on the machine that built this book"
+
+
+def page(run: Run, made: str) -> str:
+    """The executed notebook as a page: its own title, and on top what it is and what made it."""
+    notebook = nbformat.read(run.folder / "notebook.ipynb", as_version=4)
+    rest = notebook.cells[0].source.partition("\n")[2]
+    warn = figures.warning(run.record)
+    title = f"{warn}: {run.record['title']}" if warn else run.record["title"]
+    machine = run.record["machine"]
+    notebook.cells[0].source = (
+        f"# {title}\n\n```{{{'warning' if warn else 'note'}}}\n"
+        f"{warn + '. ' if warn else ''}This page is the executed notebook of {made}: commit "
+        f"{run.record['commit']}, {run.record['started']}, {run.record['seconds']:.0f} s on "
+        f"{machine['processor']} ({machine['threads']} thread, {machine['device']}).\n```\n{rest}"
+    )
+    text: str = nbformat.writes(notebook)
+    return text
+
+
+def draw(group: Mapping[str, Run], prefix: str) -> None:
+    """Figure 1 and the variances over all seeds."""
+    first = group[PAPER_FIGURE]
+    figures.save(figures.figure_1(first.values, first.record), GENERATED / f"{prefix}figure-1.svg")
+    tables = {f"seed {run.record['parameters']['seed']}": run.values for run in group.values()}
+    figure = figures.variance_ratios(tables, figures.warning(first.record))
+    figures.save(figure, GENERATED / f"{prefix}seeds.svg")
+
+
+def shown(group: Mapping[str, Run], prefix: str) -> str:
+    """Figure 1 with its caption."""
+    run = group[PAPER_FIGURE]
+    warn = figures.warning(run.record)
+    alt = (
+        "One column per layer. Above, over the epochs: Fisher information, standard deviations of "
+        "both estimators, upper bounds. Below: log-ratios of bounds and variances."
+    )
+    return (
+        f"```{{figure}} _generated/{prefix}figure-1.svg\n:alt: {warn + '. ' if warn else ''}{alt}\n"
+        f":width: 100%\n\nThe paper's Figure 1, drawn from {origin(run)}. "
+        f"{figures.caption(run.record)}\n```\n"
+    )
+
+
+def table(group: Mapping[str, Run], prefix: str) -> str:
+    """What the runs say of the paper's statements, and the picture over all seeds."""
+    run = group[PAPER_FIGURE]
+    warn = figures.warning(run.record)
+    head = (
+        f"**{warn}. None of the paper's statements is judged by these runs.**"
+        if warn
+        else f"All numbers below come from {origin(run)}: the experiment of Figure 1 with seeds "
+        f"{', '.join(str(r.record['parameters']['seed']) for r in group.values())}, none dropped."
+    )
+    seeds = ", ".join(
+        f"[{r.record['parameters']['seed']}](_generated/notebooks/{prefix}{name}.ipynb)"
+        for name, r in group.items()
+    )
+    return (
+        f"\n{head}\n\n{report.as_markdown(report.facts(group))}\n\n"
+        f"```{{figure}} _generated/{prefix}seeds.svg\n:alt: Ratio of the two variances in each "
+        f"hidden layer over the epochs, one line per seed\n:width: 100%\n\nRatio of the layers' "
+        f"mean variances, one line per seed; below 1 the paper's V₁ < V₂ holds. "
+        f"{warn + '. ' if warn else ''}Settings as in the figure above. Executed notebooks by "
+        f"seed: {seeds}.\n```\n"
+    )
+
+
+def build(output: Path) -> Path:
+    """Render ``book/`` with warnings as errors; return the first page.
+
+    Raises:
+        BookError: Jupyter Book reported a warning or an error.
+    """
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(BOOK)]
+    command += ["--path-output", str(output), "--all", "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [
+            x for x in (done.stdout + done.stderr).splitlines() if "WARNING" in x or "ERROR" in x
+        ]
+        raise BookError("Jupyter Book found:\n" + "\n".join(lines or [done.stdout, done.stderr]))
+    return output / "_build" / "html" / "index.html"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build the book from the runs of a folder; see the module."""
+    parser = argparse.ArgumentParser(prog="support.book", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    parser.add_argument("--smoke", action="store_true", help="the results are at smoke size")
+    parser.add_argument("--output", type=Path, default=BOOK, help="where _build will lie")
+    arguments = parser.parse_args(argv)
+    try:
+        main_runs, aside = sources(arguments.results.resolve(), smoke=arguments.smoke)
+        print(f"book: numbers of {origin(main_runs[PAPER_FIGURE])}", flush=True)
+        if aside:
+            print(f"book: beside it {figures.warning(aside[PAPER_FIGURE].record)}", flush=True)
+        prepare(main_runs, aside)
+        index = build(arguments.output.resolve())
+    except BookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. Free some space or make the folder writable.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: run again to build the book.", file=sys.stderr)
+        return 130
+    print(f"the book's first page: {os.path.relpath(index, results.ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

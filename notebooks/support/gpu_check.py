@@ -1,0 +1,91 @@
+"""Compare what fimlib computes on the CPU and on the GPU (`make gpu-check`).
+
+Tolerances, relative to the largest entry of each tensor: 1e-9 where the network is float64, 1e-3
+where it is float32 (moments are float64 in both). The network is the experiment's, with random
+weights and inputs, so no data is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import fimlib
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def network() -> nn.Sequential:
+    """784-128-64-32-10 with sigmoid, as in the experiment, weights from a fixed seed."""
+    torch.manual_seed(0)
+    widths = [784, 128, 64, 32]
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 10)).eval()
+
+
+def quantities(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Everything that the experiment computes, on the device of the network."""
+    family, derivs = fimlib.Categorical(), fimlib.differentiate(net, x)
+    lam = fimlib.spectrum(family, derivs.outputs)
+    yield from zip(lam._fields, lam, strict=True)
+    yield "certified", fimlib.lambda_max_certified(family, derivs.outputs)
+    bounds = fimlib.theorem_4_1(derivs, family, eigenvalues=lam)
+    # The same labels on both devices: each device's own generator would draw others.
+    weights = torch.arange(1.0, 11.0, dtype=torch.float64, device=x.device).expand(len(x), -1) / 55
+    labels = fimlib.Labels(family, derivs.outputs.double(), weights, 55)
+    diagonals = {
+        "I": fimlib.fisher_information(derivs, family),
+        "V1": fimlib.variance_i1(derivs, family),
+        "V2": fimlib.variance_i2(derivs, family),
+        "C12": fimlib.covariance_i1_i2(derivs, family),
+        "I1": fimlib.estimate_i1(derivs, labels),
+        "I2": fimlib.estimate_i2(derivs, labels),
+        "V1 bound": bounds.variance_i1.upper,
+        "V2 bound": bounds.variance_i2.upper,
+    }
+    for name, diagonal in diagonals.items():
+        for parameter, tensor in diagonal.mean_over_inputs().items():
+            yield f"{name} {parameter}", tensor
+
+
+def largest_differences(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Largest |device − CPU| of every quantity, relative to its largest entry."""
+    x = torch.randn(64, 784, generator=torch.Generator().manual_seed(1)).to(dtype)
+    net = network().to(dtype)
+    on_cpu = dict(quantities(net, x))
+    on_device = dict(quantities(copy.deepcopy(net).to(device), x.to(device)))
+    return {
+        name: float((on_device[name].cpu() - value).abs().max())
+        / max(float(value.abs().max()), 1e-300)
+        for name, value in on_cpu.items()
+    }
+
+
+def main() -> int:
+    """Print the largest differences; exit 1 where one is beyond its tolerance."""
+    if not torch.cuda.is_available():
+        print("gpu-check: there is no CUDA device here, so nothing was compared.")
+        return 0
+    print(f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    failed = False
+    for dtype, tolerance in TOLERANCE.items():
+        differences = largest_differences("cuda", dtype)
+        name, worst = max(differences.items(), key=lambda item: item[1])
+        verdict = "ok" if worst <= tolerance else "FAILED"
+        failed |= worst > tolerance
+        print(
+            f"{dtype}: {len(differences)} quantities, largest relative difference {worst:.1e} "
+            f"({name}), tolerance {tolerance:.0e}: {verdict}"
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

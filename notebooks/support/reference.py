@@ -1,0 +1,53 @@
+"""Publish the results made here as the reference run in ``data/reference`` (`make reference`)."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from support import report, results, runs
+
+FILES = ("values.csv", "record.json", "notebook.ipynb")
+
+
+def publish(folder: Path, target: Path) -> list[str]:
+    """Copy all runs of ``runs.yml`` from ``folder``; return their names.
+
+    Raises:
+        ValueError: a run is missing, or one does not count.
+    """
+    found, wanted = results.load(folder), runs.specs()
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(f"not finished: {', '.join(missing)}. Run: make reproduce DATASET=mnist")
+    if not all(run.counts for run in report.experiment(found).values()):
+        raise ValueError("these runs are not of the full, real MNIST: they cannot be a reference.")
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for name in wanted:
+        (fresh / name).mkdir(parents=True)
+        for file in FILES:
+            if (found[name].folder / file).is_file():
+                shutil.copyfile(found[name].folder / file, fresh / name / file)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.replace(target)
+    return list(wanted)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Publish; see the module."""
+    parser = argparse.ArgumentParser(prog="support.reference", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    try:
+        names = publish(parser.parse_args(argv).results, report.REFERENCE)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"data/reference now holds: {', '.join(names)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

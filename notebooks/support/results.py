@@ -1,0 +1,163 @@
+"""A result: a tidy table of values, and a record of what made it.
+
+A run is a folder with ``values.csv`` (run, epoch, layer, quantity, value), ``record.json``
+(parameters, seeds, data digest, versions, commit, machine, time), its figure and its executed
+notebook. Figures, report and book read such folders; they never compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = "network"  # the layer column of values that belong to no single layer
+COLUMNS = ["run", "epoch", "layer", "quantity", "value"]
+PACKAGES = ("fimlib", "torch", "numpy", "scipy", "pandas", "matplotlib", "papermill")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as it lies on disk."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def values(self) -> pd.DataFrame:
+        """The tidy table."""
+        return pd.read_csv(self.folder / "values.csv", dtype={"layer": str})
+
+    @property
+    def counts(self) -> bool:
+        """Whether the paper's claims may be judged by it: real MNIST, nothing cut short."""
+        return bool(self.record.get("counts", False))
+
+
+class Table:
+    """Collects rows of (epoch, layer, quantity, value) while an experiment goes on."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.rows: list[tuple[str, int, str, str, float]] = []
+
+    def add(self, epoch: int, quantity: str, value: float | Mapping[str, float]) -> None:
+        """Add one value of the network, or one per layer if ``value`` is a mapping."""
+        by_layer = value if isinstance(value, Mapping) else {NETWORK: value}
+        for layer, number in by_layer.items():
+            self.rows.append((self.run, epoch, layer, quantity, float(number)))
+
+    def frame(self) -> pd.DataFrame:
+        """The tidy table so far."""
+        return pd.DataFrame(self.rows, columns=COLUMNS)
+
+
+def record(
+    parameters: Mapping[str, Any], data: Mapping[str, Any], started: float, device: torch.device
+) -> dict[str, Any]:
+    """What made a result: everything needed to make it again, and the machine that did.
+
+    Args:
+        parameters: All parameters of the notebook.
+        data: Name, title, digest of the data set, and whether it is the real MNIST.
+        started: ``time.time()`` at the start.
+        device: Where the network was trained and measured.
+    """
+    limited = bool(parameters.get("train_limit"))
+    return {
+        "parameters": dict(parameters),
+        "data": dict(data),
+        "counts": bool(data.get("is_mnist")) and not limited,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "commit": commit(),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "system": platform.system(),
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def save(folder: str | Path, values: pd.DataFrame | None, made_by: Mapping[str, Any]) -> None:
+    """Write table and record into a folder; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if values is not None:
+        write_text(folder / "values.csv", values.to_csv(index=False))
+    write_text(folder / "record.json", json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
+
+
+def load(folder: Path) -> dict[str, Run]:
+    """The finished runs in a folder of runs, by name; a folder without a record is none."""
+    found = {}
+    for path in sorted(folder.glob("*/record.json")):
+        if not path.parent.name.startswith("."):
+            found[path.parent.name] = Run(
+                path.parent.name, path.parent, json.loads(path.read_text())
+            )
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 of several byte strings, each closed off from the next by its length."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "big") + part)
+    return sha.hexdigest()
+
+
+def version(package: str) -> str:
+    """Installed version of a package, or "unknown" where it runs from its folder."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it; "unknown" without git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown"
+    )

@@ -1,0 +1,241 @@
+"""Run notebooks through papermill, once each: finished runs are kept, half-made ones never count.
+
+``python -m support.runs NAME …`` makes the named runs of ``runs.yml``; a run is made in a folder
+of its own and gets its final name when it is finished. A finished run is kept as long as its
+notebook, its parameters, its data and fimlib are what they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import fcntl
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillException, PapermillExecutionError
+
+from support import data, results
+
+NOTEBOOKS = results.ROOT / "notebooks"
+SOURCES = [*(results.ROOT / "fimlib").glob("*.py"), NOTEBOOKS / "support" / "figures.py"]
+
+
+class RunError(Exception):
+    """A run cannot be made; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run is made of."""
+
+    name: str
+    title: str
+    notebook: Path
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[str, Spec]:
+    """All runs of ``runs.yml`` by name; at smoke size if wanted."""
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = {}
+    for name, run in plan["runs"].items():
+        parameters = dict(run.get("parameters", {}))
+        if smoke:
+            parameters |= plan["smoke"]["parameters"].get(run["notebook"], {})
+        notebook = path.parent / run["notebook"]
+        if "seeds" not in run:
+            found[name] = Spec(name, run["title"], notebook, parameters)
+        for seed in run.get("seeds", []):
+            if not smoke or seed in plan["smoke"]["seeds"]:
+                title, key = run["title"].format(seed=seed), f"{name}-seed-{seed}"
+                found[key] = Spec(key, title, notebook, parameters | {"seed": seed})
+    return found
+
+
+def execute(spec: Spec, folder: Path, dataset: str) -> bool:
+    """Make a run unless it is finished already; return whether it was made now.
+
+    Args:
+        spec: The run.
+        folder: Where the runs lie; this one will be ``folder / spec.name``.
+        dataset: "mnist" or "digits", for notebooks that have such a parameter.
+
+    Raises:
+        RunError: the parameters do not fit the notebook, or a cell failed.
+        DataError: the data cannot be read.
+    """
+    defaults = check_parameters(spec.notebook, spec.parameters)
+    parameters = dict(spec.parameters)
+    fingerprint = [spec.notebook.read_bytes(), repr(sorted(parameters.items())).encode()]
+    fingerprint += [path.read_bytes() for path in sorted(SOURCES)]
+    if "dataset" in defaults:
+        parameters["dataset"] = dataset
+        fingerprint.append(data.load(dataset).digest.encode())
+    digest = results.digest(fingerprint)
+    with lock(folder, spec.name):
+        old = results.load(folder).get(spec.name)
+        if old and old.record.get("fingerprint") == digest:
+            say(spec.name, f"kept, finished {old.record['started']}")
+            return False
+        if old:
+            say(spec.name, "notebook, parameters, data or code changed: made again")
+        partial = folder / ".partial" / spec.name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if "out" in defaults:
+            parameters |= {"out": os.path.relpath(partial, NOTEBOOKS), "name": spec.name}
+        run_notebook(spec, partial / "notebook.ipynb", parameters)
+        finish(partial, folder / spec.name, spec, digest)
+    return True
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> set[str]:
+    """Names of the notebook's parameters; a RunError if others are asked for.
+
+    papermill itself would run on with the notebook's own values.
+    """
+    if not notebook.is_file():
+        there = ", ".join(sorted(p.name for p in notebook.parent.glob("*.ipynb")))
+        raise RunError(f"there is no notebook {notebook.name}; there are: {there}.")
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if not tagged:
+        raise RunError(
+            f"{notebook.name} has no cell tagged 'parameters': tag the cell that sets them, else "
+            "parameters given from outside would be overwritten."
+        )
+    assignments = [node for node in ast.walk(ast.parse(tagged[0])) if isinstance(node, ast.Name)]
+    known = {node.id for node in assignments if isinstance(node.ctx, ast.Store)}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise RunError(
+            f"{notebook.name} has no parameter {', '.join(unknown)}; there are: "
+            f"{', '.join(sorted(known))}. Correct runs.yml or the notebook's parameters cell."
+        )
+    return known
+
+
+def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
+    """Execute through papermill, its printed lines shown as they come."""
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's own kernel
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    say(spec.name, f"{spec.notebook.name} starts")
+    try:
+        papermill.execute_notebook(
+            str(spec.notebook), str(output), parameters, kernel_name="python3",
+            cwd=str(NOTEBOOKS), progress_bar=False, stdout_file=Lines(spec.name),
+            extra_arguments=["--log-level=ERROR"], language="python",
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        raise RunError(
+            f"{spec.name}: cell {error.exec_count} of {spec.notebook.name} failed with "
+            f"{error.ename}: {error.evalue}\nThe half-executed notebook, with the traceback, is "
+            f"{os.path.relpath(output)}"
+        ) from error
+    except (PapermillException, RuntimeError) as error:
+        raise RunError(f"{spec.name}: {spec.notebook.name} could not be run: {error}") from error
+
+
+def finish(partial: Path, final: Path, spec: Spec, digest: str) -> None:
+    """Clean the executed notebook, complete the record, give the folder its final name."""
+    path = partial / "notebook.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    if notebook.metadata.papermill.exception:
+        raise RunError(f"{spec.name}: the notebook ended with an error; see {path}")
+    seconds = notebook.metadata.papermill.duration
+    started = notebook.metadata.papermill.start_time
+    notebook.metadata.pop("papermill")  # it holds this machine's paths
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    results.write_text(path, nbformat.writes(notebook))
+    old = results.load(partial.parent).get(partial.name)
+    record = old.record if old else {"started": started[:19] + "Z", "seconds": round(seconds, 1)}
+    results.save(partial, None, record | {"title": spec.title, "fingerprint": digest})
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+
+
+@contextmanager
+def lock(folder: Path, name: str) -> Iterator[None]:
+    """Let one process at a time make a run; the lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class Lines:
+    """A stream that puts the run's name before every line."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rest = name, ""
+
+    def write(self, text: str) -> None:
+        """Print the lines that are complete."""
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            say(self.name, line)
+
+    def flush(self) -> None:
+        """Lines are shown as they are complete."""
+
+
+def say(name: str, text: str) -> None:
+    """One line of progress."""
+    print(f"[{name}] {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make runs; see the module. Exit status 1 with a message if one cannot be made."""
+    parser = argparse.ArgumentParser(prog="support.runs", description=__doc__)
+    parser.add_argument("names", nargs="*", help="runs to make; none: all")
+    parser.add_argument("--list", action="store_true", help="print the names of all runs")
+    parser.add_argument("--smoke", action="store_true", help="at smoke size")
+    parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
+    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    arguments = parser.parse_args(argv)
+    known = specs(smoke=arguments.smoke)
+    if arguments.list:
+        print("\n".join(known))
+        return 0
+    try:
+        unknown = sorted(set(arguments.names) - set(known))
+        if unknown:
+            raise RunError(f"no runs named {', '.join(unknown)}; there are: {', '.join(known)}.")
+        for name in arguments.names or known:
+            start = time.monotonic()
+            if execute(known[name], arguments.results, arguments.dataset):
+                say(name, f"finished in {time.monotonic() - start:.0f} s")
+            done = set(results.load(arguments.results)) & set(known)
+            print(f"notebooks done: {len(done)} of {len(known)}", flush=True)
+    except (RunError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"error: {error.strerror or error} ({error.filename or arguments.results}). Free some "
+            "space or make the folder writable, and run again: finished runs are kept.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished runs are kept, run again to continue.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
