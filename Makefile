@@ -71,8 +71,8 @@ report: $(ENV) ## print what the runs say of the paper's statements
 	@$(PY) -m support.report --results $(RUNS)
 
 reproduce: experiments ## the main command: data, experiments, book, and what reproduced
-	@echo "building the book …"
 	@$(MAKE) report
+	@echo
 	@$(MAKE) book
 
 smoke: ## the whole path at a tiny size, in a minute or two; its results never count

@@ -166,9 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         main_runs, aside = sources(arguments.results.resolve(), smoke=arguments.smoke)
-        print(f"book: numbers of {origin(main_runs[PAPER_FIGURE])}", flush=True)
+        print(f"building the book with {origin(main_runs[PAPER_FIGURE])} …", flush=True)
         if aside:
-            print(f"book: beside it {figures.warning(aside[PAPER_FIGURE].record)}", flush=True)
+            print(f"… and beside it {figures.warning(aside[PAPER_FIGURE].record)}", flush=True)
         prepare(main_runs, aside)
         index = build(arguments.output.resolve())
     except BookError as error:
