@@ -33,6 +33,7 @@ BOOK_OUTPUT := $(if $(SMOKE),$(RESULTS),book)
 # The data set in use, chosen by `make data`; read when a recipe runs.
 CHOSEN = $$(cat $(CHOICE) 2>/dev/null || echo mnist)
 RUNS = $(RESULTS)/$(CHOSEN)
+RUN = $(PY) -m support.runs $(SIZE) --dataset $(CHOSEN) --results $(RUNS)
 
 .PHONY: help env data experiments report book reproduce smoke reference lint test test-full gpu-check clean
 
@@ -59,10 +60,11 @@ data: $(ENV) ## find or download MNIST, or fall back to the stand-in
 	@$(PY) -m support.data --dataset $(DATASET) --print-choice-to $(CHOICE)
 
 experiments: data ## run all notebooks that are not finished yet (make -j2: two at a time)
-	@names=$$($(PY) -m support.runs $(SIZE) --list) && $(MAKE) $$(printf 'run-%s ' $$names)
+	@$(RUN) --todo $(RESULTS)/.todo
+	@todo=$$(sed 's/^/run-/' $(RESULTS)/.todo); if [ -n "$$todo" ]; then $(MAKE) $$todo; fi
 
 run-%: $(ENV)
-	@$(PY) -m support.runs $(SIZE) --dataset $(CHOSEN) --results $(RUNS) $*
+	@$(RUN) $*
 
 book: $(ENV) ## build the book: from results made here if complete, else from data/reference
 	@$(PY) -m support.book $(SIZE) --results $(RUNS) --output $(BOOK_OUTPUT)

@@ -48,7 +48,7 @@ def test_a_finished_run_is_kept_until_something_changes(tmp_path, capsys):
     assert (folder / "tiny" / "value.txt").read_text() == "8"
     notebook(tmp_path, TINY + "# changed\n")  # other code
     assert runs.execute(spec(path, number=4), folder, "digits")
-    assert "made again" in capsys.readouterr().out
+    assert "to be made again" in capsys.readouterr().out
     assert set(results.load(folder)) == {"tiny"}
 
 
@@ -122,10 +122,10 @@ def test_missing_notebook_names_those_there(tmp_path):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    assert runs.main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == [
-        "checks", *[f"sigmoid-seed-{seed}" for seed in range(5)]
-    ]  # fmt: skip
+    todo = tmp_path / "todo"
+    assert runs.main(["--todo", str(todo), "--results", str(tmp_path), "--dataset", "digits"]) == 0
+    assert todo.read_text().split() == ["checks", *[f"sigmoid-seed-{seed}" for seed in range(5)]]
+    assert "notebooks done: 0 of 6" in capsys.readouterr().out
     assert runs.main(["sigmoid-seed-9", "--results", str(tmp_path)]) == 1
     assert "no runs named sigmoid-seed-9; there are: checks" in capsys.readouterr().err
 

@@ -72,7 +72,8 @@ def record(
 
     Args:
         parameters: All parameters of the notebook.
-        data: Name, title, digest of the data set, and whether it is the real MNIST.
+        data: Name, title, digest of the data set, and whether it is the real MNIST; empty for a
+            run that needs none.
         started: ``time.time()`` at the start.
         device: Where the network was trained and measured.
     """
@@ -80,7 +81,7 @@ def record(
     return {
         "parameters": dict(parameters),
         "data": dict(data),
-        "counts": bool(data.get("is_mnist")) and not limited,
+        "counts": bool(data.get("is_mnist", True)) and not limited,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "commit": commit(),
         "machine": {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import torch
 import yaml
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
@@ -77,28 +79,44 @@ def execute(spec: Spec, folder: Path, dataset: str) -> bool:
         DataError: the data cannot be read.
     """
     defaults = check_parameters(spec.notebook, spec.parameters)
-    parameters = dict(spec.parameters)
-    fingerprint = [spec.notebook.read_bytes(), repr(sorted(parameters.items())).encode()]
-    fingerprint += [path.read_bytes() for path in sorted(SOURCES)]
-    if "dataset" in defaults:
-        parameters["dataset"] = dataset
-        fingerprint.append(data.load(dataset).digest.encode())
-    digest = results.digest(fingerprint)
     with lock(folder, spec.name):
-        old = results.load(folder).get(spec.name)
-        if old and old.record.get("fingerprint") == digest:
-            say(spec.name, f"kept, finished {old.record['started']}")
+        if is_finished(spec, folder, dataset):
             return False
-        if old:
-            say(spec.name, "notebook, parameters, data or code changed: made again")
         partial = folder / ".partial" / spec.name
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if "out" in defaults:
-            parameters |= {"out": os.path.relpath(partial, NOTEBOOKS), "name": spec.name}
+        ours = {"dataset": dataset, "out": os.path.relpath(partial, NOTEBOOKS), "name": spec.name}
+        parameters = spec.parameters | {k: v for k, v in ours.items() if k in defaults}
+        digest, started = fingerprint(spec, dataset), time.time()
         run_notebook(spec, partial / "notebook.ipynb", parameters)
-        finish(partial, folder / spec.name, spec, digest)
+        finish(partial, folder / spec.name, spec, digest, started)
     return True
+
+
+def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
+    """Whether the run lies in ``folder`` as its notebook, parameters, data and code make it."""
+    old = results.load(folder).get(spec.name)
+    if old and old.record.get("fingerprint") == fingerprint(spec, dataset):
+        say(spec.name, f"kept, finished {old.record['started']}")
+        return True
+    if old:
+        say(spec.name, "notebook, parameters, data or code changed: to be made again")
+    return False
+
+
+def fingerprint(spec: Spec, dataset: str) -> str:
+    """SHA-256 of what a run is made of: notebook, parameters, data, fimlib, figures."""
+    parts = [spec.notebook.read_bytes(), repr(sorted(spec.parameters.items())).encode()]
+    parts += [path.read_bytes() for path in sorted(SOURCES)]
+    if "dataset" in check_parameters(spec.notebook, spec.parameters):
+        parts.append(data_digest(dataset).encode())
+    return results.digest(parts)
+
+
+@functools.cache
+def data_digest(dataset: str) -> str:
+    """SHA-256 of a data set."""
+    return data.load(dataset).digest
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> set[str]:
@@ -148,21 +166,21 @@ def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
         raise RunError(f"{spec.name}: {spec.notebook.name} could not be run: {error}") from error
 
 
-def finish(partial: Path, final: Path, spec: Spec, digest: str) -> None:
+def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) -> None:
     """Clean the executed notebook, complete the record, give the folder its final name."""
     path = partial / "notebook.ipynb"
     notebook = nbformat.read(path, as_version=4)
     if notebook.metadata.papermill.exception:
         raise RunError(f"{spec.name}: the notebook ended with an error; see {path}")
-    seconds = notebook.metadata.papermill.duration
-    started = notebook.metadata.papermill.start_time
     notebook.metadata.pop("papermill")  # it holds this machine's paths
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     results.write_text(path, nbformat.writes(notebook))
     old = results.load(partial.parent).get(partial.name)
-    record = old.record if old else {"started": started[:19] + "Z", "seconds": round(seconds, 1)}
+    record = (
+        old.record if old else results.record(spec.parameters, {}, started, torch.device("cpu"))
+    )
     results.save(partial, None, record | {"title": spec.title, "fingerprint": digest})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
@@ -202,24 +220,28 @@ def main(argv: list[str] | None = None) -> int:
     """Make runs; see the module. Exit status 1 with a message if one cannot be made."""
     parser = argparse.ArgumentParser(prog="support.runs", description=__doc__)
     parser.add_argument("names", nargs="*", help="runs to make; none: all")
-    parser.add_argument("--list", action="store_true", help="print the names of all runs")
+    parser.add_argument("--todo", type=Path, help="only write the unfinished runs' names here")
     parser.add_argument("--smoke", action="store_true", help="at smoke size")
     parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
     arguments = parser.parse_args(argv)
+    folder, dataset = arguments.results, arguments.dataset
     known = specs(smoke=arguments.smoke)
-    if arguments.list:
-        print("\n".join(known))
-        return 0
+    names = arguments.names or list(known)
     try:
-        unknown = sorted(set(arguments.names) - set(known))
+        unknown = sorted(set(names) - set(known))
         if unknown:
             raise RunError(f"no runs named {', '.join(unknown)}; there are: {', '.join(known)}.")
-        for name in arguments.names or known:
+        if arguments.todo:
+            todo = [name for name in names if not is_finished(known[name], folder, dataset)]
+            results.write_text(arguments.todo, "\n".join(todo))
+            print(f"notebooks done: {len(names) - len(todo)} of {len(names)}", flush=True)
+            return 0
+        for name in names:
             start = time.monotonic()
-            if execute(known[name], arguments.results, arguments.dataset):
+            if execute(known[name], folder, dataset):
                 say(name, f"finished in {time.monotonic() - start:.0f} s")
-            done = set(results.load(arguments.results)) & set(known)
+            done = set(results.load(folder)) & set(known)
             print(f"notebooks done: {len(done)} of {len(known)}", flush=True)
     except (RunError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)

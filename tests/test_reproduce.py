@@ -1,0 +1,175 @@
+"""The commands of the README, in a copy of the project, at smoke size and without a network."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from support import data, results, runs
+
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", "results", "mnist", "_build", "_generated", "*.egg-info", ".*_cache",
+    "__pycache__",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of what is committed, with this environment's Python in the place of its own."""
+    return shutil.copytree(results.ROOT, tmp_path_factory.mktemp("copy") / "p", ignore=NOT_COPIED)
+
+
+def make(project, *arguments, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("MNIST_DIR", "MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        ["make", f"PY={sys.executable}", *arguments], cwd=project, capture_output=True, text=True,
+        env=kept | environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smoke(project):
+    """`make smoke` with MNIST where it lies here, else with the stand-in, the network cut."""
+    try:
+        folder = data.find_mnist()
+    except data.DataError:
+        folder = None
+    extra = [f"MNIST_DIR={folder}"] if folder else []
+    return make(project, "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
+
+
+def html(project, page):
+    return (project / "results/smoke/_build/html" / page).read_text(encoding="utf-8")
+
+
+def test_the_whole_path(project, smoke):
+    done, chosen = smoke
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "notebooks done: 3 of 3" in done.stdout
+    assert "epoch  1/1  loss" in done.stdout
+    assert "None of the paper's claims is judged by this" in done.stdout
+    assert done.stdout.rstrip().endswith("results/smoke/_build/html/index.html")
+    assert set(results.load(project / "results/smoke" / chosen)) == set(runs.specs(smoke=True))
+
+
+def test_the_book_shows_the_reference_and_says_what_does_not_count(project, smoke):
+    warning = {"mnist": "SMOKE SIZE", "digits": "NOT MNIST"}[smoke[1]]
+    for page in ("index.html", "section-5-3.html"):
+        text = html(project, page)
+        assert "the reference run, committed with this book" in text
+        assert warning in text
+    notebook = html(project, "_generated/notebooks/not-counted-sigmoid-seed-0.html")
+    assert warning in re.search(r"<title>(.*?)</title>", notebook, re.DOTALL)[1]
+    assert warning not in html(project, "_generated/notebooks/sigmoid-seed-0.html")
+
+
+def test_the_book_needs_no_network(project, smoke):  # noqa: ARG001
+    """Nothing is loaded from elsewhere: scripts, styles, images and fonts lie beside the pages."""
+    root = project / "results/smoke/_build/html"
+    for path in root.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|iframe|source)[^>]*?\bsrc=\"([^\"]+)\"", path.read_text()
+        )
+        loaded += re.findall(r"<link[^>]*?\bhref=\"([^\"]+)\"", path.read_text())
+        assert loaded
+        for target in loaded:
+            assert not re.match(r"(https?:)?//", target), (path.name, target)
+    index = html(project, "index.html")
+    assert "tex-svg-full.js" in index
+    assert (root / "_static/tex-svg-full.js").stat().st_size > 1e6
+
+
+def test_paper_numbers_in_the_book(project, smoke):  # noqa: ARG001
+    """Equations and statements carry the paper's numbers, on other pages too."""
+    appendix = html(project, "appendix-a.html")
+    assert "Lemma A.1" in appendix
+    section = html(project, "section-5-3.html")
+    assert "Theorem 4.1" in section
+    assert re.search(r'href="appendix-a.html#[^"]*eq-24"[^>]*>\s*\(?24\)?', section)
+
+
+def test_numbers_of_the_pages_come_from_the_notebook(project, smoke):  # noqa: ARG001
+    """A number that is quoted on a page is the one in the executed notebook, rounded."""
+    notebook = (results.ROOT / "data/reference/checks/notebook.ipynb").read_text()
+    value = float(re.search(r"s1_min_eigenvalue_i2 = (\S+?)\\n", notebook)[1])
+    assert f"{value:.2f}".lstrip("-") in html(project, "section-1.html")
+
+
+def test_a_second_call_keeps_what_is_finished(project, smoke):
+    before = results.load(project / "results/smoke" / smoke[1])
+    extra = [] if smoke[1] == "digits" else [f"MNIST_DIR={data.find_mnist()}"]
+    done = make(project, "experiments", "SMOKE=1", *extra, **OFFLINE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kept, finished") == 3
+    after = results.load(project / "results/smoke" / smoke[1])
+    assert {n: r.record for n, r in before.items()} == {n: r.record for n, r in after.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "DATASET=mnist"], "MNIST"),
+        (["data", "MNIST_DIR=no/such/folder"], "no/such/folder"),
+        (["data", "DATASET=cifar"], "cifar"),
+        (["run-nothing"], "no runs named nothing; there are: checks"),
+        (["report", "RESULTS=nowhere"], "no finished runs"),
+    ],
+)
+def test_targets_fail_with_a_message_and_no_traceback(project, arguments, message):
+    done = make(project, *arguments, **OFFLINE)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_help_names_every_target(project):
+    text = make(project, "help").stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (project / "Makefile").read_text(), re.MULTILINE)[1]
+    assert all(f"  {target} " in text for target in phony.split())
+
+
+def test_gpu_check_says_what_it_did(project):
+    done = make(project, "gpu-check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"no CUDA device|: ok", done.stdout)
+
+
+def test_old_python_is_refused(project):
+    fake = project / "old-python"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["make", "env", f"PYTHON={fake}"], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "is not Python 3.11 to 3.13" in done.stderr
+
+
+def test_conda_environment_is_the_same():
+    environment = yaml.safe_load((results.ROOT / "environment.yml").read_text())
+    python, *_, pip = environment["dependencies"]
+    assert python == "python=3.11"
+    assert pip == {"pip": ["-r requirements.txt", "-e ."]}
+
+
+def test_everything_is_pinned():
+    lines = (results.ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", pin) for pin in pins)
+    names = {pin.split("==")[0].lower() for pin in pins}
+    assert names >= {"jupyter-book", "torch", "backpack-for-pytorch", "pytorch-minimize"}
+    assert names >= {"matplotlib", "papermill", "ruff", "mypy", "pytest"}
+
+
+def test_no_path_of_a_machine_and_no_outputs_in_the_repository():
+    committed = subprocess.run(
+        ["git", "ls-files"], cwd=results.ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    for name in committed:
+        path = results.ROOT / name
+        if path.is_file() and path.suffix not in (".png",):
+            assert str(results.ROOT.parent) + "/" not in path.read_text(encoding="utf-8"), name
