@@ -31,7 +31,10 @@ from papermill.exceptions import PapermillException, PapermillExecutionError
 from support import data, results
 
 NOTEBOOKS = results.ROOT / "notebooks"
-SOURCES = [*(results.ROOT / "fimlib").glob("*.py"), NOTEBOOKS / "support" / "figures.py"]
+SOURCES = [
+    *(results.ROOT / "fimlib").glob("*.py"),
+    *(NOTEBOOKS / "support" / f"{name}.py" for name in ("data", "figures", "results")),
+]
 
 
 class RunError(Exception):
@@ -105,7 +108,7 @@ def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
 
 
 def fingerprint(spec: Spec, dataset: str) -> str:
-    """SHA-256 of what a run is made of: notebook, parameters, data, fimlib, figures."""
+    """SHA-256 of what a run is made of: notebook, parameters, data, and the code that it calls."""
     parts = [spec.notebook.read_bytes(), repr(sorted(spec.parameters.items())).encode()]
     parts += [path.read_bytes() for path in sorted(SOURCES)]
     if "dataset" in check_parameters(spec.notebook, spec.parameters):
