@@ -59,7 +59,8 @@ def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
             results.write_text(target, page(run, origin(run)))
     counted, beside = report.experiment(main), report.experiment(aside)
     draw(counted, "")
-    landing, section = [shown(counted, "")], [shown(counted, ""), table(counted, "")]
+    landing = [shown(counted, ""), summary(counted)]
+    section = [shown(counted, ""), table(counted, "")]
     if beside:
         draw(beside, "not-counted-")
         landing.append(shown(beside, "not-counted-"))
@@ -113,6 +114,20 @@ def shown(group: Mapping[str, Run], prefix: str) -> str:
         f"```{{figure}} _generated/{prefix}figure-1.svg\n:alt: {warn + '. ' if warn else ''}{alt}\n"
         f":width: 100%\n\nThe paper's Figure 1, drawn from {origin(run)}. "
         f"{figures.caption(run.record)}\n```\n"
+    )
+
+
+def summary(group: Mapping[str, Run]) -> str:
+    """What was found, in a few lines for the landing page."""
+    ours = {fact.statement: fact.ours for fact in report.facts(group)}
+    return (
+        f"**What we find**, with {len(group)} seeds, from {origin(group[PAPER_FIGURE])}:\n\n"
+        f"* *Do the bounds hold?* {ours[report.BOUNDS]}.\n"
+        "* *The output layer:* Î₂ has no variance there at all (Remark 4.4); that of Î₁ is the "
+        f"largest of all layers in {ours[report.LARGEST]}.\n"
+        f"* *The hidden layers:* Î₁ has the smaller variance in {ours[report.SMALLER]}.\n"
+        f"* *How tight are the bounds?* In the hidden layers, UB/V₁: {ours[report.TIGHT_1]}; "
+        f"UB/V₂: {ours[report.TIGHT_2]}.\n"
     )
 
 

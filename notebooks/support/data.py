@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pooch
 import requests
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -274,6 +273,8 @@ def _living_mirrors() -> list[str]:
 def _fetch(name: str, mirrors: Sequence[str], scratch: Path) -> Path:
     """Download one file into `scratch` from the first mirror that delivers the right bytes."""
     path = scratch / f"{name}.gz"
+    import pooch  # here, since its progress bar warns on import inside a notebook
+
     download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
     failures = []
     for mirror in [*mirrors] * ROUNDS:

@@ -31,8 +31,7 @@ LINES = [
 ]  # fmt: skip
 STYLE: Any = {
     "svg.hashsalt": "fimlib",  # the same figure gives the same file
-    "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -55,7 +54,7 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any]) -> Figure:
     num_samples = record["parameters"]["num_samples"]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(layers), figsize=(3.1 * len(layers) + 0.6, 6.2), sharex=True, sharey="row",
+            2, len(layers), figsize=(2.6 * len(layers) + 0.6, 6.4), sharex=True, sharey="row",
             squeeze=False, height_ratios=[3, 2], layout="constrained",
         )  # fmt: skip
         for k, layer in enumerate(layers):
@@ -128,7 +127,7 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
     layers = sorted({layer for ratio in ratios.values() for layer, _ in ratio.index})[:-1]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(layers), figsize=(3.3 * len(layers) + 0.6, 3.4), sharey=True, squeeze=False,
+            1, len(layers), figsize=(3.1 * len(layers) + 0.6, 3.6), sharey=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for ax, layer in zip(axes[0], layers, strict=True):

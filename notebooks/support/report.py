@@ -16,6 +16,11 @@ from support import figures, results
 from support.results import NETWORK, Run
 
 REFERENCE = results.ROOT / "data" / "reference"
+TIGHT_2 = "UB/V₂ in the hidden layers"
+TIGHT_1 = "UB/V₁ in the hidden layers"
+SMALLER = "V₁ < V₂ in the hidden layers"
+LARGEST = "V₁ is largest in the last layer"
+BOUNDS = "bounds of Theorem 4.1 hold"
 
 
 class Fact(NamedTuple):
@@ -57,29 +62,28 @@ def facts(runs: Mapping[str, Run]) -> list[Fact]:
             f"{accuracy.min():.2%} to {accuracy.max():.2%} over {len(accuracy)} seeds",
         ),
         Fact(
-            "bounds of Theorem 4.1 hold",
+            BOUNDS,
             "always",
             f"{violations:,.0f} violations in {checks:,.0f} checks (I, V₁, V₂ at every parameter, "
             "epoch and seed)",
         ),
         Fact("V₂ in the last layer", "0", f"largest value {output.V2.max():g}"),
-        Fact("V₁ is largest in the last layer", "yes", share(largest)),
+        Fact(LARGEST, "yes", share(largest)),
         Fact(
             "√V₁ against I in the last layer",
             "close to the scale of I",
-            f"√V₁/I from {scale.min():.2g} to {scale.max():.2g} at N = {num_samples:,}, from "
-            f"{(scale * num_samples**0.5).min():.2g} to {(scale * num_samples**0.5).max():.2g} "
-            "at N = 1",
+            f"√V₁/I: {spread(scale)} at N = {num_samples:,}; "
+            f"{spread(scale * num_samples**0.5)} at N = 1",
         ),
         Fact(
-            "V₁ < V₂ in the hidden layers",
+            SMALLER,
             "in the first three layers",
             share(smaller)
             + "; "
             + ", ".join(f"layer {k}: {r['sum']} of {r['count']}" for k, r in by_layer.iterrows()),
         ),
-        Fact("UB/V₁ in the hidden layers", "about 50", spread(hidden.V1_upper / hidden.V1)),
-        Fact("UB/V₂ in the hidden layers", "about 20", spread(hidden.V2_upper / hidden.V2)),
+        Fact(TIGHT_1, "about 50", spread(hidden.V1_upper / hidden.V1)),
+        Fact(TIGHT_2, "about 20", spread(hidden.V2_upper / hidden.V2)),
         Fact(
             "|Î₁ − Î₂| / I in the hidden layers",
             "almost identical",
@@ -100,7 +104,12 @@ def share(holds: pd.Series[bool]) -> str:
 
 def spread(x: pd.Series[float]) -> str:
     """Median and range over layers, epochs and seeds."""
-    return f"median {x.median():.2g}, from {x.min():.2g} to {x.max():.2g}"
+    return f"median {short(x.median())}, from {short(x.min())} to {short(x.max())}"
+
+
+def short(x: float) -> str:
+    """Two significant digits, without an exponent where that is easier to read."""
+    return f"{float(f'{x:.2g}'):g}"
 
 
 def against_reference(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
@@ -139,7 +148,8 @@ def as_text(rows: list[Fact]) -> str:
 def as_markdown(rows: list[Fact]) -> str:
     """The table for the book."""
     lines = ["| statement | the paper | these runs |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {f.statement} | {f.paper} | {f.ours} |" for f in rows])
+    cells = [[text.replace("|", "\\|") for text in row] for row in rows]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
 
 def main(argv: list[str] | None = None) -> int:

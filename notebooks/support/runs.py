@@ -179,7 +179,9 @@ def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) 
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-    results.write_text(path, nbformat.writes(notebook))
+        if "outputs" in cell:
+            cell.outputs = merge_lines(cell.outputs)
+    results.write_text(path, nbformat.writes(notebook).replace(str(results.ROOT), "."))
     old = results.load(partial.parent).get(partial.name)
     record = (
         old.record if old else results.record(spec.parameters, {}, started, torch.device("cpu"))
@@ -187,6 +189,17 @@ def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) 
     results.save(partial, None, record | {"title": spec.title, "fingerprint": digest})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
+
+
+def merge_lines(outputs: list[Any]) -> list[Any]:
+    """Join printed lines that came one by one into one output."""
+    merged: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
 
 
 @contextmanager
