@@ -62,9 +62,11 @@ def test_the_book_shows_the_reference_and_says_what_does_not_count(project, smok
         text = html(project, page)
         assert "the reference run, committed with this book" in text
         assert warning in text
-    notebook = html(project, "_generated/notebooks/not-counted-sigmoid-seed-0.html")
-    assert warning in re.search(r"<title>(.*?)</title>", notebook, re.DOTALL)[1]
-    assert warning not in html(project, "_generated/notebooks/sigmoid-seed-0.html")
+    for prefix, there in (("not-counted-", True), ("", False)):
+        page = html(project, f"_generated/notebooks/{prefix}sigmoid-seed-0.html")
+        [article] = re.findall(r"<article.*?</article>", page, re.DOTALL)
+        assert (warning in re.search(r"<h1>(.*?)<", article)[1]) == there
+        assert (warning in article) == there
 
 
 def test_the_book_needs_no_network(project, smoke):  # noqa: ARG001

@@ -81,7 +81,7 @@ def page(run: Run, made: str) -> str:
     notebook = nbformat.read(run.folder / "notebook.ipynb", as_version=4)
     rest = notebook.cells[0].source.partition("\n")[2]
     warn = figures.warning(run.record)
-    title = f"{warn}: {run.record['title']}" if warn else run.record["title"]
+    title = f"{warn.split(':')[0]}: {run.record['title']}" if warn else run.record["title"]
     machine = run.record["machine"]
     notebook.cells[0].source = (
         f"# {title}\n\n```{{{'warning' if warn else 'note'}}}\n"
