@@ -97,33 +97,35 @@ def forward(
 
 
 def backward(outputs: Tensor, steps: list[LinearStep | ElementwiseStep]) -> tuple[Block, ...]:
-    """Carry R = ∂(h, s of all units further on) back to the first layer.
+    """Carry derivatives back to the first layer, at every place with respect to its n values.
 
-    R is [B, T + U, n] at a place with n values and U hidden units behind it; curvature is
-    [B, T, U], σ''(s_u) ∂h^a/∂z_u.
+    R, [B, T + U, n], holds the Jacobian of the T outputs and of the U pre-activations behind the
+    next linear layer; curvature, [B, T, U], holds σ''(s_u) ∂h^a/∂z_u of those. Units before that
+    layer still act on h one by one: bend, [B, T, n], is what they add to the second derivatives.
     """
     size, num_outputs = outputs.shape
-    eye = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device)
-    R = eye.expand(size, -1, -1)
-    curvature = outputs.new_zeros(size, num_outputs, 0)
+    R = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).expand(size, -1, -1)
+    bend = torch.zeros_like(R)
+    curvature = R[:, :, :0]
     blocks: list[Block] = []
     first_linear = next((i for i, s in enumerate(steps) if isinstance(s, LinearStep)), len(steps))
     for i, step in reversed(list(enumerate(steps[first_linear:]))):
         J = R[:, :num_outputs]
-        if isinstance(step, LinearStep):
-            S = curvature @ R[:, num_outputs:].square()
-            factors = {"weight": step.z, "bias": None}
-            inputs = {join(step.name, n): factors[n] for n, _ in step.module.named_parameters()}
-            blocks.append(Block(step.name, J, S, inputs))
-            if i > 0:  # before the first linear layer there is nothing left to differentiate
-                R = R @ step.module.weight
-        else:
-            R_s = R * step.first[:, None]
-            if step.second.any():  # a piecewise linear nonlinearity has no curvature to carry
-                curvature = torch.cat([curvature, J * step.second[:, None]], dim=2)
-                units = torch.eye(R.shape[2], dtype=R.dtype, device=R.device)
-                R_s = torch.cat([R_s, units.expand(size, -1, -1)], dim=1)
-            R = R_s
+        if isinstance(step, ElementwiseStep):
+            bend = bend * step.first.square()[:, None] + J * step.second[:, None]
+            R = R * step.first[:, None]
+            continue
+        S = curvature @ R[:, num_outputs:].square() + bend
+        factors = {"weight": step.z, "bias": None}
+        inputs = {join(step.name, n): factors[n] for n, _ in step.module.named_parameters()}
+        blocks.append(Block(step.name, J, S, inputs))
+        if i > 0:  # before the first linear layer there is nothing left to differentiate
+            weight = step.module.weight
+            R = R @ weight
+            if bend.any():  # piecewise linear units have no curvature to carry
+                curvature = torch.cat([curvature, bend], dim=2)
+                R = torch.cat([R, weight.expand(size, -1, -1)], dim=1)
+            bend = torch.zeros_like(R[:, :num_outputs])
     return tuple(reversed(blocks))
 
 
