@@ -23,10 +23,11 @@ def project(tmp_path_factory):
     return shutil.copytree(results.ROOT, tmp_path_factory.mktemp("copy") / "p", ignore=NOT_COPIED)
 
 
-def make(project, *arguments, **environment):
-    kept = {k: v for k, v in os.environ.items() if k not in ("MNIST_DIR", "MAKEFLAGS", "MAKELEVEL")}
+def make(project, *arguments, python=(f"PY={sys.executable}",), **environment):
+    ours = ("MNIST_DIR", "DATASET", "PY", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
-        ["make", f"PY={sys.executable}", *arguments], cwd=project, capture_output=True, text=True,
+        ["make", *python, *arguments], cwd=project, capture_output=True, text=True,
         env=kept | environment, check=False,
     )  # fmt: skip
 
@@ -144,9 +145,7 @@ def test_old_python_is_refused(project):
     fake = project / "old-python"
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
-    done = subprocess.run(
-        ["make", "env", f"PYTHON={fake}"], cwd=project, capture_output=True, text=True, check=False
-    )
+    done = make(project, "env", python=(f"PYTHON={fake}",))
     assert done.returncode != 0
     assert "is not Python 3.11 to 3.13" in done.stderr
 

@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "network"  # the layer column of values that belong to no single layer
 COLUMNS = ["run", "epoch", "layer", "quantity", "value"]
-PACKAGES = ("fimlib", "torch", "numpy", "scipy", "pandas", "matplotlib", "papermill")
+PACKAGES = ("fimlib", "numpy", "scipy", "pandas", "matplotlib", "papermill")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def record(
         "parameters": dict(parameters),
         "data": dict(data),
         "counts": bool(data.get("is_mnist", True)) and not limited,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {p: version(p) for p in PACKAGES},
         "commit": commit(),
         "machine": {
             "processor": processor(),
