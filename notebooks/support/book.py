@@ -22,7 +22,8 @@ from support.results import Run
 
 BOOK = results.ROOT / "book"
 GENERATED = BOOK / "_generated"
-PAPER_FIGURE = "sigmoid-seed-0"  # the run that Figure 1 shows
+PAPER = "sigmoid"  # the experiment of Section 5.3 …
+PAPER_FIGURE = "sigmoid-seed-0"  # … and the run of it that Figure 1 shows
 
 
 class BookError(Exception):
@@ -39,14 +40,14 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
     Raises:
         BookError: there is no reference run and nothing to show instead.
     """
-    here = {name: run for name, run in results.load(folder).items() if name in runs.specs()}
+    here = results.load(folder, runs.specs())
     complete = set(here) == set(runs.specs(smoke=smoke))
-    if complete and all(run.counts for run in report.experiment(here).values()):
+    if complete and all(run.counts for run in here.values()):
         return here, {}
     reference = results.load(report.REFERENCE)
     if PAPER_FIGURE not in reference:
         raise BookError(f"no reference run in {os.path.relpath(report.REFERENCE)}: make reproduce")
-    return reference, here if complete else {}
+    return reference, {n: run for n, run in here.items() if complete and not run.counts}
 
 
 def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
@@ -57,7 +58,7 @@ def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
         for name, run in group.items():
             target = GENERATED / "notebooks" / f"{prefix}{name}.ipynb"
             results.write_text(target, page(run, origin(run)))
-    counted, beside = report.experiment(main), report.experiment(aside)
+    counted, beside = (report.experiments(group).get(PAPER, {}) for group in (main, aside))
     draw(counted, "")
     landing = [shown(counted, ""), summary(counted)]
     section = [shown(counted, ""), table(counted, "")]

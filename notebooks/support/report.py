@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from support import figures, results
+from support import figures, results, runs
 from support.results import NETWORK, Run
 
 REFERENCE = results.ROOT / "data" / "reference"
@@ -31,13 +31,13 @@ class Fact(NamedTuple):
     ours: str
 
 
-def facts(runs: Mapping[str, Run]) -> list[Fact]:
+def facts(group: Mapping[str, Run]) -> list[Fact]:
     """The statements of Section 5.3 that this experiment can speak of.
 
     Args:
-        runs: Runs of one network with different seeds.
+        group: Runs of one experiment with different seeds.
     """
-    tables = {name: run.values for name, run in runs.items()}
+    tables = {name: run.values for name, run in group.items()}
     values = pd.concat(tables.values())
     wide = values[values.layer != NETWORK].pivot_table(
         index=["run", "epoch", "layer"], columns="quantity", values="value"
@@ -52,7 +52,7 @@ def facts(runs: Mapping[str, Run]) -> list[Fact]:
     by_layer = smaller.groupby("layer").agg(["sum", "count"])
     largest = hidden.V1.groupby(["run", "epoch"]).max() < output.V1
     scale = np.sqrt(output.V1) / output.I
-    num_samples = next(iter(runs.values())).record["parameters"]["num_samples"]
+    num_samples = next(iter(group.values())).record["parameters"]["num_samples"]
     silent = (wide.V1_sample == 0) & (wide.V1 > 0) if "V1_sample" in wide else None
     difference = (hidden.I1 - hidden.I2).abs() / hidden.I
     return [
@@ -112,15 +112,15 @@ def short(x: float) -> str:
     return f"{float(f'{x:.2g}'):g}"
 
 
-def against_reference(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
+def against_reference(group: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
     """In a sentence: are the results those of the committed reference run, and if not how far."""
-    common = sorted(set(runs) & set(reference))
+    common = sorted(set(group) & set(reference))
     if not common:
         return "There is no reference run to compare with."
-    if all(runs[n].values.equals(reference[n].values) for n in common):
+    if all(group[n].values.equals(reference[n].values) for n in common):
         return f"All values of {len(common)} runs are identical to the reference run's."
     keys = ["run", "epoch", "layer", "quantity"]
-    both = pd.concat([runs[n].values for n in common]).merge(
+    both = pd.concat([group[n].values for n in common]).merge(
         pd.concat([reference[n].values for n in common]), on=keys, suffixes=("", "_reference")
     )
     both = both[both.quantity.isin(["I", "V1", "V2"]) & (both.value > 0)]
@@ -132,9 +132,13 @@ def against_reference(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> 
     )
 
 
-def experiment(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """The runs of the MNIST experiment among all runs."""
-    return {name: run for name, run in runs.items() if (run.folder / "values.csv").is_file()}
+def experiments(found_runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
+    """The runs that have values, by the experiment that they repeat with another seed."""
+    found: dict[str, dict[str, Run]] = {}
+    for name, run in found_runs.items():
+        if (run.folder / "values.csv").is_file():
+            found.setdefault(run.record["experiment"], {})[name] = run
+    return found
 
 
 def as_text(rows: list[Fact]) -> str:
@@ -157,17 +161,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="support.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
     arguments = parser.parse_args(argv)
-    runs = experiment(results.load(arguments.results))
-    if not runs:
+    found = experiments(results.load(arguments.results, runs.specs()))
+    if not found:
         print(f"error: no finished runs in {arguments.results}: make reproduce", file=sys.stderr)
         return 1
-    record = next(iter(runs.values())).record
-    print(f"\nSection 5.3 on {record['data']['title']}, {len(runs)} seeds:")
-    print(as_text(facts(runs)))
-    if all(run.counts for run in runs.values()):
-        print(against_reference(runs, experiment(results.load(REFERENCE))))
-    else:
-        print(f"*** {figures.warning(record)}. None of the paper's claims is judged by this. ***")
+    reference = results.load(REFERENCE)
+    for name, group in found.items():
+        record = next(iter(group.values())).record
+        print(f"\nExperiment {name!r} on {record['data']['title']}, {len(group)} runs:")
+        print(as_text(facts(group)))
+        if all(run.counts for run in group.values()):
+            print(against_reference(group, reference))
+        else:
+            print(
+                f"*** {figures.warning(record)}. None of the paper's claims is judged by this. ***"
+            )
     return 0
 
 

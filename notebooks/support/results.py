@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -106,14 +106,18 @@ def save(folder: str | Path, values: pd.DataFrame | None, made_by: Mapping[str, 
     write_text(folder / "record.json", json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
 
 
-def load(folder: Path) -> dict[str, Run]:
-    """The finished runs in a folder of runs, by name; a folder without a record is none."""
+def load(folder: Path, names: Collection[str] | None = None) -> dict[str, Run]:
+    """The finished runs in a folder of runs, by name; a folder without a record is none.
+
+    Args:
+        folder: Where the runs lie.
+        names: Which runs are wanted; all if None.
+    """
     found = {}
     for path in sorted(folder.glob("*/record.json")):
-        if not path.parent.name.startswith("."):
-            found[path.parent.name] = Run(
-                path.parent.name, path.parent, json.loads(path.read_text())
-            )
+        name = path.parent.name
+        if not name.startswith(".") and (names is None or name in names):
+            found[name] = Run(name, path.parent, json.loads(path.read_text(encoding="utf-8")))
     return found
 
 

@@ -49,6 +49,7 @@ class Spec:
     title: str
     notebook: Path
     parameters: dict[str, Any] = field(default_factory=dict)
+    experiment: str = ""  # what runs with different seeds have in common
 
 
 def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[str, Spec]:
@@ -61,11 +62,11 @@ def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[s
             parameters |= plan["smoke"]["parameters"].get(run["notebook"], {})
         notebook = path.parent / run["notebook"]
         if "seeds" not in run:
-            found[name] = Spec(name, run["title"], notebook, parameters)
+            found[name] = Spec(name, run["title"], notebook, parameters, name)
         for seed in run.get("seeds", []):
             if not smoke or seed in plan["smoke"]["seeds"]:
                 title, key = run["title"].format(seed=seed), f"{name}-seed-{seed}"
-                found[key] = Spec(key, title, notebook, parameters | {"seed": seed})
+                found[key] = Spec(key, title, notebook, parameters | {"seed": seed}, name)
     return found
 
 
@@ -186,7 +187,8 @@ def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) 
     record = (
         old.record if old else results.record(spec.parameters, {}, started, torch.device("cpu"))
     )
-    results.save(partial, None, record | {"title": spec.title, "fingerprint": digest})
+    ours = {"title": spec.title, "experiment": spec.experiment, "fingerprint": digest}
+    results.save(partial, None, record | ours)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
 
