@@ -26,35 +26,34 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
             "engine='backpack' needs BackPACK: pip install backpack-for-pytorch, or use the "
             "layerwise engine."
         ) from error
-    if any(True for _ in model.buffers()):
-        raise NotImplementedError(
-            "the backpack engine takes modules without buffers (no batch norm): their second "
-            "derivatives are not implemented there."
-        )
+    check_modules(model)
+    num_outputs = check_outputs(model, x)
     model = copy.deepcopy(model).requires_grad_(True)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            vars(module)["inplace"] = False  # BackPACK's hooks cannot follow it
     net, loss = backpack.extend(model), backpack.extend(nn.MSELoss(reduction="sum"))
     names = [name for name, _ in model.named_parameters()]
     gradients: dict[str, list[Tensor]] = {name: [] for name in names}
     hessians: dict[str, list[Tensor]] = {name: [] for name in names}
-    num_outputs = check_outputs(model, x)
     for a in range(num_outputs):
-        outputs = net(x)
-        half = torch.zeros_like(outputs)
-        half[:, a] = 0.5
-        with backpack.backpack(BatchGrad(), BatchDiagHessian()), warnings.catch_warnings():
+        with (
+            torch.enable_grad(),
+            backpack.backpack(BatchGrad(), BatchDiagHessian()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # torch's and BackPACK's own notices on hooks
+            outputs = net(x.clone())
+            half = torch.zeros_like(outputs)
+            half[:, a] = 0.5
             try:
                 loss(outputs, outputs.detach() - half).backward()
-            except NotImplementedError as error:
+            except (RuntimeError, AssertionError) as error:
+                known = ", ".join(f"{n!r} ({type(m).__name__})" for n, m in leaves(model))
                 raise NotImplementedError(
-                    f"BackPACK has no second derivative for a module of this network: {error}"
+                    f"BackPACK cannot differentiate one of the modules {known}: {error}"
                 ) from error
         for name, parameter in model.named_parameters():
-            if not hasattr(parameter, "grad_batch"):
-                raise NotImplementedError(
-                    f"BackPACK did not reach parameter {name!r}: the network must be made of "
-                    "modules that BackPACK knows, in an nn.Sequential."
-                )
             gradients[name].append(parameter.__dict__.pop("grad_batch"))
             hessians[name].append(parameter.__dict__.pop("diag_h_batch"))
     blocks = []
@@ -65,15 +64,43 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
     return Derivatives(outputs.detach(), tuple(blocks))
 
 
+def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that hold no others, by name; one that is used twice comes twice."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if not any(module.children())]
+
+
+def check_modules(model: nn.Module) -> None:
+    """Refuse what BackPACK would differentiate wrongly or stumble over."""
+    for name, module in model.named_modules():
+        if any(module.children()) and type(module).forward is not nn.Sequential.forward:
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) has its own forward(): the backpack "
+                "engine follows nn.Sequential only."
+            )
+    seen = set()
+    for name, module in leaves(model):
+        kind = f"module {name!r} ({type(module).__name__})"
+        has_buffers = next(module.buffers(), None) is not None
+        if not type(module).__module__.startswith("torch.nn.modules") or has_buffers:
+            raise NotImplementedError(
+                f"BackPACK has no second derivatives for {kind}: it knows torch's own modules, and "
+                "none with buffers."
+            )
+        if id(module) in seen:
+            raise NotImplementedError(f"{kind} is used twice: give every place its own module.")
+        seen.add(id(module))
+
+
 def check_outputs(model: nn.Module, x: Tensor) -> int:
     """T, the number of outputs; a ValueError if they are not [B, T]."""
     with torch.no_grad():
         try:
-            shape = model(x).shape
+            shape = model(x.clone()).shape
         except RuntimeError as error:
             raise ValueError(
                 f"the input {list(x.shape)} does not fit the model: {error}"
             ) from error
-    if len(shape) != 2 or shape[0] != len(x):
+    if len(shape) != 2 or shape[0] != len(x) or shape[1] == 0:
         raise ValueError(f"the model must return [B, T] outputs, got {list(shape)}.")
     return int(shape[1])

@@ -42,14 +42,21 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
     """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``."""
     modules = chain(model)
     with torch.no_grad():
-        outputs, steps = forward(modules, x)
+        outputs, steps = forward(modules, x.clone())
+        blocks = backward(outputs, steps)
         expected = model(x)
-        if outputs.shape != expected.shape or not torch.allclose(outputs, expected):
-            raise NotImplementedError(
-                "the model's forward pass does more than its modules in a row (a hook?): remove "
-                "what was added, or write the network as a plain nn.Sequential."
-            )
-        return Derivatives(outputs, backward(outputs, steps))
+    if not torch.isfinite(outputs).all():
+        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+    if outputs.shape != expected.shape or not torch.allclose(outputs, expected):
+        raise NotImplementedError(
+            "the model's forward pass is random or does more than its modules in a row: write the "
+            "network as a plain, deterministic nn.Sequential."
+        )
+    known = {name for block in blocks for name in block.inputs}
+    for name, _ in model.named_parameters():
+        if name not in known:
+            raise NotImplementedError(f"parameter {name!r} belongs to no Linear layer: remove it.")
+    return Derivatives(outputs, blocks)
 
 
 def chain(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
@@ -74,20 +81,13 @@ def forward(
 ) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
     """The outputs, and what the backward sweep needs of every step."""
     steps: list[LinearStep | ElementwiseStep] = []
-    seen: dict[int, str] = {}
     for name, module in modules:
-        for parameter_name, parameter in module.named_parameters():
-            full_name = join(name, parameter_name)
-            if id(parameter) in seen:
-                raise ValueError(
-                    f"parameter {full_name!r} is the same tensor as {seen[id(parameter)]!r}: tied "
-                    "parameters are not supported. Untie them, e.g. by copy.deepcopy of the module."
-                )
-            seen[id(parameter)] = full_name
         if type(module) is nn.Linear:
             check_linear(name, module, x)
             steps.append(LinearStep(name, module, x))
             x = module(x)
+        elif not steps and next(module.parameters(), None) is None:
+            x = module(x)  # before the first parameter, whatever it is: part of the input
         elif type(module) is nn.Flatten and module.start_dim == 1:
             x = module(x)
         elif type(module) not in TRANSPARENT:
@@ -108,8 +108,7 @@ def backward(outputs: Tensor, steps: list[LinearStep | ElementwiseStep]) -> tupl
     bend = torch.zeros_like(R)
     curvature = R[:, :, :0]
     blocks: list[Block] = []
-    first_linear = next((i for i, s in enumerate(steps) if isinstance(s, LinearStep)), len(steps))
-    for i, step in reversed(list(enumerate(steps[first_linear:]))):
+    for i, step in reversed(list(enumerate(steps))):
         J = R[:, :num_outputs]
         if isinstance(step, ElementwiseStep):
             bend = bend * step.first.square()[:, None] + J * step.second[:, None]
@@ -131,10 +130,10 @@ def backward(outputs: Tensor, steps: list[LinearStep | ElementwiseStep]) -> tupl
 
 def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
     """Refuse what the factorisation J ⊗ z does not hold for."""
-    if "weight" not in module._parameters:
+    if not {"weight"} <= set(module._parameters) <= {"weight", "bias"}:
         raise NotImplementedError(
-            f"layer {name!r} (Linear) computes its weight by a parametrisation: remove it first "
-            "(torch.nn.utils.remove_weight_norm and the like)."
+            f"layer {name!r} (Linear) computes its weight or bias from other parameters: make it "
+            "plain first (torch.nn.utils.prune.remove, remove_weight_norm and the like)."
         )
     if z.ndim != 2 or z.shape[1] != module.in_features:
         raise ValueError(
@@ -146,38 +145,75 @@ def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
 def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
     """Values z = σ(s), σ' and σ'' by autograd, for any module that acts unit by unit.
 
-    Whether it does is checked at s: with random weights r, ∂(r·z)/∂s must be r∘σ' and the
-    derivative of r·σ' must be r∘σ''.
+    Raises:
+        NotImplementedError: it does not, or autograd cannot differentiate it twice.
+        ValueError: a derivative is NaN or infinite at s.
     """
-    if s.ndim != 2:
-        raise NotImplementedError(
-            f"module {name!r} ({type(module).__name__}) gets values of shape {list(s.shape)}; the "
-            "layerwise engine needs [B, n]: put nn.Flatten() first, or use engine='backpack'."
-        )
+    kind = f"module {name!r} ({type(module).__name__})"
     refusal = NotImplementedError(
-        f"module {name!r} ({type(module).__name__}) is not supported by the layerwise engine, "
-        "which knows nn.Sequential of Linear, elementwise activations without parameters, Dropout, "
-        "Flatten and Identity. Try engine='backpack'; if it is a Softmax at the end, remove it: "
-        "the outputs are natural parameters (logits)."
+        f"{kind} is not supported by the layerwise engine, which knows nn.Sequential of Linear, "
+        "elementwise activations without parameters, Dropout, Flatten and Identity. If it is a "
+        "Softmax at the end, remove it: the outputs are natural parameters (logits). "
+        "engine='backpack' takes what BackPACK has second derivatives for."
     )
     if next(module.parameters(), None) is not None:
         raise refusal
-    r = torch.rand(s.shape, generator=torch.Generator().manual_seed(0), dtype=s.dtype).to(s.device)
+    try:
+        z, first, second = two_derivatives(module, s)
+        if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+            raise ValueError(f"{kind} has no finite derivative at this input.")
+        fits = acts_unit_by_unit(module, s) and is_twice_differentiable(module, s, second)
+    except (RuntimeError, AttributeError) as error:  # autograd, or the module, cannot
+        raise refusal from error
+    if not fits:
+        raise refusal
+    return z, ElementwiseStep(first, second)
+
+
+def two_derivatives(
+    module: nn.Module, s: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The module's values at s, and the gradients of Σ mask·z and of Σ mask·∂(Σz)/∂s."""
+    mask = torch.ones_like(s) if mask is None else mask
     with torch.enable_grad():
         s = s.clone().requires_grad_()
         z = module(s.clone())  # a clone: the module may work in place
-        if z.shape != s.shape or not z.requires_grad:
-            raise refusal
-        first, first_r = grad(z.sum(), s), grad((r * z).sum(), s)
-        second, second_r = grad(first.sum(), s), grad((r * first).sum(), s)
-    for value, weighted in ((first, first_r), (second, second_r)):
-        if not torch.isfinite(value).all():
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) has no finite derivative at this input."
-            )
-        if not torch.allclose(weighted, r * value, rtol=1e-4, atol=1e-6 * float(value.abs().max())):
-            raise refusal
-    return z.detach(), ElementwiseStep(first.detach(), second.detach())
+        if z.shape != s.shape or z.dtype != s.dtype:
+            raise RuntimeError("the values change their shape or dtype")
+        first = grad((mask * z).sum(), s)
+        second = grad((mask * grad(z.sum(), s)).sum(), s)
+    return z.detach(), first.detach(), second.detach()
+
+
+def acts_unit_by_unit(module: nn.Module, s: Tensor) -> bool:
+    """Whether units that a mask leaves out have no part in those that it keeps, at s.
+
+    Every other unit, and two random halves, with their complements: the derivatives with respect
+    to the units left out must be exactly 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    every_other = torch.arange(s.numel()).reshape(s.shape) % 2
+    halves = [torch.randint(2, s.shape, generator=generator) for _ in range(2)]
+    for half in (every_other, *halves):
+        for kept in (half, 1 - half):
+            mask = kept.to(s)
+            _, first, second = two_derivatives(module, s, mask)
+            if first[mask == 0].any() or second[mask == 0].any():
+                return False
+    return True
+
+
+def is_twice_differentiable(module: nn.Module, s: Tensor, second: Tensor) -> bool:
+    """Whether a σ'' that is 0 everywhere may be believed.
+
+    A custom backward pass that cannot be differentiated shows up as σ'' = 0, at s and nearby,
+    while σ' changes.
+    """
+    if second.any():
+        return True
+    _, here, _ = two_derivatives(module, s)
+    _, nearby, second_nearby = two_derivatives(module, s + 1e-3)
+    return bool(second_nearby.any() or (here == nearby).double().mean() > 0.5)
 
 
 def grad(y: Tensor, s: Tensor) -> Tensor:

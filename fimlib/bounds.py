@@ -51,10 +51,16 @@ def theorem_4_1(
         them are the means of the bounds, which bound the layer's means.
 
     Raises:
-        ValueError: N < 1, or the outputs do not fit the family.
+        ValueError: N < 1, the outputs do not fit the family, or the eigenvalues belong to
+            another number of inputs.
     """
     n = check_num_samples(num_samples)
     lam = eigenvalues or spectrum(family, derivs.outputs)
+    if len(lam.max_cov) != len(derivs.outputs):
+        raise ValueError(
+            f"the eigenvalues belong to {len(lam.max_cov)} inputs, the derivatives to "
+            f"{len(derivs.outputs)}: use spectrum(family, derivs.outputs)."
+        )
 
     def bound(eigenvalue: Tensor, which: str, power: int, degree: int) -> Diagonal:
         def form(block: Block) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fimlib.diagonal import Diagonal, Term
-
-ENGINES = ("layerwise", "backpack")
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,19 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
         x: [B, ...], the inputs, of the model's dtype and on its device.
         engine: "layerwise" (ours: ``nn.Sequential`` of ``Linear``, elementwise activations,
-            ``Dropout``, ``Flatten``, ``Identity``), "backpack" (the paper's way, through BackPACK;
-            keeps J and S dense, much slower), or "auto", which is "layerwise".
+            ``Dropout``, ``Flatten``, ``Identity``; anything without parameters before the first
+            ``Linear``), "backpack" (the paper's way: ``nn.Sequential`` of what BackPACK has second
+            derivatives for, convolutions among them; keeps J and S dense, much slower, and
+            rounds S to about the precision of ‖J‖²), or "auto": the first that takes the model.
 
     Raises:
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
             shapes or dtypes do not fit; a parameter is tied; the engine is unknown.
-        NotImplementedError: the engine does not support a module; the message names it.
+        NotImplementedError: no engine supports a module; the message names it.
         ImportError: BackPACK is asked for and not installed.
 
-    Cost: one forward pass, and one backward sweep that carries T + (number of hidden units
-    further on) rows per input.
+    Cost: one forward pass, and one backward sweep that carries T + U rows for each of the B
+    inputs, U the hidden units behind the next layer: split large batches where memory is short.
 
     Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
@@ -118,23 +120,57 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
-    if engine not in ("auto", *ENGINES):
-        raise ValueError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(ENGINES)}.")
-    check_model(model, x)
-    if engine == "backpack":
-        from fimlib import _backpack as chosen
-    else:
-        from fimlib import _layerwise as chosen  # type: ignore[no-redef]
-    return chosen.differentiate(model, x)
+    from fimlib import _backpack, _layerwise
+
+    engines = {"layerwise": _layerwise.differentiate, "backpack": _backpack.differentiate}
+    if engine not in ("auto", *engines):
+        raise ValueError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(engines)}.")
+    with torch.inference_mode(False):
+        check_model(model, x)
+        check_plain(model)
+        x = x.detach().clone()  # the first module may work in place
+        if engine != "auto":
+            return engines[engine](model, x)
+        try:
+            return _layerwise.differentiate(model, x)
+        except NotImplementedError as refusal:
+            try:
+                return _backpack.differentiate(model, x)
+            except (NotImplementedError, ImportError) as second:
+                raise NotImplementedError(f"{refusal} Nor does it: {second}") from refusal
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse what the engines cannot see: hooks, replaced forward passes, tied parameters."""
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        if any(hooks) or "forward" in vars(module):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) has a hook or a replaced forward(), "
+                "which an engine would miss: remove it, or use a fresh copy of the network."
+            )
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first != name:
+            raise ValueError(
+                f"parameter {name!r} is the same tensor as {first!r}: tied parameters are not "
+                "supported. Untie them, e.g. by copy.deepcopy of the module."
+            )
+    if not seen:
+        raise ValueError("the model has no parameters: there is nothing to differentiate in.")
 
 
 def check_model(model: nn.Module, x: Tensor) -> None:
     """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("torch.autocast is on and would round the derivatives: leave it first.")
     for name, module in model.named_modules():
-        # Dropout of every kind has p; RReLU draws slopes; batch norm mixes the inputs of a batch.
-        is_random = getattr(module, "p", 0) > 0 and "Dropout" in type(module).__name__
-        mixes = isinstance(module, nn.RReLU | nn.modules.batchnorm._BatchNorm)
-        if module.training and (is_random or mixes):
+        # Batch norm mixes the inputs of a batch; the others draw random numbers.
+        dropout = module.p if isinstance(module, _DropoutNd) else 0.0
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            dropout = module.dropout
+        if module.training and (dropout > 0 or isinstance(module, nn.RReLU | _BatchNorm)):
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) is in training mode, so the outputs "
                 "are random or depend on the other inputs of the batch. Call model.eval() first."
@@ -145,7 +181,7 @@ def check_model(model: nn.Module, x: Tensor) -> None:
                 f"parameter {name!r} is {parameter.dtype}; derivatives need float32 or float64: "
                 "call model.double() or model.float()."
             )
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(parameter.detach()).all():
             raise ValueError(
                 f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
                 "file is damaged. Restore finite weights first."

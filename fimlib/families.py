@@ -10,6 +10,7 @@ Shapes: h is [B, T] (B inputs, T outputs). A derivative array D, be it J = ∂h 
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Labels:
     Attributes:
         family: The family that they were drawn from.
         outputs: The natural parameters h, [B, T], float64.
-        weights: [B, A], the share of the N labels that fell on each of A distinct values.
+        weights: [B, A], float64, the share of the N labels that fell on each of A distinct values.
         values: What those values are, if not simply all classes in order: [B, A, T].
         num_samples: N, labels drawn per input.
     """
@@ -34,6 +35,15 @@ class Labels:
     weights: Tensor
     num_samples: int
     values: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError unless the weights are shares of one sample per input."""
+        total = self.weights.sum(-1)
+        if len(self.weights) != len(self.outputs) or not torch.allclose(total, total.new_ones(())):
+            raise ValueError(
+                f"weights must have shape [B, A] with B = {len(self.outputs)} and rows that sum to "
+                f"1, got {list(self.weights.shape)} with sums {total.tolist()}."
+            )
 
     def project(self, D: Tensor) -> Tensor:
         """D·δ for the residual δ = t(y) − η of every distinct label: [B, T, ...] → [B, A, ...]."""
@@ -263,7 +273,7 @@ class Gaussian(Family):
     def sample(
         self, h: Tensor, num_samples: int, generator: torch.Generator | None = None
     ) -> Labels:
-        """Draw N labels per input: no two are equal, so A = N and all of them are kept.
+        """Draw N labels per input: no two are equal, so A = N, and the cost grows with N.
 
         Raises:
             ValueError: N < 1, or h does not fit the family.
@@ -317,6 +327,7 @@ def weighted_variance(weights: Tensor, x: Tensor) -> Tensor:
 
 def check_num_samples(num_samples: int, at_least: int = 1) -> int:
     """Return N if it is an integer ≥ ``at_least``, else raise a ValueError that says so."""
-    if isinstance(num_samples, bool) or num_samples != int(num_samples) or num_samples < at_least:
+    is_integer = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
+    if not is_integer or num_samples < at_least:
         raise ValueError(f"num_samples (N) must be an integer ≥ {at_least}, got {num_samples!r}.")
     return int(num_samples)

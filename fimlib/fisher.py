@@ -213,15 +213,15 @@ def estimate_i2_matrix(
 
     Args, Returns, Raises: as ``estimate_i1_matrix``.
     """
-    names = list(parameters)
+    flat = flatten(model, parameters)
     check_labels(outputs_of(model, x), labels)
     residual = labels.mean_residual().to(x.dtype)
 
     def residual_output(flat: Tensor) -> Tensor:
-        return (functional(model, names, flat, x) * residual).sum() / len(x)
+        return (functional(model, parameters, flat, x) * residual).sum() / len(x)
 
-    curvature: Tensor = torch.func.hessian(residual_output)(flatten(model, names))
-    fisher = fisher_matrix(model, x, labels.family, parameters=names)
+    curvature: Tensor = torch.func.hessian(residual_output)(flat)
+    fisher = fisher_matrix(model, x, labels.family, parameters=parameters)
     return fisher - curvature.double().detach()
 
 
@@ -229,7 +229,7 @@ def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
     """The outputs [B, T] of a checked model, without a graph."""
     check_model(model, x)
     with torch.no_grad():
-        outputs: Tensor = model(x)
+        outputs: Tensor = model(x.clone())  # the first module may work in place
     return outputs
 
 
@@ -248,6 +248,8 @@ def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[Tensor,
 def flatten(model: nn.Module, names: Sequence[str]) -> Tensor:
     """The named parameters as one vector [P]."""
     known = dict(model.named_parameters())
+    if isinstance(names, str) or len(set(names)) != len(names):
+        raise ValueError(f"parameters must be a list of different names, got {names!r}.")
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"no parameters named {unknown}; there are: {', '.join(known)}.")
@@ -259,5 +261,5 @@ def functional(model: nn.Module, names: Sequence[str], flat: Tensor, x: Tensor) 
     known = dict(model.named_parameters())
     pieces = torch.split(flat, [known[name].numel() for name in names])
     values = {n: p.view_as(known[n]) for n, p in zip(names, pieces, strict=True)}
-    result: Tensor = torch.func.functional_call(model, values, (x,))
+    result: Tensor = torch.func.functional_call(model, values, (x.clone(),))
     return result

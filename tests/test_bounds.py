@@ -79,6 +79,33 @@ def test_upper_bounds_are_reached():
     assert V2["p"].item() == pytest.approx(bounds.variance_i2.upper["p"].item(), rel=1e-12)
 
 
+def test_the_given_eigenvalues_are_used():
+    derivs, family = differentiate(mlp([3, 5, 4], nn.Tanh), inputs(2, 3)), Categorical()
+    lam = fimlib.spectrum(family, derivs.outputs)
+    doubled = fimlib.Spectrum(*(2 * eigenvalue for eigenvalue in lam))
+    once = fimlib.theorem_4_1(derivs, family, eigenvalues=lam)
+    twice = fimlib.theorem_4_1(derivs, family, eigenvalues=doubled)
+    for a, b in zip(once, twice, strict=True):
+        for name in a.upper:
+            assert torch.allclose(2 * a.upper[name], b.upper[name], rtol=1e-14)
+            assert torch.allclose(2 * a.lower[name], b.lower[name], rtol=1e-14)
+    one_input = fimlib.spectrum(family, derivs.outputs[:1])
+    with pytest.raises(ValueError, match="belong to 1 inputs, the derivatives to 2"):
+        fimlib.theorem_4_1(derivs, family, eigenvalues=one_input)
+
+
+def test_bounds_of_a_float32_network_are_those_of_its_float64_twin():
+    net, x = mlp([3, 5, 4], nn.Tanh), inputs(2, 3).float().double()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.float().double()
+    exact = fimlib.theorem_4_1(differentiate(net, x), Categorical())
+    rough = fimlib.theorem_4_1(differentiate(net.float(), x.float()), Categorical())
+    for a, b in zip(exact, rough, strict=True):
+        for name in a.upper:
+            assert b.upper[name].dtype == torch.float64
+            assert torch.allclose(a.upper[name], b.upper[name], rtol=1e-4)
+
+
 def test_bad_number_of_samples():
     derivs = differentiate(mlp([3, 2], nn.Tanh), inputs(1, 3))
     with pytest.raises(ValueError, match="num_samples"):

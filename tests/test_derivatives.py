@@ -5,6 +5,7 @@ import reference
 import torch
 from strategies import Cube, inputs, mlp
 from torch import nn
+from torch.nn.utils import prune
 
 from fimlib import differentiate
 
@@ -109,6 +110,66 @@ class SkipSequential(nn.Sequential):
         return super().forward(x) + x[:, :2]
 
 
+class Once(nn.Module):
+    """Its backward pass is right, and hides from autograd how it depends on s."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, s):
+            ctx.slope = 2 * s.detach()
+            return s**2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.detach() * ctx.slope
+
+    def forward(self, s):
+        return self.Square.apply(s)
+
+
+class Leak(nn.Module):
+    def forward(self, s):
+        return s.tanh() + 1e-9 * s.mean(1, keepdim=True)
+
+
+class BatchLeak(nn.Module):
+    def forward(self, s):
+        return s.tanh() + 1e-9 * s.mean(0, keepdim=True)
+
+
+class Flip(nn.Module):
+    def forward(self, s):
+        return s.flip(1)
+
+
+class Pair(nn.Module):
+    def forward(self, s):
+        return s, s
+
+
+class Noise(nn.Module):
+    def forward(self, s):
+        return s + torch.rand_like(s)
+
+
+def at_zero(module):
+    net = in_the_middle(module)
+    nn.init.zeros_(net[0].weight), nn.init.zeros_(net[0].bias)
+    return net
+
+
+def with_extra_parameter():
+    layer = nn.Linear(4, 4)
+    layer.extra = nn.Parameter(torch.ones(1))
+    return layer
+
+
+def with_temperature():
+    net = in_the_middle(nn.Tanh())
+    net.temperature = nn.Parameter(torch.ones(1))
+    return net
+
+
 def in_the_middle(module):
     return nn.Sequential(nn.Linear(3, 4), module, nn.Linear(4, 2)).double().eval()
 
@@ -134,10 +195,24 @@ UNSUPPORTED = {
         lambda: in_the_middle(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         r"'1' \(ParametrizedLinear\)",
     ),
-    "not flattened": (
-        lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 2)),
-        r"'0' \(Unflatten\)",
+    "pruned": (
+        lambda: in_the_middle(prune.l1_unstructured(nn.Linear(4, 4), "bias", 2)),
+        r"'1' \(Linear\) has a hook|'1' \(Linear\) computes",
     ),
+    "own parameter on a Linear": (
+        lambda: in_the_middle(with_extra_parameter()),
+        "other parameters",
+    ),
+    "own parameter on the chain": (lambda: with_temperature(), "'temperature' belongs to no"),
+    "autograd does not know": (lambda: in_the_middle(nn.Hardsigmoid()), r"'1' \(Hardsigmoid\)"),
+    "not twice differentiable": (lambda: in_the_middle(Once()), r"'1' \(Once\)"),
+    "mixes by its curvature only": (lambda: at_zero(Gate()), r"'1' \(Gate\)"),
+    "mixes a little": (lambda: in_the_middle(Leak()), r"'1' \(Leak\)"),
+    "mixes the batch": (lambda: in_the_middle(BatchLeak()), r"'1' \(BatchLeak\)"),
+    "swaps": (lambda: in_the_middle(Flip()), r"'1' \(Flip\)"),
+    "a tuple": (lambda: in_the_middle(Pair()), r"'1' \(Pair\)"),
+    "random": (lambda: in_the_middle(Noise()), "random"),
+    "flattens the batch": (lambda: in_the_middle(nn.Flatten(0)), r"'1' \(Flatten\)"),
 }
 
 
@@ -145,24 +220,101 @@ UNSUPPORTED = {
 def test_unsupported_modules_are_named(case):
     build, message = UNSUPPORTED[case]
     with pytest.raises(NotImplementedError, match=message):
-        differentiate(build().double().eval(), inputs(2, 3))
+        differentiate(build().double().eval(), inputs(2, 3), engine="layerwise")
 
 
-def test_a_hook_that_changes_the_output_is_refused():
-    net = mlp([3, 4, 2], nn.Tanh)
-    net.register_forward_hook(lambda _module, _args, out: 2 * out)
-    with pytest.raises(NotImplementedError, match="hook"):
-        differentiate(net, inputs(1, 3))
+def test_what_no_engine_takes_is_refused_in_the_words_of_both():
+    with pytest.raises(NotImplementedError, match=r"(?s)'1' \(PReLU\).*Nor does it: BackPACK"):
+        differentiate(in_the_middle(nn.PReLU()), inputs(2, 3))
 
 
-def test_tied_parameters_are_refused():
+@pytest.mark.parametrize("engine", ["auto", "layerwise", "backpack"])
+@pytest.mark.parametrize("where", ["", "0", "1"])
+def test_hooks_and_replaced_forwards_are_refused(engine, where):
+    """An engine that calls the module would take the hook for the module."""
+
+    def changed(kind):
+        net = mlp([3, 4, 2], nn.Tanh)
+        module = net.get_submodule(where)
+        if kind == "hook":
+            module.register_forward_hook(lambda _module, _args, out: 2 * out)
+        elif kind == "pre-hook":
+            module.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+        else:
+            module.forward = lambda x: x.tanh()
+        return net
+
+    for kind in ("hook", "pre-hook", "replaced"):
+        with pytest.raises(NotImplementedError, match=r"hook or a replaced forward\(\)"):
+            differentiate(changed(kind), inputs(1, 3), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "layerwise", "backpack"])
+def test_tied_parameters_are_refused(engine):
     net = mlp([3, 3, 3, 2], nn.Tanh)
     net[2].weight = net[0].weight
     with pytest.raises(ValueError, match=r"'2.weight' is the same tensor as '0.weight'"):
-        differentiate(net, inputs(1, 3))
+        differentiate(net, inputs(1, 3), engine=engine)
     twice = nn.Linear(3, 3).double()
     with pytest.raises(ValueError, match="tied"):
-        differentiate(nn.Sequential(twice, nn.Tanh(), twice), inputs(1, 3))
+        differentiate(nn.Sequential(twice, nn.Tanh(), twice), inputs(1, 3), engine=engine)
+
+
+def test_a_shared_activation_is_no_tie():
+    act = nn.Tanh()
+    net = nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2)).double()
+    _, S = reference.derivatives(net, inputs(1, 3))
+    assert relative(differentiate(net, inputs(1, 3)).second("0.weight")[0], S["0.weight"]) < 1e-10
+    with pytest.raises(NotImplementedError, match="used twice"):
+        differentiate(net, inputs(1, 3), engine="backpack")
+
+
+def test_anything_without_parameters_may_come_before_the_first_layer():
+    """Also where it works in place: the caller's input stays as it is."""
+    net = nn.Sequential(nn.Softmax(1), nn.SiLU(inplace=True), nn.Linear(3, 4), nn.Tanh())
+    net, x = nn.Sequential(*net, nn.Linear(4, 2)).double(), inputs(2, 3)
+    before = x.clone()
+    J, S = reference.derivatives(net, x[:1])
+    derivs = differentiate(net, x)
+    assert torch.equal(x, before)
+    for name, expected in J.items():
+        assert relative(derivs.jacobian(name)[0], expected) < 1e-10
+        assert relative(derivs.second(name)[0], S[name]) < 1e-10
+
+
+def test_zero_pre_activations_are_no_reason_to_refuse():
+    """σ'' = 0 at 0 for tanh and sigmoid, and is not 0 nearby."""
+    derivs = differentiate(at_zero(nn.Tanh()), inputs(1, 3), engine="layerwise")
+    assert not derivs.second("0.weight").any()
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "backpack"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_contexts_of_autograd_change_nothing(engine, context):
+    net = mlp([3, 4, 2], nn.Sigmoid)
+    expected = differentiate(net, inputs(1, 3)).second("0.weight")
+    with context():
+        inside = differentiate(net, inputs(1, 3), engine=engine).second("0.weight")
+    assert relative(inside, expected) < 1e-10
+
+
+def test_autocast_is_refused():
+    net = mlp([3, 4, 2], nn.Sigmoid).float()
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"torch.autocast is on"):
+        differentiate(net, inputs(1, 3).float())
+
+
+def test_backpack_differentiates_convolutions():
+    """What only this engine takes, so that "auto" chooses it, against the oracle."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(8, 3)).double()
+    x = inputs(2, 9).view(2, 1, 3, 3)
+    derivs = differentiate(net, x)
+    for b in range(2):
+        J, S = reference.derivatives(net, x[b : b + 1])
+        for name in J:
+            assert relative(derivs.jacobian(name)[b], J[name]) < 1e-10
+            assert float((derivs.second(name)[b] - S[name]).abs().max()) < 1e-12
 
 
 class Root(nn.Module):
@@ -188,11 +340,15 @@ BAD_INPUT = {
     "dtype": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3).float(), "float32.*float64"),
     "half": (lambda: mlp([3, 2], nn.Tanh).half(), inputs(1, 3).half(), r"model.float\(\)"),
     "nan input": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3) * float("nan"), "input holds NaN"),
-    "no derivative": (
-        lambda: nn.Sequential(Root(), nn.Linear(3, 2)).double(),
-        0 * inputs(1, 3),
-        r"'0' \(Root\) has no finite derivative",
+    "no derivative": (lambda: at_zero(Root()), inputs(1, 3), r"'1' \(Root\) has no finite deriv"),
+    "not flattened": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 2)).double(),
+        inputs(2, 3),
+        "Flatten",
     ),
+    "overflow": (lambda: mlp([3, 4, 2], nn.Softplus, scale=1e200), inputs(1, 3), "too large"),
+    "batch norm": (lambda: in_the_middle(nn.BatchNorm1d(4)).train(), inputs(2, 3), "eval"),
+    "no parameters": (lambda: nn.Sequential(nn.Tanh()), inputs(1, 3), "no parameters"),
 }
 
 
@@ -201,6 +357,16 @@ def test_bad_input_is_refused_with_a_remedy(case):
     build, x, message = BAD_INPUT[case]
     with pytest.raises(ValueError, match=message):
         differentiate(build(), x)
+
+
+def test_a_module_with_its_own_p_is_no_dropout():
+    class Power(nn.Module):
+        p = None
+
+        def forward(self, s):
+            return s**3
+
+    differentiate(in_the_middle(Power()).train(), inputs(1, 3))
 
 
 def test_dropout_that_never_drops_is_no_reason_to_refuse():
@@ -218,8 +384,8 @@ def test_unknown_engine_and_parameter():
 def test_backpack_names_what_it_does_not_know():
     with pytest.raises(NotImplementedError, match="Cube"):
         differentiate(in_the_middle(Cube()), inputs(1, 3), engine="backpack")
-    with pytest.raises(NotImplementedError, match="buffers"):
-        differentiate(in_the_middle(nn.BatchNorm1d(4)), inputs(1, 3), engine="backpack")
+    with pytest.raises(NotImplementedError, match=r"'1' \(BatchNorm1d\)"):
+        differentiate(in_the_middle(nn.BatchNorm1d(4)).eval(), inputs(1, 3), engine="backpack")
 
 
 def test_missing_backpack_says_how_to_get_it(monkeypatch):

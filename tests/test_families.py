@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from strategies import ADVERSARIAL, inputs, logits, logits_of
 
-from fimlib import Categorical, Gaussian
+from fimlib import Categorical, Gaussian, Labels
 
 H = inputs(3, 4)
 FAMILIES = [Categorical(), Gaussian()]
@@ -85,6 +85,31 @@ def test_class_counts_are_multinomial(probabilities, num_samples):
         assert ((ratio - 1) / ratio_error)[expected_often].abs().max() < 5
 
 
+def test_rare_classes_are_drawn_at_their_rate():
+    """Probabilities of 1e-12: one minus a running sum would lose them."""
+    p = [1 - 3e-12, 1e-12, 1e-12, 1e-12]
+    labels = Categorical().sample(logits_of(p), 10**15, torch.Generator().manual_seed(0))
+    counts = labels.weights[0] * 10**15
+    assert (counts[1:] - 1000).abs().max() < 5 * 1000**0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
+def test_equal_seeds_draw_equal_labels(family):
+    a, b, c = (family.sample(H, 9, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    first, second, third = (y.mean_residual() for y in (a, b, c))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_variances_near_a_half_do_not_cancel():
+    """At σ = ½ ± 1e-6 the uncentred form Σσc⁴ − I² has lost all its digits."""
+    e = 1e-6
+    h, J = logits_of([0.5 + e, 0.5 - e]), torch.tensor([[[1.0], [0.0]]], dtype=torch.float64)
+    p = torch.softmax(h[0], 0)[0].item()
+    expected = p * (1 - p) * (1 - 2 * p) ** 2  # of (y − p)², y Bernoulli
+    assert Categorical().variance1(h, J).item() == pytest.approx(expected, rel=1e-8)
+
+
 def test_gaussian_labels_have_unit_covariance():
     labels = Gaussian().sample(H[:1], 40_000, torch.Generator().manual_seed(0))
     residuals = labels.values[0] - H[0]
@@ -93,7 +118,7 @@ def test_gaussian_labels_have_unit_covariance():
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("num_samples", [0, -3, 2.5, True])
+@pytest.mark.parametrize("num_samples", [0, -3, 2.5, True, None, float("nan"), float("inf")])
 def test_bad_number_of_samples_is_refused(family, num_samples):
     with pytest.raises(ValueError, match="num_samples"):
         family.sample(H, num_samples)
@@ -112,6 +137,12 @@ def test_bad_number_of_samples_is_refused(family, num_samples):
 def test_outputs_that_do_not_fit_are_refused(family, h, message):
     with pytest.raises(ValueError, match=message):
         family.sample(h, 1)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3, 4), torch.full((2, 4), 0.25)])
+def test_weights_that_are_no_shares_are_refused(weights):
+    with pytest.raises(ValueError, match="sum to 1"):
+        Labels(Categorical(), H, weights.double(), 4)
 
 
 def test_gaussian_needs_values():

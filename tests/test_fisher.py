@@ -229,6 +229,47 @@ def test_moments_are_float64_for_a_float32_network():
     assert I["weight"][0, 0, 0].item() == pytest.approx(p * (1 - p), rel=1e-9)
 
 
+def test_float32_networks_give_float64_results_near_the_exact_ones():
+    """Every quantity, and the matrices, of a network whose weights are float32 numbers."""
+    net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=2.0), inputs(1, 3).float().double()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.float().double()
+
+    def everything(net, x):
+        derivs, family = differentiate(net, x), Categorical()
+        weights = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+        labels = fimlib.Labels(family, derivs.outputs.double(), weights, 4)
+        for quantity in (
+            fimlib.fisher_information(derivs, family),
+            fimlib.variance_i1(derivs, family),
+            fimlib.variance_i2(derivs, family),
+            fimlib.estimate_i1(derivs, labels),
+            fimlib.estimate_i2(derivs, labels),
+            fimlib.sample_variance_i1(derivs, labels),
+        ):
+            yield from quantity.values()
+        for matrix in (fimlib.estimate_i1_matrix, fimlib.estimate_i2_matrix):
+            yield matrix(net, x, labels, parameters=["2.weight"])
+
+    exact = list(everything(net, x))
+    for a, b in zip(exact, everything(net.float(), x.float()), strict=True):
+        assert b.dtype == torch.float64
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max() + 1e-30
+
+
+def test_an_in_place_first_module_changes_nothing():
+    x = inputs(2, 3)
+    before = x.clone()
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)]
+    in_place = nn.Sequential(nn.SiLU(inplace=True), *layers).double()
+    plain = nn.Sequential(nn.SiLU(), *layers).double()
+    names = ["1.weight", "3.bias"]
+    a, b = (fimlib.fisher_matrix(n, x, Categorical(), parameters=names) for n in (in_place, plain))
+    assert torch.equal(a, b)
+    assert torch.equal(x, before)
+
+
 def test_bad_arguments_are_refused_with_a_remedy():
     net, x = mlp([3, 4, 3], nn.Sigmoid), inputs(2, 3)
     derivs = differentiate(net, x)
@@ -250,6 +291,9 @@ def test_bad_arguments_are_refused_with_a_remedy():
             matrix(net, x, labels, parameters=["w"])
     with pytest.raises(ValueError, match="there are: 0.weight"):
         fimlib.fisher_matrix(net, x, Categorical(), parameters=[])
+    for names in ("0.weight", ["0.bias", "0.bias"]):
+        with pytest.raises(ValueError, match="a list of different names"):
+            fimlib.fisher_matrix(net, x, Categorical(), parameters=names)
     with pytest.raises(ValueError, match=r"T ≥ 2"):
         fimlib.fisher_information(differentiate(mlp([3, 1], nn.Tanh), x), Categorical())
     training = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).double()

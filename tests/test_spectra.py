@@ -46,6 +46,31 @@ def test_uniform_softmax_has_a_closed_form(num_classes):
     assert found == pytest.approx((1 - 2 / num_classes) ** 2 / (num_classes - 1), rel=1e-10)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-5, 1e-4, 1e-2, 1.0])
+def test_three_classes_against_every_direction(noise):
+    """Nearly uniform probabilities have a flat maximum, where plain ascents stop short of it."""
+    h = noise * inputs(1, 3, seed=5)
+    angle = torch.linspace(0, torch.pi, 100_001, dtype=torch.float64)[:, None]
+    basis = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64)
+    basis = torch.nn.functional.normalize(basis, dim=1)
+    on_grid = directions_value(h, angle.cos() * basis[0] + angle.sin() * basis[1]).max().item()
+    assert lambda_max_multistart(FAMILY, h).item() == pytest.approx(on_grid, rel=1e-9)
+    assert lambda_max_multistart(FAMILY, h).item() >= on_grid * (1 - 1e-13)
+
+
+def test_pairs_of_classes_are_needed_among_the_starts():
+    """From single classes alone the ascent misses the maximum here, by 7e-4."""
+
+    class Singles(Categorical):
+        def directions(self, h):
+            return super().directions(h)[:, : h.shape[1]]
+
+    h = logits_of([0.5098156487818316, 0.4599938260263043, *[0.005031754198684074] * 6])
+    found = lambda_max_multistart(FAMILY, h).item()
+    assert lambda_max_multistart(Singles(), h).item() < found * (1 - 5e-4)
+    assert lambda_max_minimize(FAMILY, h, num_starts=40).item() == pytest.approx(found, rel=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_no_random_start_climbs_higher(seed, scale):
@@ -104,11 +129,24 @@ def test_minimize_reaches_confident_softmax():
     assert lambda_max_minimize(FAMILY, h).item() == pytest.approx(ours, rel=1e-4)
 
 
+def test_spectrum_uses_the_method_that_it_is_given():
+    h = inputs(2, 6)
+    for method in ("multistart", "certified", "minimize"):
+        expected = lambda_max(FAMILY, h, method=method)
+        assert torch.equal(spectrum(FAMILY, h, method=method).max_outer, expected)
+    gap = lambda_max(FAMILY, h, method="certified") - lambda_max(FAMILY, h)
+    assert (gap > 1e-3 * lambda_max(FAMILY, h)).all()
+
+
 def test_bad_arguments(monkeypatch):
     h = inputs(1, 3)
+    for search in (lambda_max_multistart, lambda_max_certified, lambda_max_minimize):
+        with pytest.raises(ValueError, match=r"T ≥ 2"):
+            search(FAMILY, h[:, :1])
+        assert search(FAMILY, h.float()).dtype == torch.float64
     with pytest.raises(ValueError, match="multistart, certified, minimize"):
         lambda_max(FAMILY, h, method="guess")
-    with pytest.raises(ValueError, match="≥ 1"):
+    with pytest.raises(ValueError, match="num_starts must be ≥ 1"):
         lambda_max_minimize(FAMILY, h, num_starts=0)
     monkeypatch.setitem(sys.modules, "torchmin", None)
     with pytest.raises(ImportError, match="pip install pytorch-minimize"):
