@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,15 +13,16 @@ from support import data, results, runs
 
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
 NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "results", "mnist", "_build", "_generated", "*.egg-info", ".*_cache",
-    "__pycache__",
+    ".git", ".venv", "results", "mnist", "_build", "_generated", "build", "*.egg-info",
+    ".*_cache", "__pycache__", ".hypothesis", ".ipynb_checkpoints",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of what is committed, with this environment's Python in the place of its own."""
-    return shutil.copytree(results.ROOT, tmp_path_factory.mktemp("copy") / "p", ignore=NOT_COPIED)
+    """A copy of the project in a folder with a space, for this environment's Python."""
+    copy = tmp_path_factory.mktemp("copy") / "a project"
+    return shutil.copytree(results.ROOT, copy, ignore=NOT_COPIED)
 
 
 def make(project, *arguments, python=(f"PY={sys.executable}",), **environment):
@@ -53,7 +55,8 @@ def test_the_whole_path(project, smoke):
     assert "notebooks done: 3 of 3" in done.stdout
     assert "epoch  1/1  loss" in done.stdout
     assert "None of the paper's claims is judged by this" in done.stdout
-    assert done.stdout.rstrip().endswith("results/smoke/_build/html/index.html")
+    assert "the book's first page: results/smoke/_build/html/index.html" in done.stdout
+    assert "8 statements of the paper: 8 not judged" in done.stdout
     assert set(results.load(project / "results/smoke" / chosen)) == set(runs.specs(smoke=True))
 
 
@@ -63,8 +66,8 @@ def test_the_book_shows_the_reference_and_says_what_does_not_count(project, smok
         text = html(project, page)
         assert "the reference run, committed with this book" in text
         assert warning in text
-    for prefix, there in (("not-counted-", True), ("", False)):
-        page = html(project, f"_generated/notebooks/{prefix}sigmoid-seed-0.html")
+    for folder, there in (("not-counted", True), ("notebooks", False)):
+        page = html(project, f"_generated/{folder}/sigmoid-seed-0.html")
         [article] = re.findall(r"<article.*?</article>", page, re.DOTALL)
         assert (warning in re.search(r"<h1>(.*?)<", article)[1]) == there
         assert (warning in article) == there
@@ -150,6 +153,29 @@ def test_old_python_is_refused(project):
     assert "is not Python 3.11 to 3.13" in done.stderr
 
 
+def test_only_the_command_line_chooses_the_python(project):
+    """A variable PY of the environment is nobody's wish."""
+    done = make(project, "--dry-run", "lint", python=(), PY="/none/such")
+    assert f'"{project}/.venv/bin/python" -m ruff' in done.stdout
+    assert "-m venv .venv" in done.stdout
+    assert "/none/such" not in done.stdout + done.stderr
+    assert '"/some/python" -m ruff' in make(
+        project, "--dry-run", "lint", python=("PY=/some/python",)
+    ).stdout  # fmt: skip
+
+
+def test_the_mnist_folder_is_made_absolute(project, tmp_path):
+    (project / "results" / "with space").mkdir(parents=True)
+    (tmp_path / "show.mk").write_text('show: ; @echo "$$MNIST_DIR"\n')
+    show = ("-f", "Makefile", "-f", str(tmp_path / "show.mk"), "show")
+    for given, there in (
+        ("results/with space", project / "results/with space"),
+        (tmp_path, tmp_path),
+        ("no/such folder", "no/such folder"),
+    ):
+        assert make(project, *show, f"MNIST_DIR={given}").stdout == f"{there}\n"
+
+
 def test_conda_environment_is_the_same():
     environment = yaml.safe_load((results.ROOT / "environment.yml").read_text())
     python, *_, pip = environment["dependencies"]
@@ -166,11 +192,23 @@ def test_everything_is_pinned():
     assert names >= {"matplotlib", "papermill", "ruff", "mypy", "pytest"}
 
 
-def test_no_path_of_a_machine_and_no_outputs_in_the_repository():
-    committed = subprocess.run(
-        ["git", "ls-files"], cwd=results.ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-    for name in committed:
-        path = results.ROOT / name
-        if path.is_file() and path.suffix not in (".png",):
-            assert str(results.ROOT.parent) + "/" not in path.read_text(encoding="utf-8"), name
+def project_files():
+    for folder, subfolders, names in os.walk(results.ROOT):
+        left_out = NOT_COPIED(folder, subfolders + names)
+        subfolders[:] = [name for name in subfolders if name not in left_out]
+        yield from (Path(folder, name) for name in names if name not in left_out)
+
+
+def test_no_path_of_a_machine_in_the_project():
+    """Also not in the files that git does not know yet, and without git."""
+    homes = [f"/{name}/" for name in ("home", "root", "Users")]
+    private = [*homes, f"{str(results.ROOT.parent).rstrip('/') or results.ROOT}/"]
+    searched = set()
+    for path in project_files():
+        text = path.read_bytes().decode(errors="ignore")
+        assert not re.search(rf"(?<![\w.-])({'|'.join(map(re.escape, private))})", text), path
+        if path.is_relative_to(results.ROOT / "data/reference"):
+            assert "site-packages" not in text, path
+        searched.add(str(path.relative_to(results.ROOT)))
+    assert searched >= {"Makefile", "notebooks/support/runs.py", "tests/test_reproduce.py"}
+    assert any(name.startswith("data/reference/") for name in searched)

@@ -19,10 +19,18 @@ for i in range(pauses):
 pathlib.Path(out, "value.txt").write_text(str(2 * number))
 """
 
+WRITES = """\
+import time, torch
+from support import results
+if out:
+    record = results.record({}, {}, time.time(), torch.device("cpu"))
+    results.save(out, results.Table(name).frame(), record)
+"""
+
 
 def notebook(folder, code=TINY, tags=("parameters",), name="tiny.ipynb"):
     cells = [nbformat.v4.new_markdown_cell("# Tiny")]
-    cells.append(nbformat.v4.new_code_cell('number = 1\npauses = 0\nout = ""\nname = ""'))
+    cells.append(nbformat.v4.new_code_cell('number = 1\npauses = 0\nout = name = dataset = ""'))
     cells[-1].metadata.tags = list(tags)
     cells.append(nbformat.v4.new_code_cell(code))
     path = folder / name
@@ -50,6 +58,50 @@ def test_a_finished_run_is_kept_until_something_changes(tmp_path, capsys):
     assert runs.execute(spec(path, number=4), folder, "digits")
     assert "to be made again" in capsys.readouterr().out
     assert set(results.load(folder)) == {"tiny"}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A finished run, and how to ask for it again."""
+    folder, wanted = tmp_path / "results", spec(notebook(tmp_path, WRITES))
+    assert runs.execute(wanted, folder, "digits")
+    return folder, lambda: runs.execute(wanted, folder, "digits")
+
+
+def test_other_code_or_data_make_the_run_again(made, tmp_path, monkeypatch):
+    """One byte of fimlib is enough."""
+    _, again = made
+    source = tmp_path / "source.py"
+    source.write_text("a = 1\n")
+    monkeypatch.setattr(runs, "SOURCES", [*runs.SOURCES, source])
+    assert [again(), again()] == [True, False]
+    source.write_text("a = 2\n")
+    assert [again(), again()] == [True, False]
+    monkeypatch.setattr(runs, "data_digest", lambda _name: "of other images")
+    assert [again(), again()] == [True, False]
+
+
+def test_a_damaged_run_is_none_and_made_again(made, capsys):
+    folder, again = made
+    for file in ("record.json", "values.csv", "notebook.ipynb"):
+        path = folder / "tiny" / file
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert results.load(folder) == {}, file
+        path.unlink()
+        assert results.load(folder) == {}, file
+        if file != "notebook.ipynb":
+            path.write_bytes(whole)
+            assert set(results.load(folder)) == {"tiny"}
+    assert [again(), again()] == [True, False]
+    assert "missing or damaged" in capsys.readouterr().out
+    assert set(results.load(folder)) == {"tiny"}
+
+
+def test_a_record_that_vouches_for_no_files_is_none(tmp_path):
+    for name, more in (("with", {"files": {}}), ("without", {})):
+        results.save(tmp_path / name, None, {"title": "A run"} | more)
+    assert set(results.load(tmp_path)) == {"with"}
 
 
 def test_a_failing_cell_leaves_no_result_and_no_traceback(tmp_path):
@@ -104,7 +156,7 @@ def test_two_processes_make_a_run_once(tmp_path):
         (
             ("parameters",),
             {"numbr": 3},
-            r"no parameter numbr; there are: name, number, out, pauses",
+            r"no parameter numbr; there are: dataset, name, number, out, pauses",
         ),
         ((), {"number": 3}, r"no cell tagged 'parameters'"),
     ],
@@ -119,6 +171,61 @@ def test_missing_notebook_names_those_there(tmp_path):
     notebook(tmp_path)
     with pytest.raises(runs.RunError, match=r"no notebook other.ipynb; there are: tiny.ipynb"):
         runs.execute(spec(tmp_path / "other.ipynb"), tmp_path / "results", "digits")
+
+
+SMOKE = "\nsmoke: {seeds: [0], parameters: {tiny.ipynb: {number: 2}}}"
+SEEDS = r"run a: `seeds:` must be a list of whole numbers such as \[0, 1\], not "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("runs: {a: [}", r"runs.yml is not valid YAML: [^$]* line 1"),
+        ("", r"runs.yml: it needs `runs:` and `smoke:`"),
+        ("runs:" + SMOKE, r"runs.yml: `runs:` must be the runs by name, not None"),
+        ("runs: {a: }" + SMOKE, r"run a: it needs `title:` and `notebook:`"),
+        ("runs: {a: {title: A}}" + SMOKE, r"run a: it needs `title:` and `notebook:`"),
+        ("runs: {a: {notebook: tiny.ipynb}}" + SMOKE, r"run a: it needs `title:`"),
+        ("runs: {a: {HEAD, seeds: 3}}" + SMOKE, SEEDS + "3"),
+        ("runs: {a: {HEAD, seeds: [x]}}" + SMOKE, SEEDS + r"\['x'\]"),
+        ("runs: {a: {HEAD, seeds: []}}" + SMOKE, SEEDS),
+        ("runs: {a: {HEAD, parameters: }}" + SMOKE, r"run a: `parameters:` .* or left out"),
+        ("runs: {a: {HEAD, parametres: {}}}" + SMOKE, r"run a: unknown parametres; there are: ti"),
+        ("runs: {a: {HEAD, parameters: {out: x}}}" + SMOKE, r"run a: .* out is chosen by the run"),
+        ("runs: {a: {HEAD, parameters: {name: x}}}" + SMOKE, r"run a: .* name is chosen by the r"),
+        ("runs: {a: {HEAD, parameters: {dataset: x}}}" + SMOKE, r"run a: .* by .*DATASET="),
+        ("runs: {a: {HEAD, seeds: [1], parameters: {seed: 2}}}" + SMOKE, r"run a: .* not both"),
+        ("runs: {1: {HEAD}}" + SMOKE, r"run 1: a name is a letter"),
+        ("runs: {a/b: {HEAD}}" + SMOKE, r"run a/b: a name is a letter"),
+        ("runs: {a: {HEAD}}\nsmoke: {seeds: [0]}", r"smoke: it needs `seeds:` and `parameters:`"),
+        ("runs: {a: {HEAD}}\nsmoke: {seeds: [0], parameters: {tiny.ipynb: 3}}", r"tiny.ipynb: `p"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_plan_are_named(tmp_path, text, message):
+    plan = tmp_path / "runs.yml"
+    plan.write_text(text.replace("HEAD", "title: A, notebook: tiny.ipynb"))
+    with pytest.raises(runs.RunError, match=message):
+        runs.specs(plan)
+
+
+def test_mistakes_in_the_plan_are_no_traceback(tmp_path, capsys, monkeypatch):
+    """Whichever run it is in, before the first run starts."""
+    path, none = notebook(tmp_path), []
+    plan = {"a": spec(path), "b": spec(path, numbr=3)}
+    monkeypatch.setattr(runs, "specs", lambda smoke: plan)  # noqa: ARG005
+    monkeypatch.setattr(runs, "execute", lambda *run: none.append(run))
+    for todo in ([], ["--todo", str(tmp_path / "todo")]):
+        assert runs.main([*todo, "--results", str(tmp_path / "results")]) == 1
+        assert "error: tiny.ipynb has no parameter numbr" in capsys.readouterr().err
+    assert none == []
+    assert not (tmp_path / "todo").exists()
+
+    def broken(smoke):  # noqa: ARG001
+        raise runs.RunError("runs.yml, run a: …")
+
+    monkeypatch.setattr(runs, "specs", broken)
+    assert runs.main([]) == 1
+    assert capsys.readouterr().err == "error: runs.yml, run a: …\n"
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

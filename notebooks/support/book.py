@@ -1,8 +1,8 @@
 """Build the book: put runs into ``book/_generated`` and let Jupyter Book render it.
 
-Real MNIST results made on this machine are shown if all of them are there, else the committed
-reference run. Results that do not count (a stand-in data set, smoke size) are shown beside the
-reference run and say on every page what they are.
+The results of Section 5.3 made on this machine are shown if all of them are there and count, else
+the committed reference run. Results that do not count (a stand-in data set, smoke size) are shown
+apart from those, and say on every page what they are.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from support.results import Run
 
 BOOK = results.ROOT / "book"
 GENERATED = BOOK / "_generated"
-PAPER = "sigmoid"  # the experiment of Section 5.3 …
-PAPER_FIGURE = "sigmoid-seed-0"  # … and the run of it that Figure 1 shows
+PAPER = "sigmoid"  # the experiment of Section 5.3; its first run is the one of Figure 1
 
 
 class BookError(Exception):
@@ -33,6 +32,9 @@ class BookError(Exception):
 def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[str, Run]]:
     """The runs whose numbers the book tells, and runs that do not count, to show beside them.
 
+    The experiment of Section 5.3 decides. Where it was made here as a whole and counts, the runs
+    made here are told, and the reference fills the gaps; else the reference is told alone.
+
     Args:
         folder: Runs that were made here.
         smoke: Whether those are at smoke size.
@@ -40,24 +42,26 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
     Raises:
         BookError: there is no reference run and nothing to show instead.
     """
-    here = results.load(folder, runs.specs())
-    complete = set(here) == set(runs.specs(smoke=smoke))
-    if complete and all(run.counts for run in here.values()):
-        return here, {}
-    reference = results.load(report.REFERENCE)
-    if PAPER_FIGURE not in reference:
+    here, reference = results.load(folder, runs.specs()), results.load(report.REFERENCE)
+    wanted = {name for name, spec in runs.specs(smoke=smoke).items() if spec.experiment == PAPER}
+    paper = {name: run for name, run in here.items() if run.record["experiment"] == PAPER}
+    complete = set(paper) == wanted
+    aside = {name: run for name, run in here.items() if complete and not run.counts}
+    if complete and not aside.keys() & paper.keys():
+        others = {n: run for n, run in reference.items() if run.record["experiment"] != PAPER}
+        return others | {name: run for name, run in here.items() if run.counts}, aside
+    if PAPER not in report.experiments(reference):
         raise BookError(f"no reference run in {os.path.relpath(report.REFERENCE)}: make reproduce")
-    return reference, {n: run for n, run in here.items() if complete and not run.counts}
+    return reference, aside
 
 
 def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     """Write everything that the pages include: notebooks, figures, fragments."""
     shutil.rmtree(GENERATED, ignore_errors=True)
-    (GENERATED / "notebooks").mkdir(parents=True)
-    for prefix, group in (("", main), ("not-counted-", aside)):
+    for folder, group in (("notebooks", main), ("not-counted", aside)):
+        (GENERATED / folder).mkdir(parents=True)
         for name, run in group.items():
-            target = GENERATED / "notebooks" / f"{prefix}{name}.ipynb"
-            results.write_text(target, page(run, origin(run)))
+            results.write_text(GENERATED / folder / f"{name}.ipynb", page(run, origin(run)))
     counted, beside = (report.experiments(group).get(PAPER, {}) for group in (main, aside))
     draw(counted, "")
     landing = [shown(counted, ""), summary(counted)]
@@ -70,6 +74,11 @@ def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
 
 
+def first(group: Mapping[str, Run]) -> Run:
+    """The run of a group that its figure shows."""
+    return next(iter(group.values()))
+
+
 def origin(run: Run) -> str:
     """Whose run this is, in words."""
     if run.folder.parent == report.REFERENCE:
@@ -80,11 +89,14 @@ def origin(run: Run) -> str:
 def page(run: Run, made: str) -> str:
     """The executed notebook as a page: its own title, and on top what it is and what made it."""
     notebook = nbformat.read(run.folder / "notebook.ipynb", as_version=4)
-    rest = notebook.cells[0].source.partition("\n")[2]
+    cells = notebook.cells
+    if not (cells and cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")):
+        cells.insert(0, nbformat.v4.new_markdown_cell(id="title"))
+    rest = cells[0].source.partition("\n")[2]
     warn = figures.warning(run.record)
     title = f"{warn.split(':')[0]}: {run.record['title']}" if warn else run.record["title"]
     machine = run.record["machine"]
-    notebook.cells[0].source = (
+    cells[0].source = (
         f"# {title}\n\n```{{{'warning' if warn else 'note'}}}\n"
         f"{warn + '. ' if warn else ''}This page is the executed notebook of {made}: commit "
         f"{run.record['commit']}, {run.record['started']}, {run.record['seconds']:.0f} s on "
@@ -96,54 +108,55 @@ def page(run: Run, made: str) -> str:
 
 def draw(group: Mapping[str, Run], prefix: str) -> None:
     """Figure 1 and the variances over all seeds."""
-    first = group[PAPER_FIGURE]
-    figures.save(figures.figure_1(first.values, first.record), GENERATED / f"{prefix}figure-1.svg")
-    tables = {f"seed {run.record['parameters']['seed']}": run.values for run in group.values()}
-    figure = figures.variance_ratios(tables, figures.warning(first.record))
-    figures.save(figure, GENERATED / f"{prefix}seeds.svg")
+    run, warn = first(group), report.warning(group)
+    figure = figures.figure_1(report.read(run), run.record, warn)
+    figures.save(figure, GENERATED / f"{prefix}figure-1.svg")
+    tables = {f"seed {report.seed(run)}": report.read(run) for run in group.values()}
+    figures.save(figures.variance_ratios(tables, warn), GENERATED / f"{prefix}seeds.svg")
 
 
 def shown(group: Mapping[str, Run], prefix: str) -> str:
     """Figure 1 with its caption."""
-    run = group[PAPER_FIGURE]
-    warn = figures.warning(run.record)
+    run, warn = first(group), report.warning(group)
     alt = (
         "One column per layer. Above, over the epochs: Fisher information, standard deviations of "
         "both estimators, upper bounds. Below: log-ratios of bounds and variances."
     )
     return (
         f"```{{figure}} _generated/{prefix}figure-1.svg\n:alt: {warn + '. ' if warn else ''}{alt}\n"
-        f":width: 100%\n\nThe paper's Figure 1, drawn from {origin(run)}. "
-        f"{figures.caption(run.record)}\n```\n"
+        f":width: 100%\n\nOur counterpart of the paper's Figure 1, from "
+        f"{origin(run)}. {figures.caption(run.record, warn)}\n```\n"
     )
 
 
 def summary(group: Mapping[str, Run]) -> str:
     """What was found, in a few lines for the landing page."""
-    ours = {fact.statement: fact.ours for fact in report.facts(group)}
+    rows = report.facts(group)
+    ours = {fact.statement: fact.ours for fact in rows}
     return (
-        f"**What we find**, with {len(group)} seeds, from {origin(group[PAPER_FIGURE])}:\n\n"
+        f"**What we find**, with {len(group)} seeds, from {origin(first(group))}:\n\n"
         f"* *Do the bounds hold?* {ours[report.BOUNDS]}.\n"
-        "* *The output layer:* Î₂ has no variance there at all (Remark 4.4); that of Î₁ is the "
-        f"largest of all layers in {ours[report.LARGEST]}.\n"
+        f"* *The output layer:* V₂ there: {ours[report.VANISHES]}; V₁ is the largest of all "
+        f"layers in {ours[report.LARGEST]}.\n"
         f"* *The hidden layers:* Î₁ has the smaller variance in {ours[report.SMALLER]}.\n"
         f"* *How tight are the bounds?* In the hidden layers, UB/V₁: {ours[report.TIGHT_1]}; "
         f"UB/V₂: {ours[report.TIGHT_2]}.\n"
+        f"* *What reproduced?* Of {report.tally(rows)}; the rules are in "
+        "[Section 5.3](section-5-3.md).\n"
     )
 
 
 def table(group: Mapping[str, Run], prefix: str) -> str:
     """What the runs say of the paper's statements, and the picture over all seeds."""
-    run = group[PAPER_FIGURE]
-    warn = figures.warning(run.record)
+    run, warn = first(group), report.warning(group)
     head = (
         f"**{warn}. None of the paper's statements is judged by these runs.**"
         if warn
         else f"All numbers below come from {origin(run)}: the experiment of Figure 1 with seeds "
-        f"{', '.join(str(r.record['parameters']['seed']) for r in group.values())}, none dropped."
+        f"{', '.join(str(report.seed(r)) for r in group.values())}, none dropped. {report.RULES}"
     )
     seeds = ", ".join(
-        f"[{r.record['parameters']['seed']}](_generated/notebooks/{prefix}{name}.ipynb)"
+        f"[{report.seed(r)}](_generated/{'not-counted' if warn else 'notebooks'}/{name}.ipynb)"
         for name, r in group.items()
     )
     return (
@@ -182,12 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         main_runs, aside = sources(arguments.results.resolve(), smoke=arguments.smoke)
-        print(f"building the book with {origin(main_runs[PAPER_FIGURE])} …", flush=True)
+        made = origin(first(report.experiments(main_runs)[PAPER]))
+        print(f"building the book with {made} …", flush=True)
         if aside:
-            print(f"… and beside it {figures.warning(aside[PAPER_FIGURE].record)}", flush=True)
-        prepare(main_runs, aside)
-        index = build(arguments.output.resolve())
-    except BookError as error:
+            print(f"… and apart from it {report.warning(aside)}", flush=True)
+        with runs.lock(BOOK, "build"):  # two builds would mix their pages
+            prepare(main_runs, aside)
+            index = build(arguments.output.resolve())
+    except (BookError, ValueError, runs.RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -56,7 +56,8 @@ To bring MNIST yourself, put its four files, gzipped (.gz) or not, into one fold
     {"  ".join(list(SHA256)[:2])}
     {"  ".join(list(SHA256)[2:])}
 and run
-    make reproduce MNIST_DIR=/folder/with/idx/files"""
+    make reproduce MNIST_DIR=/folder/with/idx/files
+For a notebook opened by itself, set the environment variable MNIST_DIR to that folder."""
 
 
 class DataError(Exception):

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from a run's table of values; nothing is computed here.
+"""The figures, drawn from a run's table of values; nothing is computed here.
 
 Colours are those of Okabe and Ito, which stay apart for colour-blind readers: Î₁ is blue and Î₂
 vermilion throughout, the Fisher information green, as in the paper.
@@ -22,13 +22,8 @@ from support.results import NETWORK
 
 GREEN, BLUE, SKY, VERMILION = "#009E73", "#0072B2", "#56B4E9", "#D55E00"
 GREY = "#666666"
-LINES = [
-    {"color": color, "linestyle": line, "linewidth": 1.3}
-    for color, line in zip(
-        ["#000000", "#E69F00", "#56B4E9", "#CC79A7", "#666666"], ["-", "--", "-.", ":", "-"],
-        strict=True,
-    )
-]  # fmt: skip
+COLORS = ["#000000", "#E69F00", "#56B4E9", "#CC79A7", "#666666"]
+DASHES: Any = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 STYLE: Any = {
     "svg.hashsalt": "fimlib",  # the same figure gives the same file
     "font.size": 11,
@@ -40,18 +35,16 @@ STYLE: Any = {
 }
 
 
-def figure_1(values: pd.DataFrame, record: Mapping[str, Any]) -> Figure:
+def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") -> Figure:
     """Figure 1: one column per layer; variances and bounds above, log(UB/V) below.
 
     Args:
         values: The table of one run.
         record: What made it.
+        warn: What to write on top; empty: what the record itself asks for.
     """
-    wide = values[values.layer != NETWORK].pivot_table(
-        index=["layer", "epoch"], columns="quantity", values="value", sort=True
-    )
+    wide = by_layer(values, ["layer", "epoch"])
     layers = list(wide.index.get_level_values("layer").unique())
-    num_samples = record["parameters"]["num_samples"]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
             2, len(layers), figsize=(2.6 * len(layers) + 0.6, 6.4), sharex=True, sharey="row",
@@ -59,55 +52,60 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any]) -> Figure:
         )  # fmt: skip
         for k, layer in enumerate(layers):
             data, last = wide.loc[layer], layer == layers[-1]
-            draw_variances(axes[0, k], data, num_samples, has_v2=not last)
-            draw_ratios(axes[1, k], data, has_v2=not last)
+            at_one = record["parameters"]["num_samples"] if last else 1
+            draw_variances(axes[0, k], data, at_one=at_one)
+            draw_ratios(axes[1, k], data)
             axes[0, k].set_title(f"layer {layer}" + (" (output)" if last else ""))
             axes[1, k].set_xlabel("epoch")
             axes[1, k].xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].set_ylabel("mean over the layer's\nparameters  [nat/θ²]")
         axes[1, 0].set_ylabel("log(UB / V)")
-        # The last column has a line, the middle ones all others: one legend for the whole figure.
+        # Not every column has every line: one legend for the whole figure.
         entries = {
             text: line
-            for ax in (axes[0, 0], axes[0, -1], axes[1, 0])
+            for ax in axes.flat
             for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
         }
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5)
-        if not record["counts"]:
-            figure.suptitle(warning(record), color="#B00020", weight="bold")
+        if warn or warning(record):
+            figure.suptitle(warn or warning(record), color="#B00020", weight="bold")
     return figure
 
 
-def draw_variances(ax: Axes, data: pd.DataFrame, num_samples: int, *, has_v2: bool) -> None:
-    """Fisher information, standard deviations and their upper bounds, on a log scale."""
+def draw_variances(ax: Axes, data: pd.DataFrame, *, at_one: int) -> None:
+    """Fisher information, standard deviations and their upper bounds, on a log scale.
+
+    Args:
+        ax: Where to draw.
+        data: One layer's quantities by epoch.
+        at_one: N, where √V₁ is to be shown for a single label, too; else 1.
+    """
     ax.set_yscale("log")
     ax.plot(data.I, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
     ax.plot(np.sqrt(data.V1), color=BLUE, label=r"$\sqrt{V_1}$")
     ax.plot(np.sqrt(data.V1_upper), color=BLUE, linestyle="--", label=r"bound of $\sqrt{V_1}$")
     ax.plot(
-        np.sqrt(data.V1_certified), color=SKY, linestyle="-", linewidth=0.8,
+        np.sqrt(data.V1_certified), color="#000000", linestyle=":", linewidth=1.2, zorder=3,
         label=r"bound of $\sqrt{V_1}$, certified",
     )  # fmt: skip
-    if has_v2:
-        ax.plot(np.sqrt(data.V2), color=VERMILION, label=r"$\sqrt{V_2}$")
+    if at_one > 1:
         ax.plot(
-            np.sqrt(data.V2_upper), color=VERMILION, linestyle="--", label=r"bound of $\sqrt{V_2}$"
-        )
+            np.sqrt(data.V1 * at_one), color=BLUE, linestyle="-.", linewidth=1,
+            label=r"$\sqrt{V_1}$ at N = 1",
+        )  # fmt: skip
+    if vanishes(data.V2):
+        place: Any = {"transform": ax.transAxes, "ha": "right", "va": "bottom"}
+        ax.text(0.97, 0.03, r"$V_2 = 0$", color=VERMILION, **place)
         return
-    ax.plot(
-        np.sqrt(data.V1 * num_samples), color=BLUE, linestyle="-.", linewidth=1,
-        label=r"$\sqrt{V_1}$ at N = 1",
-    )  # fmt: skip
-    ax.text(
-        0.97, 0.03, r"$V_2 = 0$", transform=ax.transAxes, color=VERMILION, ha="right", va="bottom"
-    )
+    ax.plot(np.sqrt(data.V2), color=VERMILION, label=r"$\sqrt{V_2}$")
+    ax.plot(np.sqrt(data.V2_upper), color=VERMILION, linestyle="--", label=r"bound of $\sqrt{V_2}$")
 
 
-def draw_ratios(ax: Axes, data: pd.DataFrame, *, has_v2: bool) -> None:
+def draw_ratios(ax: Axes, data: pd.DataFrame) -> None:
     """How loose the upper bounds are: log of the ratio of the layer's means."""
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.plot(log_ratio(data.V1_upper, data.V1), color=BLUE, marker=".", label=r"log(UB/$V_1$)")
-    if has_v2:
+    if not vanishes(data.V2):
         ratio = log_ratio(data.V2_upper, data.V2)
         ax.plot(ratio, color=VERMILION, marker=".", label=r"log(UB/$V_2$)")
 
@@ -119,11 +117,8 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
         runs: Tables of values by the name of their line.
         warn: What to write on top if these runs do not count.
     """
-    ratios = {
-        name: values[values.quantity == "V1"].set_index(["layer", "epoch"]).value
-        / values[values.quantity == "V2"].set_index(["layer", "epoch"]).value
-        for name, values in runs.items()
-    }
+    tables = {name: by_layer(values, ["layer", "epoch"]) for name, values in runs.items()}
+    ratios = {name: wide.V1 / wide.V2 for name, wide in tables.items()}
     layers = sorted({layer for ratio in ratios.values() for layer, _ in ratio.index})[:-1]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -133,8 +128,8 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
         for ax, layer in zip(axes[0], layers, strict=True):
             ax.set_yscale("log")
             ax.axhline(1, color=GREY, linewidth=0.8)
-            for style, (name, ratio) in zip(LINES, ratios.items(), strict=False):
-                ax.plot(ratio[layer], label=name, **style)
+            for k, (name, ratio) in enumerate(ratios.items()):
+                ax.plot(ratio[layer], label=name, **line_style(k))
             ax.set_title(f"layer {layer}")
             ax.set_xlabel("epoch")
             ax.xaxis.get_major_locator().set_params(integer=True)
@@ -143,6 +138,29 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
         if warn:
             figure.suptitle(warn, color="#B00020", weight="bold")
     return figure
+
+
+def by_layer(values: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """The layers' values, a column per quantity; layers are numbers, so that 10 follows 9."""
+    layers = values[values.layer != NETWORK]
+    return layers.assign(layer=layers.layer.astype(int)).pivot_table(
+        index=index, columns="quantity", values="value"
+    )
+
+
+def vanishes(variance: pd.Series[float]) -> bool:
+    """Whether a layer has none of this variance, at any epoch."""
+    return bool((variance == 0).all())
+
+
+def line_style(k: int) -> dict[str, Any]:
+    """Colour, dashes and width of line k; no two are alike."""
+    width = 1.3 + 0.7 * (k // (len(COLORS) * len(DASHES)))  # the numbers of both are coprime
+    return {
+        "color": COLORS[k % len(COLORS)],
+        "linestyle": DASHES[k % len(DASHES)],
+        "linewidth": width,
+    }
 
 
 def log_ratio(upper: pd.Series[float], value: pd.Series[float]) -> pd.Series[float]:
@@ -158,27 +176,31 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def warning(record: Mapping[str, Any]) -> str:
-    """What a run that does not count is, for the top of its figures and tables; else nothing."""
-    if record["counts"]:
-        return ""
-    if not record["data"]["is_mnist"]:
-        return f"NOT MNIST: {record['data']['title']}"
-    return f"SMOKE SIZE: only {record['parameters']['train_limit']} training images"
+def warning(*records: Mapping[str, Any]) -> str:
+    """What runs are if one of them does not count, for the top of figures; else nothing."""
+    for record in records:
+        if not record["counts"]:
+            if not record["data"]["is_mnist"]:
+                return f"NOT MNIST: {record['data']['title']}"
+            return f"SMOKE SIZE: only {record['parameters']['train_limit']} training images"
+    return ""
 
 
-def caption(record: Mapping[str, Any]) -> str:
-    """Data, seed, settings and machine of a run, in words."""
+def caption(record: Mapping[str, Any], warn: str = "") -> str:
+    """Data, seed, settings and machine of a run, in words, after a warning if it needs one."""
     p, machine = record["parameters"], record["machine"]
-    warn = f"**{warning(record)}.** " if warning(record) else ""
-    widths = "-".join(str(w) for w in p["hidden"])
+    warn = warn or warning(record)
+    network = record.get("network") or (
+        f"hidden widths {'-'.join(str(w) for w in p['hidden'])}, {p['activation']}, dropout "
+        f"{p['dropout']} before the last layer"
+    )
     return (
-        f"{warn}Data: {record['data']['title']} (SHA-256 {record['data']['digest'][:12]}…), test "
-        f"input {record['input_index']}; seed {p['seed']}; N = {p['num_samples']:,} labels; hidden "
-        f"widths {widths}, {p['activation']}, dropout {p['dropout']} before the last layer; "
-        f"{p['optimizer']}, learning rate {p['learning_rate']}, batches of {p['batch_size']}, "
-        f"{p['epochs']} epochs. The solid variances are exact, not sampled. Made at commit "
-        f"{record['commit']} on {record['started'][:10]} in {record['seconds']:.0f} s "
-        f"({machine['processor']}, {machine['threads']} thread, {machine['device']}, torch "
-        f"{record['versions']['torch']})."
+        f"{f'**{warn}.** ' if warn else ''}"
+        f"Data: {record['data']['title']} (SHA-256 {record['data']['digest'][:12]}…), test "
+        f"input {record['input_index']}; seed {p['seed']}; N = {p['num_samples']:,} labels; "
+        f"{network}; {p['optimizer']}, learning rate {p['learning_rate']}, batches of "
+        f"{p['batch_size']}, {p['epochs']} epochs. The solid variances are exact, not sampled. "
+        f"Made at commit {record['commit']} on {record['started'][:10]} in "
+        f"{record['seconds']:.0f} s ({machine['processor']}, {machine['threads']} thread, "
+        f"{machine['device']}, torch {record['versions']['torch']})."
     )

@@ -16,7 +16,8 @@ def publish(folder: Path, target: Path) -> list[str]:
     """Copy all runs of ``runs.yml`` from ``folder``; return their names.
 
     Raises:
-        ValueError: a run is missing, or one does not count.
+        ValueError: a run is missing, one does not count, or runs of one experiment differ in more
+            than their seed.
     """
     found, wanted = results.load(folder), runs.specs()
     missing = sorted(set(wanted) - set(found))
@@ -24,6 +25,8 @@ def publish(folder: Path, target: Path) -> list[str]:
         raise ValueError(f"not finished: {', '.join(missing)}. Run: make reproduce DATASET=mnist")
     if not all(found[name].counts for name in wanted):
         raise ValueError("these runs are not of the full, real MNIST: they cannot be a reference.")
+    for group in report.experiments({name: found[name] for name in wanted}).values():
+        report.check_same_settings(group)
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     for name in wanted:
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
     try:
         names = publish(parser.parse_args(argv).results, report.REFERENCE)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, runs.RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"data/reference now holds: {', '.join(names)}")

@@ -2,7 +2,8 @@
 
 A run is a folder with ``values.csv`` (run, epoch, layer, quantity, value), ``record.json``
 (parameters, seeds, data digest, versions, commit, machine, time), its figure and its executed
-notebook. Figures, report and book read such folders; they never compute.
+notebook. The record names the digests of table and notebook: a folder that does not hold what its
+record says is no run. Figures, report and book read such folders; they never compute.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "network"  # the layer column of values that belong to no single layer
 COLUMNS = ["run", "epoch", "layer", "quantity", "value"]
+FILES = ("values.csv", "notebook.ipynb")  # of a run: what its record vouches for, if it is there
 PACKAGES = ("fimlib", "numpy", "scipy", "pandas", "matplotlib", "papermill")
 
 
@@ -107,7 +109,7 @@ def save(folder: str | Path, values: pd.DataFrame | None, made_by: Mapping[str, 
 
 
 def load(folder: Path, names: Collection[str] | None = None) -> dict[str, Run]:
-    """The finished runs in a folder of runs, by name; a folder without a record is none.
+    """The finished runs in a folder of runs, by name; what is half-made or damaged is none.
 
     Args:
         folder: Where the runs lie.
@@ -115,10 +117,27 @@ def load(folder: Path, names: Collection[str] | None = None) -> dict[str, Run]:
     """
     found = {}
     for path in sorted(folder.glob("*/record.json")):
-        name = path.parent.name
-        if not name.startswith(".") and (names is None or name in names):
-            found[name] = Run(name, path.parent, json.loads(path.read_text(encoding="utf-8")))
+        run, made_by = path.parent, read_record(path.parent)
+        if run.name.startswith(".") or (names is not None and run.name not in names):
+            continue
+        if made_by and made_by.get("files") == file_digests(run):
+            found[run.name] = Run(run.name, run, made_by)
     return found
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a folder; None if there is none or it is damaged."""
+    try:
+        made_by = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return made_by if isinstance(made_by, dict) else None
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of those of a run's `FILES` that are there."""
+    there = [name for name in FILES if (folder / name).is_file()]
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in there}
 
 
 def write_text(path: Path, text: str) -> None:

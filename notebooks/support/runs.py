@@ -2,7 +2,7 @@
 
 ``python -m support.runs NAME …`` makes the named runs of ``runs.yml``; a run is made in a folder
 of its own and gets its final name when it is finished. A finished run is kept as long as its
-notebook, its parameters, its data and fimlib are what they were.
+notebook, its parameters, its data and fimlib are what they were and its files are whole.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -35,6 +36,21 @@ SOURCES = [
     *(results.ROOT / "fimlib").glob("*.py"),
     *(NOTEBOOKS / "support" / f"{name}.py" for name in ("data", "figures", "results")),
 ]
+# How the entries of runs.yml look.
+FORMS: dict[str, tuple[type, str]] = {
+    "runs": (dict, "the runs by name"),
+    "smoke": (dict, "the seeds and parameters at smoke size"),
+    "title": (str, "a text"),
+    "notebook": (str, "the name of a notebook beside runs.yml"),
+    "seeds": (list, "a list of whole numbers such as [0, 1]"),
+    "parameters": (dict, "a mapping such as {epochs: 5}, or left out"),
+}
+# Parameters that no run of runs.yml may set.
+OURS = {
+    "dataset": "chosen by `make … DATASET=`",
+    "out": "chosen by the runner",
+    "name": "chosen by the runner",
+}
 
 
 class RunError(Exception):
@@ -53,8 +69,12 @@ class Spec:
 
 
 def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[str, Spec]:
-    """All runs of ``runs.yml`` by name; at smoke size if wanted."""
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """All runs of ``runs.yml`` by name; at smoke size if wanted.
+
+    Raises:
+        RunError: the file is not as it should be.
+    """
+    plan = read_plan(path)
     found = {}
     for name, run in plan["runs"].items():
         parameters = dict(run.get("parameters", {}))
@@ -65,9 +85,49 @@ def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[s
             found[name] = Spec(name, run["title"], notebook, parameters, name)
         for seed in run.get("seeds", []):
             if not smoke or seed in plan["smoke"]["seeds"]:
-                title, key = run["title"].format(seed=seed), f"{name}-seed-{seed}"
+                title, key = run["title"].replace("{seed}", str(seed)), f"{name}-seed-{seed}"
                 found[key] = Spec(key, title, notebook, parameters | {"seed": seed}, name)
     return found
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Read ``runs.yml``; a RunError says which run is not as it should be, and how it should."""
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path.name} is not valid YAML: {error}") from error
+    check_entry(plan, path.name, needed=("runs", "smoke"))
+    check_entry(plan["smoke"], f"{path.name}, smoke", needed=("seeds", "parameters"))
+    for notebook, parameters in plan["smoke"]["parameters"].items():
+        where = f"{path.name}, smoke, {notebook}"
+        check_entry({"parameters": parameters}, where, needed=("parameters",))
+    for name, run in plan["runs"].items():
+        where = f"{path.name}, run {name}"
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+            raise RunError(f"{where}: a name is a letter, then letters, digits or any of _ . -")
+        check_entry(run, where, needed=("title", "notebook"), optional=("seeds", "parameters"))
+        if "seeds" in run and "seed" in run.get("parameters", {}):
+            raise RunError(f"{where}: give seeds or the parameter seed, not both.")
+    return dict(plan)
+
+
+def check_entry(
+    entry: Any, where: str, *, needed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    """Raise a RunError unless a mapping has the keys that it needs, no unknown ones, in form."""
+    keys = needed + optional
+    if not isinstance(entry, dict) or any(key not in entry for key in needed):
+        raise RunError(f"{where}: it needs {' and '.join(f'`{key}:`' for key in needed)}.")
+    if unknown := [str(key) for key in entry if key not in keys]:
+        raise RunError(f"{where}: unknown {', '.join(unknown)}; there are: {', '.join(keys)}.")
+    for key, value in entry.items():
+        kind, form = FORMS[key]
+        if not isinstance(value, kind) or not value:
+            raise RunError(f"{where}: `{key}:` must be {form}, not {value!r}.")
+    if not all(type(seed) is int for seed in entry.get("seeds", [])):
+        raise RunError(f"{where}: `seeds:` must be {FORMS['seeds'][1]}, not {entry['seeds']!r}.")
+    for reserved in sorted(OURS.keys() & entry.get("parameters", {}).keys()):
+        raise RunError(f"{where}: the parameter {reserved} is {OURS[reserved]}; leave it out.")
 
 
 def execute(spec: Spec, folder: Path, dataset: str) -> bool:
@@ -105,6 +165,8 @@ def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
         return True
     if old:
         say(spec.name, "notebook, parameters, data or code changed: to be made again")
+    elif (folder / spec.name).exists():
+        say(spec.name, "files are missing or damaged: to be made again")
     return False
 
 
@@ -131,17 +193,21 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> set[str]:
     if not notebook.is_file():
         there = ", ".join(sorted(p.name for p in notebook.parent.glob("*.ipynb")))
         raise RunError(f"there is no notebook {notebook.name}; there are: {there}.")
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if not tagged:
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+        tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        names = [node for node in ast.walk(ast.parse(tagged[0])) if isinstance(node, ast.Name)]
+    except IndexError:
         raise RunError(
             f"{notebook.name} has no cell tagged 'parameters': tag the cell that sets them, else "
             "parameters given from outside would be overwritten."
-        )
-    assignments = [node for node in ast.walk(ast.parse(tagged[0])) if isinstance(node, ast.Name)]
-    known = {node.id for node in assignments if isinstance(node.ctx, ast.Store)}
-    unknown = sorted(set(parameters) - known)
-    if unknown:
+        ) from None
+    except (ValueError, SyntaxError) as error:
+        raise RunError(
+            f"{notebook.name}, or its parameters cell, cannot be read: {error}"
+        ) from error
+    known = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    if unknown := sorted(set(parameters) - known):
         raise RunError(
             f"{notebook.name} has no parameter {', '.join(unknown)}; there are: "
             f"{', '.join(sorted(known))}. Correct runs.yml or the notebook's parameters cell."
@@ -158,11 +224,12 @@ def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
         papermill.execute_notebook(
             str(spec.notebook), str(output), parameters, kernel_name="python3",
             cwd=str(NOTEBOOKS), progress_bar=False, stdout_file=Lines(spec.name),
-            extra_arguments=["--log-level=ERROR"], language="python",
+            extra_arguments=["--log-level=CRITICAL"],  # no tracebacks of its own upon Ctrl-C
+            language="python",
         )  # fmt: skip
     except PapermillExecutionError as error:
         raise RunError(
-            f"{spec.name}: cell {error.exec_count} of {spec.notebook.name} failed with "
+            f"{spec.name}: a cell of {spec.notebook.name} failed with "
             f"{error.ename}: {error.evalue}\nThe half-executed notebook, with the traceback, is "
             f"{os.path.relpath(output)}"
         ) from error
@@ -183,12 +250,10 @@ def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) 
         if "outputs" in cell:
             cell.outputs = merge_lines(cell.outputs)
     results.write_text(path, nbformat.writes(notebook).replace(str(results.ROOT), "."))
-    old = results.load(partial.parent).get(partial.name)
-    record = (
-        old.record if old else results.record(spec.parameters, {}, started, torch.device("cpu"))
-    )
+    record = results.read_record(partial)  # the notebook's own, if it writes one
+    record = record or results.record(spec.parameters, {}, started, torch.device("cpu"))
     ours = {"title": spec.title, "experiment": spec.experiment, "fingerprint": digest}
-    results.save(partial, None, record | ours)
+    results.save(partial, None, record | ours | {"files": results.file_digests(partial)})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
 
@@ -244,12 +309,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
     arguments = parser.parse_args(argv)
     folder, dataset = arguments.results, arguments.dataset
-    known = specs(smoke=arguments.smoke)
-    names = arguments.names or list(known)
     try:
+        known = specs(smoke=arguments.smoke)
+        names = arguments.names or list(known)
         unknown = sorted(set(names) - set(known))
         if unknown:
             raise RunError(f"no runs named {', '.join(unknown)}; there are: {', '.join(known)}.")
+        for name in names:  # a mistake in the last run is noticed before the first one starts
+            check_parameters(known[name].notebook, known[name].parameters)
         if arguments.todo:
             todo = [name for name in names if not is_finished(known[name], folder, dataset)]
             results.write_text(arguments.todo, "\n".join(todo))

@@ -1,0 +1,416 @@
+"""Facts, verdicts, figures and the book's choice of runs, on a table whose answers are known."""
+
+import json
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from support import book, figures, reference, report, results, runs
+
+# Three layers, the last one the output, at epochs 0 and 1.
+QUANTITIES = {
+    ("I", "I1", "I2", "V1", "V1_upper", "V1_certified", "V2", "V2_upper", "V1_sample"): {
+        (0, "1"): (1, 1.1, 1, 1, 40, 50, 2, 8, 0),
+        (0, "2"): (2, 2, 2.4, 2, 120, 140, 8, 80, 1),
+        (0, "3"): (10, 9, 10, 4, 12, 13, 0, 0, 1),
+        (1, "1"): (4, 4, 6, 9, 450, 500, 3, 9, 1),
+        (1, "2"): (1, 1, 1, 1, 100, 111, 4, 100, 1),
+        (1, "3"): (4, 5, 4, 4, 44, 48, 0, 0, 1),
+    },
+    ("parameters", "I_violations", "V1_violations", "V2_violations"): {
+        (0, "1"): (10, 0, 0, 0),
+        (0, "2"): (20, 1, 0, 0),
+        (0, "3"): (30, 0, 0, 0),
+        (1, "1"): (10, 0, 4, 0),
+        (1, "2"): (20, 0, 0, 2),
+        (1, "3"): (30, 0, 0, 0),
+    },
+}
+PARAMETERS = {
+    "hidden": [8, 6], "activation": "Sigmoid", "dropout": 0.5, "optimizer": "Adam",
+    "learning_rate": 0.001, "batch_size": 128, "epochs": 1, "num_samples": 100, "train_limit": 0,
+}  # fmt: skip
+ALL = tuple(runs.specs())
+PAPER = [name for name, spec in runs.specs().items() if spec.experiment == book.PAPER]
+
+
+def table(name, accuracy=0.9, **scales):
+    rows = [
+        (name, epoch, layer, quantity, value * scales.get(quantity, 1))
+        for quantities, cells in QUANTITIES.items()
+        for (epoch, layer), numbers in cells.items()
+        for quantity, value in zip(quantities, numbers, strict=True)
+    ]
+    rows += [(name, e, results.NETWORK, "test_accuracy", a) for e, a in ((0, 0.1), (1, accuracy))]
+    return pd.DataFrame(rows, columns=results.COLUMNS)
+
+
+def make(folder, name, values=None, *, counts=True, is_mnist=True, experiment=None, **parameters):
+    """A finished run, as the runner leaves it."""
+    spec = runs.specs().get(name)
+    experiment = experiment or (spec.experiment if spec else book.PAPER)
+    seed = {"seed": spec.parameters["seed"]} if spec and "seed" in spec.parameters else {}
+    record = {
+        "parameters": PARAMETERS | seed | parameters, "experiment": experiment, "counts": counts,
+        "data": {"title": "MNIST", "digest": "0" * 64, "is_mnist": is_mnist}, "input_index": 7,
+        "title": f"Run {name}", "commit": "abc", "started": "2000-01-01T00:00:00Z", "seconds": 1.0,
+        "machine": {"processor": "P", "threads": 1, "device": "cpu"}, "versions": {"torch": "2"},
+    }  # fmt: skip
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", id="first")])
+    nbformat.write(notebook, folder / name / "notebook.ipynb")
+    if values is not None:
+        values.to_csv(folder / name / "values.csv", index=False)
+    files = {"files": results.file_digests(folder / name)}
+    results.save(folder / name, None, record | files)
+    return results.Run(name, folder / name, record)
+
+
+def make_all(folder, names=ALL, **changes):
+    for name in names:
+        make(folder, name, table(name) if name in PAPER else None, **changes)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder for runs, beside a complete reference."""
+    monkeypatch.setattr(report, "REFERENCE", make_all(tmp_path / "reference"))
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def group(tmp_path):
+    return {
+        "a": make(tmp_path, "a", table("a", 0.8), seed=0),
+        "b": make(tmp_path, "b", table("b", 0.9), seed=1),
+    }
+
+
+FACTS = [
+    ("", "80.00% to 90.00% over 2 seeds", "–"),
+    ("a", "14 violations in 720 checks (I, V₁, V₂ at every parameter, epoch and seed)", "in part"),
+    ("d", "largest value 0", "reproduced"),
+    ("d", "2 of 4 epochs (50.0%)", "in part"),
+    (
+        "d",
+        "√V₁/I: median 0.35, from 0.2 to 0.5 at N = 100; median 3.5, from 2 to 5 at N = 1",
+        "reproduced",
+    ),
+    ("c", "6 of 8 layer-epochs (75.0%); layer 1: 2 of 4, layer 2: 4 of 4", "in part"),
+    ("b", "median 55, from 40 to 100", "reproduced"),
+    ("b", "median 7, from 3 to 25", "in part"),
+    ("g", "median 0.15, from 0 to 0.5 with N = 100 labels", "in part"),
+    ("", "2 of 12 layer-epochs (16.7%)", "–"),
+]
+
+
+def test_every_fact_and_verdict(group):
+    rows = report.facts(group)
+    assert [(f.claim, f.ours, f.verdict) for f in rows] == FACTS
+    assert report.tally(rows) == "8 statements of the paper: 3 reproduced, 5 in part"
+    text = report.as_text(rows)
+    assert text.endswith(report.tally(rows))
+    assert all(ours in text for _, ours, _ in FACTS)
+    lines = report.as_markdown(rows).splitlines()
+    assert lines[3].startswith("| (a) | bounds") and lines[3].endswith("| in part |")  # noqa: PT018
+    assert all(line.replace("\\|", "").count("|") == 6 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("scales", "row", "verdict"),
+    [
+        ({"I_violations": 0, "V1_violations": 0, "V2_violations": 0}, 1, "reproduced"),
+        ({"V1_violations": 50}, 1, "not reproduced"),
+        ({"V1": 1e4}, 4, "not reproduced"),
+        ({"V1": 1e-4}, 4, "not reproduced"),
+        ({"V2": 100}, 5, "reproduced"),
+        ({"V2": 0.01}, 5, "not reproduced"),
+        ({"V1_upper": 3}, 6, "in part"),
+        ({"V1_upper": 0.05}, 6, "not reproduced"),
+        ({"V2_upper": 3}, 7, "reproduced"),
+        ({"V2_upper": 100}, 7, "not reproduced"),
+        ({"I": 2}, 8, "reproduced"),
+        ({"I": 0.1}, 8, "not reproduced"),
+    ],
+)
+def test_other_verdicts(tmp_path, scales, row, verdict):
+    rows = report.facts({"a": make(tmp_path, "a", table("a", **scales))})
+    assert rows[row].verdict == verdict
+
+
+def test_the_rules():
+    assert [report.always(x) for x in (1, 0.999, 0.5, 0.49)] == [
+        "reproduced", "in part", "in part", "not reproduced",
+    ]  # fmt: skip
+    verdicts = [report.within(x, 50, yes=2, partly=10) for x in (25, 100, 24, 101, 5, 501, np.nan)]
+    assert verdicts == ["reproduced"] * 2 + ["in part"] * 3 + ["not reproduced"] * 2
+    assert [report.at_most(x, yes=0.1, partly=1) for x in (0.1, 1, 1.1, np.nan)] == [
+        "reproduced", "in part", "not reproduced", "not reproduced",
+    ]  # fmt: skip
+
+
+def test_one_run_that_does_not_count_takes_all_verdicts(group, tmp_path):
+    group["c"] = make(tmp_path, "c", table("c"), counts=False, is_mnist=False)
+    assert {f.verdict for f in report.facts(group)} == {"–", "not judged"}
+    assert report.warning(group) == "NOT MNIST: MNIST"
+    for text in (book.shown(group, ""), book.table(group, "")):
+        assert "NOT MNIST" in text
+    assert "not-counted/a.ipynb" in book.table(group, "")
+
+
+def test_one_label(tmp_path):
+    values = table("a").query("quantity != 'V1_sample'")
+    one = make(tmp_path, "a", values, num_samples=1)
+    rows = report.facts({"a": one})
+    assert rows[4].ours == "√V₁/I: median 0.35, from 0.2 to 0.5 at N = 1"
+    assert rows[-1].ours == "needs N > 1"
+    assert r"$\sqrt{V_1}$ at N = 1" not in drawn(figures.figure_1(values, one.record))[2]
+
+
+def test_layers_are_numbers(tmp_path):
+    """With eleven layers the last is 11, not 9."""
+    extra = [table("a").query("layer == '2'").assign(layer=str(k)) for k in range(3, 11)]
+    values = pd.concat([table("a").replace({"layer": {"3": "11"}}), *extra])
+    run = make(tmp_path, "a", values)
+    rows = report.facts({"a": run})
+    assert rows[2].ours == "largest value 0"
+    assert "layer 9: 2 of 2, layer 10: 2 of 2" in rows[5].ours
+    titles = [f"layer {k}" for k in range(1, 12)]
+    figure = figures.figure_1(values, run.record)
+    assert [ax.get_title() for ax in figure.axes[:11]] == [*titles[:-1], "layer 11 (output)"]
+    figure = figures.variance_ratios({"a": values})
+    assert [ax.get_title() for ax in figure.axes] == titles[:-1]
+
+
+def drawn(figure):
+    """The labelled lines of every panel, as numbers by label."""
+    return [
+        {
+            line.get_label(): list(line.get_ydata())
+            for line in ax.lines
+            if not line.get_label().startswith("_")
+        }
+        for ax in figure.axes
+    ]
+
+
+def layer(k):
+    """What figure_1 should draw of a layer: above, below."""
+    names, cells = next(iter(QUANTITIES.items()))
+    q = {name: np.array([cells[e, k][j] for e in (0, 1)]) for j, name in enumerate(names)}
+    above = {
+        "Fisher information I": q["I"],
+        r"$\sqrt{V_1}$": q["V1"] ** 0.5,
+        r"bound of $\sqrt{V_1}$": q["V1_upper"] ** 0.5,
+        r"bound of $\sqrt{V_1}$, certified": q["V1_certified"] ** 0.5,
+    }
+    below = {r"log(UB/$V_1$)": np.log(q["V1_upper"] / q["V1"])}
+    if k == "3":
+        return above | {r"$\sqrt{V_1}$ at N = 1": 10 * q["V1"] ** 0.5}, below
+    above |= {r"$\sqrt{V_2}$": q["V2"] ** 0.5, r"bound of $\sqrt{V_2}$": q["V2_upper"] ** 0.5}
+    return above, below | {r"log(UB/$V_2$)": np.log(q["V2_upper"] / q["V2"])}
+
+
+def test_every_line_of_figure_1(group):
+    run = group["a"]
+    figure = figures.figure_1(run.values, run.record)
+    panels = drawn(figure)
+    for k in range(3):
+        for panel, expected in zip((panels[k], panels[3 + k]), layer(str(k + 1)), strict=True):
+            assert panel.keys() == expected.keys()
+            for label, numbers in expected.items():
+                assert panel[label] == pytest.approx(numbers), (k, label)
+    # By hand, for one panel of each kind.
+    assert panels[0][r"$\sqrt{V_1}$"] == [1, 3]
+    assert panels[0][r"bound of $\sqrt{V_1}$"] == pytest.approx([40**0.5, 450**0.5])
+    assert panels[3][r"log(UB/$V_2$)"] == pytest.approx([np.log(4), np.log(3)])
+    assert panels[2][r"$\sqrt{V_1}$ at N = 1"] == [20, 20]
+    assert [[text.get_text() for text in ax.texts] for ax in figure.axes[:3]] == [
+        [], [], ["$V_2 = 0$"],
+    ]  # fmt: skip
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert legend == {label for panel in panels for label in panel}
+
+
+def test_an_activated_output_shows_its_v2(group):
+    values = group["a"].values
+    at = (values.layer == "3") & values.quantity.isin(["V2", "V2_upper"])
+    values.loc[at, "value"] = 5.0
+    figure = figures.figure_1(values, group["a"].record)
+    assert drawn(figure)[2][r"$\sqrt{V_2}$"] == pytest.approx([5**0.5] * 2)
+    assert not figure.axes[2].texts
+
+
+def test_every_line_of_the_variance_ratios(group):
+    tables = {name: run.values for name, run in group.items()}
+    tables["b"].loc[tables["b"].quantity == "V1", "value"] *= 2
+    first, second = drawn(figures.variance_ratios(tables))
+    assert first == {"a": [0.5, 3], "b": [1, 6]}
+    assert second == {"a": [0.25, 0.25], "b": [0.5, 0.5]}
+
+
+def test_any_number_of_seeds_has_its_line():
+    tables = {f"seed {k}": table("a") for k in range(40)}
+    lines = figures.variance_ratios(tables).axes[0].lines[1:]
+    looks = {str(figures.line_style(k)) for k in range(40)}
+    assert len(lines) == len(looks) == 40
+
+
+def test_the_caption_takes_the_network_from_the_record(group):
+    record = group["a"].record
+    assert "hidden widths 8-6, Sigmoid, dropout 0.5" in figures.caption(record)
+    forked = figures.caption(record | {"network": "784-9-10, Tanh"})
+    assert "784-9-10, Tanh; Adam" in forked
+    assert "Sigmoid" not in forked
+
+
+def test_other_settings_are_neither_mixed_nor_compared(group, tmp_path):
+    other = make(tmp_path, "other", table("other"), epochs=20, seed=5)
+    with pytest.raises(ValueError, match="runs of experiment 'sigmoid' differ in epochs"):
+        report.facts(group | {"other": other})
+    said = report.against_reference(group, {"a": SimpleNamespace(record=other.record)})
+    assert said == (
+        "Other settings than the reference run (epochs: 1 against 20): values are not compared."
+    )
+    assert "identical" in report.against_reference(group, group)
+
+
+def test_a_table_without_a_quantity_is_told_without_traceback(here, capsys):
+    make_all(here)
+    make(here, PAPER[0], table(PAPER[0]).query("quantity != 'I2'"))
+    assert report.main(["--results", str(here)]) == 1
+    assert f"{here / PAPER[0] / 'values.csv'} is not whole" in capsys.readouterr().err
+
+
+def test_mixed_settings_are_told_without_traceback(here, capsys):
+    make_all(here)
+    make(here, PAPER[0], table(PAPER[0]), epochs=2)
+    assert report.main(["--results", str(here)]) == 1
+    assert "differ in epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "record"])
+def test_a_damaged_run_is_none(here, capsys, damage):
+    path = make_all(here) / PAPER[0] / "values.csv"
+    if damage == "cut":
+        path.write_text(path.read_text()[:-200])
+    elif damage == "lost":
+        path.unlink()
+    else:
+        path.with_name("record.json").write_text("{")
+    assert report.main(["--results", str(here)]) == 0
+    said = capsys.readouterr()
+    assert f"{len(PAPER) - 1} runs" in said.out
+    assert f"not finished: {PAPER[0]}" in said.out
+    assert said.out.rstrip().endswith("8 statements of the paper: 3 reproduced, 5 in part")
+    main, _ = book.sources(here)
+    assert set(folders(main).values()) == {"reference"}
+
+
+def folders(group):
+    return {name: run.folder.parent.name for name, run in group.items()}
+
+
+def test_the_book_shows_own_results_if_complete(here):
+    main, aside = book.sources(make_all(here))
+    assert folders(main) == dict.fromkeys(ALL, "here")
+    assert not aside
+
+
+def test_the_book_fills_gaps_beside_section_5_3(here):
+    main, aside = book.sources(make_all(here, PAPER))
+    assert folders(main) == {"checks": "reference"} | dict.fromkeys(PAPER, "here")
+    assert not aside
+
+
+def test_the_book_shows_the_reference_if_runs_are_missing(here):
+    main, aside = book.sources(make_all(here, PAPER[1:]))
+    assert folders(main) == dict.fromkeys(ALL, "reference")
+    assert not aside
+
+
+def test_the_book_puts_what_does_not_count_apart(here):
+    make_all(here)
+    make(here, PAPER[1], table(PAPER[1]), counts=False, train_limit=600)
+    main, aside = book.sources(here)
+    assert folders(main) == dict.fromkeys(ALL, "reference")
+    assert folders(aside) == {PAPER[1]: "here"}
+
+
+def test_the_book_at_smoke_size(here):
+    names = tuple(name for name in runs.specs(smoke=True) if name in PAPER)
+    make_all(here, names, counts=False, train_limit=600)
+    main, aside = book.sources(here, smoke=True)
+    assert folders(main) == dict.fromkeys(ALL, "reference")
+    assert folders(aside) == dict.fromkeys(names, "here")
+
+
+def test_another_experiment_does_not_demote_the_real_one(here, monkeypatch, tmp_path):
+    known = runs.specs()
+    extra = runs.Spec("extra", "Extra", runs.NOTEBOOKS / "mnist.ipynb", {}, "extra")
+    monkeypatch.setattr(runs, "specs", lambda smoke=False: known | {"extra": extra})  # noqa: ARG005
+    make_all(here)
+    make(here, "extra", table("extra"), counts=False, experiment="extra", train_limit=600)
+    main, aside = book.sources(here)
+    assert folders(main) == dict.fromkeys(known, "here")
+    assert folders(aside) == {"extra": "here"}
+    monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
+    book.prepare(main, aside)
+    page = nbformat.read(tmp_path / "generated/not-counted/extra.ipynb", as_version=4)
+    assert page.cells[0].source.startswith("# SMOKE SIZE")
+    assert page.cells[1].source == "1 + 1"  # the notebook had no title to replace
+    assert "8 statements of the paper" in (tmp_path / "generated/landing.md").read_text()
+
+
+def test_the_book_needs_a_reference_or_results(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "REFERENCE", tmp_path / "nowhere")
+    with pytest.raises(book.BookError, match="no reference run"):
+        book.sources(here)
+
+
+def test_publish(here, tmp_path):
+    names = reference.publish(make_all(here), tmp_path / "target")
+    assert names == list(ALL)
+    assert set(results.load(tmp_path / "target")) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": False}, "not of the full, real MNIST"),
+        ({"epochs": 2}, "differ in epochs"),
+    ],
+)
+def test_publish_refuses(here, tmp_path, change, message):
+    make_all(here)
+    make(here, PAPER[-1], table(PAPER[-1]), **change)
+    with pytest.raises(ValueError, match=message):
+        reference.publish(here, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_publish_refuses_what_is_not_finished(here, tmp_path):
+    with pytest.raises(ValueError, match=f"not finished: {PAPER[0]}"):
+        reference.publish(make_all(here, ["checks", *PAPER[1:]]), tmp_path / "target")
+
+
+def test_the_page_names_the_settings_of_the_reference():
+    page = (results.ROOT / "book" / "section-5-3.md").read_text(encoding="utf-8")
+    paths = sorted((results.ROOT / "data" / "reference").glob("sigmoid-*/record.json"))
+    settings = [json.loads(path.read_text(encoding="utf-8"))["parameters"] for path in paths]
+    seeds = [p["seed"] for p in settings]
+    assert seeds == list(range(len(seeds)))
+    assert f"**seeds 0 to {seeds[-1]}**" in page
+    for p in settings:
+        assert f"784 – **{' – '.join(map(str, p['hidden']))}** – 10 |" in page
+        assert f"**rate {p['dropout']}, before the last layer" in page
+        assert (
+            f"{p['epochs']} epochs, **{p['optimizer']}, learning rate {p['learning_rate']}, "
+            in page
+        )
+        assert f"batches of {p['batch_size']}**" in page
+        assert f"$N =$ **{p['num_samples']:,}**" in page
+        assert (p["activation"], p["input_index"]) == ("Sigmoid", "random")
