@@ -190,16 +190,13 @@ def caption(record: Mapping[str, Any], warn: str = "") -> str:
     """Data, seed, settings and machine of a run, in words, after a warning if it needs one."""
     p, machine = record["parameters"], record["machine"]
     warn = warn or warning(record)
-    network = record.get("network") or (
-        f"hidden widths {'-'.join(str(w) for w in p['hidden'])}, {p['activation']}, dropout "
-        f"{p['dropout']} before the last layer"
-    )
     return (
         f"{f'**{warn}.** ' if warn else ''}"
         f"Data: {record['data']['title']} (SHA-256 {record['data']['digest'][:12]}…), test "
         f"input {record['input_index']}; seed {p['seed']}; N = {p['num_samples']:,} labels; "
-        f"{network}; {p['optimizer']}, learning rate {p['learning_rate']}, batches of "
-        f"{p['batch_size']}, {p['epochs']} epochs. The solid variances are exact, not sampled. "
+        f"{record['network']}; {p['optimizer']}, learning rate {p['learning_rate']}, batches of "
+        f"{p['batch_size']}, {p['epochs']} epochs. Widths, dropout rate, optimiser, learning "
+        "rate, batch size and N are our choices. The solid variances are exact, not sampled. "
         f"Made at commit {record['commit']} on {record['started'][:10]} in "
         f"{record['seconds']:.0f} s ({machine['processor']}, {machine['threads']} thread, "
         f"{machine['device']}, torch {record['versions']['torch']})."
