@@ -3,7 +3,10 @@
 import nbformat
 import numpy as np
 import pytest
+import torch
 from support import figures, report, results, runs
+
+import fimlib
 
 SOURCES = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
 SIZE = {"epochs": 2, "train_limit": 300, "num_samples": 50, "hidden": [8, 6], "seed": 3}
@@ -140,3 +143,21 @@ def test_against_the_reference(tiny):
     run = tiny["a"]
     moved = report.against_reference({"run": Doubled(run.name, run.folder, run.record)}, a)
     assert "median factor of 2.00" in moved
+
+
+def test_the_notebook_counts_violations_where_there_are_some():
+    """Its own function on made-up bounds: beyond either side by more than the stated rounding."""
+    cells = nbformat.read(runs.NOTEBOOKS / "mnist.ipynb", as_version=4).cells
+    source = next(cell.source for cell in cells if "def violations(" in cell.source)
+    functions = source[source.index("def count_by_layer(") : source.index("def measure(")]
+    namespace = {}
+    exec(functions, namespace)
+    ones = torch.ones(1, 6, dtype=torch.float64)
+    interval = fimlib.Interval({"0.w": ones, "0.b": ones, "2.w": ones}, {
+        "0.w": 2 * ones, "0.b": 2 * ones, "2.w": 2 * ones,
+    })  # fmt: skip
+    at = torch.tensor([[0.9, 1 - 1e-9, 1.0, 2.0, 2 + 1e-8, 3.0]], dtype=torch.float64)
+    rounding = torch.tensor([[1 - 1e-12, 1.5, 1.5, 1.5, 1.5, 2 + 1e-12]], dtype=torch.float64)
+    value = {"0.w": at, "0.b": rounding, "2.w": rounding}
+    assert namespace["violations"](value, interval) == {"1": 4, "2": 0}
+    assert namespace["violations"](value | {"2.w": at}, interval) == {"1": 4, "2": 4}
