@@ -14,14 +14,42 @@ Example: how far can one trust Î₁ and Î₂ of a classifier, given one input 
     0.0
 """
 
-# Section 1 and 5: output families.
-# Section 4: bounds.
-from fimlib.bounds import Bounds, Interval, theorem_4_1
+# Section 4, Appendices B and C: bounds.
+from fimlib.bounds import (
+    Bounds,
+    Interval,
+    OffDiagonalBounds,
+    OuterBounds,
+    SoftmaxBounds,
+    corollary_4_2,
+    corollary_b_3,
+    corollary_q_1,
+    lemma_b_2,
+    off_diagonal,
+    proposition_4_3,
+    table_1,
+    theorem_4_1,
+    theorem_5_2,
+    theorem_b_1,
+)
 
 # Section 3: derivatives of the network.
 from fimlib.derivatives import Block, Derivatives, differentiate
 from fimlib.diagonal import Diagonal
-from fimlib.families import Categorical, Family, Gaussian, Labels
+
+# Section 6, Appendix F: the data Fisher information ("empirical Fisher").
+from fimlib.empirical import (
+    data_fisher,
+    data_fisher_covariance,
+    data_fisher_matrix,
+    data_fisher_variance,
+    kl_gradient,
+    reparameterise,
+)
+
+# Sections 1 and 5: output families.
+from fimlib.families import Bernoulli, Categorical, Independent, Poisson
+from fimlib.family import Family, Labels
 
 # Sections 1 and 3, Appendix A: the Fisher information, its estimators, their variances.
 from fimlib.fisher import (
@@ -37,30 +65,75 @@ from fimlib.fisher import (
     variance_i1,
     variance_i2,
 )
+from fimlib.gaussian import Gaussian, GaussianHead
 
-# Eq. 13, Appendix E: eigenvalues.
+# Section 4.1: random inputs and labels.
+from fimlib.joint import Joint, JointBounds, JointInterval, joint_covariance
+
+# Section 3's remark on Chebyshev: how many labels, and which estimator.
+from fimlib.precision import Comparison, compare_estimators, num_samples_needed
+
+# Eq. 13, Corollary 4.2, Appendix E: eigenvalues.
 from fimlib.spectra import (
     Spectrum,
+    fourth_moment_spectrum,
     lambda_max,
     lambda_max_certified,
+    lambda_max_lower,
     lambda_max_minimize,
     lambda_max_multistart,
+    lambda_max_pairs,
+    lambda_max_sos,
+    shifted_power_method,
     spectrum,
+)
+from fimlib.trace_bounds import (
+    TraceBound,
+    TraceBounds,
+    TraceInterval,
+    TraceIntervals,
+    corollary_4_6,
+    theorem_c_1,
+    theorem_c_2,
 )
 
 __version__ = "0.1.0"
 __all__ = [
+    "Bernoulli",
     "Block",
     "Bounds",
     "Categorical",
+    "Comparison",
     "Derivatives",
     "Diagonal",
     "Family",
     "Gaussian",
+    "GaussianHead",
+    "Independent",
     "Interval",
+    "Joint",
+    "JointBounds",
+    "JointInterval",
     "Labels",
+    "OffDiagonalBounds",
+    "OuterBounds",
+    "Poisson",
+    "SoftmaxBounds",
     "Spectrum",
+    "TraceBound",
+    "TraceBounds",
+    "TraceInterval",
+    "TraceIntervals",
+    "compare_estimators",
+    "corollary_4_2",
+    "corollary_4_6",
+    "corollary_b_3",
+    "corollary_q_1",
     "covariance_i1_i2",
+    "data_fisher",
+    "data_fisher_covariance",
+    "data_fisher_matrix",
+    "data_fisher_variance",
     "differentiate",
     "estimate_i1",
     "estimate_i1_matrix",
@@ -68,14 +141,31 @@ __all__ = [
     "estimate_i2_matrix",
     "fisher_information",
     "fisher_matrix",
+    "fourth_moment_spectrum",
+    "joint_covariance",
+    "kl_gradient",
     "lambda_max",
     "lambda_max_certified",
+    "lambda_max_lower",
     "lambda_max_minimize",
     "lambda_max_multistart",
+    "lambda_max_pairs",
+    "lambda_max_sos",
+    "lemma_b_2",
+    "num_samples_needed",
+    "off_diagonal",
+    "proposition_4_3",
+    "reparameterise",
     "sample_variance_i1",
     "sample_variance_i2",
+    "shifted_power_method",
     "spectrum",
+    "table_1",
     "theorem_4_1",
+    "theorem_5_2",
+    "theorem_b_1",
+    "theorem_c_1",
+    "theorem_c_2",
     "variance_i1",
     "variance_i2",
 ]

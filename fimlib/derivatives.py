@@ -92,8 +92,9 @@ class Derivatives:
 def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Derivatives:
     r"""J = ∂h and S = ∂²h of every parameter, exactly, at each of B inputs.
 
-    The weights, the mode and ``requires_grad`` of the model are left as they are; frozen
-    parameters are reported like all others.
+    S vanishes in a last layer that is linear (Remark 4.4); one layer before, it is
+    ``w_out σ''(s) z²`` (Remark 4.5). The weights, the mode and ``requires_grad`` of the model are
+    left as they are; frozen parameters are reported like all others.
 
     Args:
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.

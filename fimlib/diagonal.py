@@ -43,6 +43,11 @@ class Term:
         count = sum(size if r is None else size * r.shape[1] for r in self.rights.values())
         return torch.stack(sums).sum(0), count
 
+    def square(self) -> Term:
+        """The squared entries: of an outer product, the outer product of the squares."""
+        rights = {name: None if r is None else r.square() for name, r in self.rights.items()}
+        return Term(self.layer, self.left.square(), rights)
+
 
 class Diagonal(Mapping[str, Tensor]):
     """A diagonal quantity of the paper: parameter name → float64 tensor [B, *parameter shape].
@@ -72,6 +77,14 @@ class Diagonal(Mapping[str, Tensor]):
     def mean_over_inputs(self) -> dict[str, Tensor]:
         """Average over the inputs: the joint quantity, one tensor of each parameter's own shape."""
         return {name: term.mean_over_inputs(name) for name, term in self._owner.items()}
+
+    def square(self) -> Diagonal:
+        """Every entry squared, in the same factored form."""
+        return Diagonal(tuple(term.square() for term in self._terms))
+
+    def total(self) -> Tensor:
+        """Sum over all parameters of all layers (Corollary 4.6), [B]."""
+        return torch.stack([term.sum_and_count()[0] for term in self._terms]).sum(0)
 
     def layer_means(self) -> dict[str, Tensor]:
         """Arithmetic mean over all parameters of each layer (Sec. 5.3): layer name → [B]."""

@@ -1,156 +1,39 @@
 r"""Output families p(y|h) ∝ exp(t(y)ᵀh − F(h)) and the moments of t(y) (Sections 1, 3, 5, App. D).
 
-A family knows its moments at the natural parameters h, and how to *contract* them with
-derivatives of h. It has the dense tensors of the paper (Eqs 7–9), for teaching, tests and small T,
-and closed forms that cost O(T) per parameter, for everything else.
-
-Shapes: h is [B, T] (B inputs, T outputs). A derivative array D, be it J = ∂h or S = ∂²h, is
-[B, T, ...]: one column of length T for every entry of its trailing shape. All results are float64.
+Shapes, as in ``fimlib.family``: h is [B, T], a derivative array J or S is [B, T, ...], and all
+results are float64.
 """
 
 from __future__ import annotations
 
-import numbers
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
+from fimlib.family import (
+    Family,
+    Labels,
+    check_num_samples,
+    pairings,
+    weighted_mean,
+    weighted_variance,
+)
+from fimlib.gaussian import Gaussian, GaussianHead
 
-@dataclass(frozen=True)
-class Labels:
-    """N labels drawn for each of B inputs; equal labels are counted, not repeated.
-
-    Attributes:
-        family: The family that they were drawn from.
-        outputs: The natural parameters h, [B, T], float64.
-        weights: [B, A], float64, the share of the N labels that fell on each of A distinct values.
-        values: What those values are, if not simply all classes in order: [B, A, T].
-        num_samples: N, labels drawn per input.
-    """
-
-    family: Family
-    outputs: Tensor
-    weights: Tensor
-    num_samples: int
-    values: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """Raise a ValueError unless the weights are shares of one sample per input."""
-        total = self.weights.sum(-1)
-        if len(self.weights) != len(self.outputs) or not torch.allclose(total, total.new_ones(())):
-            raise ValueError(
-                f"weights must have shape [B, A] with B = {len(self.outputs)} and rows that sum to "
-                f"1, got {list(self.weights.shape)} with sums {total.tolist()}."
-            )
-
-    def project(self, D: Tensor) -> Tensor:
-        """D·δ for the residual δ = t(y) − η of every distinct label: [B, T, ...] → [B, A, ...]."""
-        return self.family.project(self.outputs, D, self.values)
-
-    def mean(self, scores: Tensor) -> Tensor:
-        """(1/N) Σ over the labels of a score per distinct label: [B, A, ...] → [B, ...]."""
-        return weighted_mean(self.weights, scores)
-
-    def mean_residual(self) -> Tensor:
-        """(1/N) Σ_k δ_k, [B, T]: zero on average, and all of y that Î₂ sees."""
-        identity = torch.eye(self.outputs.shape[1], dtype=torch.float64, device=self.outputs.device)
-        return self.mean(self.project(identity.expand(len(self.outputs), -1, -1)))
-
-
-class Family(ABC):
-    """What a quantity of the paper needs to know of the distribution of the labels."""
-
-    min_outputs = 1
-
-    def natural(self, h: Tensor) -> Tensor:
-        """Check the natural parameters h and return them in float64.
-
-        Raises:
-            ValueError: h is not a finite [B, T] tensor with T ≥ ``min_outputs``.
-        """
-        name = type(self).__name__
-        if h.ndim != 2 or h.shape[1] < self.min_outputs:
-            raise ValueError(
-                f"{name} needs outputs of shape [B, T] with T ≥ {self.min_outputs}, one row of "
-                f"natural parameters per input; the model gave {list(h.shape)}. Check the last "
-                "layer, or choose the family that fits it."
-            )
-        if not torch.isfinite(h).all():
-            raise ValueError(
-                f"{name}: the outputs hold NaN or infinite values. Check the weights and the input."
-            )
-        return h.detach().double()
-
-    @abstractmethod
-    def log_partition(self, h: Tensor) -> Tensor:
-        """F(h) of Eq. 1, [B]."""
-
-    @abstractmethod
-    def mean(self, h: Tensor) -> Tensor:
-        """η = E[t(y)] = ∇F, [B, T] (Eq. 7)."""
-
-    @abstractmethod
-    def covariance(self, h: Tensor) -> Tensor:
-        """𝓘 = E[δδᵀ] = ∇²F, [B, T, T] (Eq. 8)."""
-
-    @abstractmethod
-    def fourth_moment(self, h: Tensor) -> Tensor:
-        """𝓚 = E[δ⊗δ⊗δ⊗δ], [B, T, T, T, T] (Eq. 9). Dense: for teaching, tests and small T."""
-
-    def outer_covariance(self, h: Tensor) -> Tensor:
-        """M = 𝓚 − 𝓘⊗𝓘, the covariance of δ⊗δ (Eq. 11), [B, T, T, T, T]. Dense, like 𝓚."""
-        cov = self.covariance(h)
-        return self.fourth_moment(h) - torch.einsum("bij,bkl->bijkl", cov, cov)
-
-    @abstractmethod
-    def sample(
-        self, h: Tensor, num_samples: int, generator: torch.Generator | None = None
-    ) -> Labels:
-        """Draw N labels for every input from p(y|h).
-
-        Raises:
-            ValueError: N < 1, or h does not fit the family.
-        """
-
-    @abstractmethod
-    def project(self, h: Tensor, D: Tensor, values: Tensor | None) -> Tensor:
-        """D·δ for every distinct label value: [B, T, ...] → [B, A, ...]."""
-
-    @abstractmethod
-    def information(self, h: Tensor, J: Tensor) -> Tensor:
-        """𝓘[J, J] (Eq. 23): [B, T, ...] → [B, ...]."""
-
-    @abstractmethod
-    def variance1(self, h: Tensor, J: Tensor) -> Tensor:
-        """M[J, J, J, J], N·V₁ (Eq. 24): [B, T, ...] → [B, ...]."""
-
-    def variance2(self, h: Tensor, S: Tensor) -> Tensor:
-        """𝓘[S, S], N·V₂ (Eq. 25): [B, T, ...] → [B, ...]."""
-        return self.information(h, S)
-
-    @abstractmethod
-    def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
-        """C₁₂, the covariance of Î₁ and Î₂ on one and the same label: → [B, ...]."""
-
-    # What the spectra need of M (Eq. 13).
-
-    @abstractmethod
-    def outer_covariance_min(self, h: Tensor) -> Tensor:
-        """λ_min(M) of Eq. 13, exactly: [B]."""
-
-    @abstractmethod
-    def outer_covariance_at(self, h: Tensor, u: Tensor) -> Tensor:
-        """M(u, u, ·, ·) for R directions of each input: [B, R, T] → [B, R, T, T]."""
-
-    @abstractmethod
-    def directions(self, h: Tensor) -> Tensor:
-        """Directions from which a search for λ_max(M) starts: [B, R, T]."""
-
-    def unfolding(self, h: Tensor) -> Tensor:
-        """A symmetric matrix with the nonzero eigenvalues of M unfolded to T²×T²: [B, n, n]."""
-        return self.outer_covariance(h).flatten(3, 4).flatten(1, 2)
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Family",
+    "Gaussian",
+    "GaussianHead",
+    "Independent",
+    "Labels",
+    "Poisson",
+    "check_num_samples",
+    "weighted_mean",
+    "weighted_variance",
+]
 
 
 class Categorical(Family):
@@ -161,6 +44,7 @@ class Categorical(Family):
     """
 
     min_outputs = 2
+    shift_invariant = True
 
     def log_partition(self, h: Tensor) -> Tensor:  # noqa: D102
         return torch.logsumexp(h.double(), dim=1)
@@ -181,15 +65,8 @@ class Categorical(Family):
         )
         return torch.einsum("bk,bki,bkj,bkl,bkm->bijlm", sigma, *[residuals] * 4)
 
-    def sample(
-        self, h: Tensor, num_samples: int, generator: torch.Generator | None = None
-    ) -> Labels:
-        """Draw the class counts of N labels, one conditional binomial per class: O(C), whatever N.
-
-        Raises:
-            ValueError: N < 1, or h does not fit the family.
-        """
-        h, num_samples = self.natural(h), check_num_samples(num_samples)
+    def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
+        """Draw the class counts of N labels, one conditional binomial per class: O(C) for any N."""
         sigma = self.mean(h)
         remaining_mass = sigma.flip(1).cumsum(1).flip(1)
         share = (sigma / remaining_mass.clamp_min(torch.finfo(sigma.dtype).tiny)).clamp(0, 1)
@@ -200,6 +77,55 @@ class Categorical(Family):
             counts[:, k] = torch.binomial(left, share[:, k], generator=generator)
             left = left - counts[:, k]
         return Labels(self, h, counts / num_samples, num_samples)
+
+    def observed(self, h: Tensor, y: Tensor) -> Labels:
+        """Classes that were observed, by their counts.
+
+        Args:
+            h: The logits, [B, C].
+            y: Integers from 0 to C − 1, [B], one for every input, or [B, N].
+
+        Raises:
+            ValueError: y is not of an integer type, has another shape, or holds no class.
+        """
+        h = self.natural(h)
+        size, num_classes = h.shape
+        if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+            raise ValueError(f"classes must be integers, got {y.dtype}: use y.long().")
+        if y.ndim not in (1, 2) or len(y) != size or y.numel() == 0:
+            raise ValueError(
+                f"observed classes must have shape [{size}], or [{size}, N] for N ≥ 1 per input, "
+                f"got {list(y.shape)}."
+            )
+        if y.min() < 0 or y.max() >= num_classes:
+            raise ValueError(
+                f"classes must lie between 0 and {num_classes - 1}, the outputs being "
+                f"{num_classes}; got values from {int(y.min())} to {int(y.max())}."
+            )
+        y = y.reshape(size, -1).long().to(h.device)
+        counts = torch.zeros_like(h).scatter_add_(1, y, torch.ones_like(y, dtype=h.dtype))
+        return Labels(self, h, counts / y.shape[1], y.shape[1])
+
+    def expected(self, h: Tensor, q: Tensor) -> Labels:
+        """A whole distribution q(y|x) of the label, [B, C], in the place of a sample from it.
+
+        The exact expectation over y ~ q; its ``num_samples`` is 0, for no label was drawn.
+
+        Raises:
+            ValueError: q is not [B, C], negative or NaN, or a row is off 1 by more than 1e-9.
+        """
+        h = self.natural(h)
+        if q.shape != h.shape:
+            raise ValueError(f"q must have the logits' shape {list(h.shape)}, got {list(q.shape)}.")
+        q = q.to(h)
+        if not (q >= 0).all():
+            raise ValueError("q holds negative or NaN values: it must be a probability per class.")
+        if ((q.sum(1) - 1).abs() > 1e-9).any():
+            raise ValueError(
+                f"the rows of q must sum to 1 within 1e-9, got {q.sum(1).tolist()}: normalise them "
+                "in float64, q = q.double() / q.double().sum(1, keepdim=True)."
+            )
+        return Labels(self, h, q, num_samples=0)
 
     def project(self, h: Tensor, D: Tensor, values: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """``D_k − σ·D`` for every class k: [B, C, ...] → [B, C, ...]."""
@@ -250,84 +176,157 @@ class Categorical(Family):
         root = sigma.sqrt()
         return root[:, :, None] * (centre @ gram @ centre.mT) * root[:, None, :]
 
+    def residual_bound(self, h: Tensor) -> Tensor:
+        """‖e_k − σ‖² for the least likely class k: 1 − 2 min σ + ‖σ‖²."""
+        sigma = self.mean(h)
+        residual = torch.zeros_like(sigma).scatter_(1, sigma.argmin(1, keepdim=True), 1) - sigma
+        return residual.square().sum(1)
 
-class Gaussian(Family):
-    """Regression: isotropic unit variance, h = mean, t(y) = y (Section 5.1)."""
 
-    def log_partition(self, h: Tensor) -> Tensor:  # noqa: D102
-        return h.double().square().sum(1) / 2
+class Independent(Family):
+    """T independent labels, one for each output: all moments are built from univariate cumulants.
 
-    def mean(self, h: Tensor) -> Tensor:  # noqa: D102
-        return h.double()
+    The fourth cumulant is diagonal, so ``𝓚 = pairings of 𝓘 + Σ_a κ₄ e_a^{⊗4}`` and, with x = u²,
+    ``M(u,u,u,u) = Σ_a Var(δ_a²) x_a² + 4 Σ_{a<b} κ₂_a κ₂_b x_a x_b``.
+    """
+
+    @abstractmethod
+    def cumulants(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """κ₂, κ₃ and κ₄ of each t_a(y), [B, T] each."""
+
+    def squares_variance(self, h: Tensor) -> Tensor:
+        """Var(δ_a²) = 2κ₂² + κ₄ of each output, [B, T]; override it where that cancels."""
+        k2, _, k4 = self.cumulants(h)
+        return 2 * k2.square() + k4
 
     def covariance(self, h: Tensor) -> Tensor:
-        """𝓘 = identity."""
-        return torch.eye(h.shape[1], dtype=torch.float64, device=h.device).repeat(len(h), 1, 1)
+        """𝓘 = diag κ₂."""
+        return torch.diag_embed(self.cumulants(h)[0])
 
     def fourth_moment(self, h: Tensor) -> Tensor:
-        """𝓚_abcd = δ_ab δ_cd + δ_ac δ_bd + δ_ad δ_bc (Isserlis)."""
-        eye = torch.eye(h.shape[1], dtype=torch.float64, device=h.device)
-        pairings = ("ij,kl->ijkl", "ik,jl->ijkl", "il,jk->ijkl")
-        return sum(torch.einsum(p, eye, eye) for p in pairings).expand(len(h), *[-1] * 4)  # type: ignore[union-attr]
+        """𝓚 = 𝓘_ab 𝓘_cd + 𝓘_ac 𝓘_bd + 𝓘_ad 𝓘_bc, and κ₄ where a = b = c = d."""
+        fourth, a = pairings(self.covariance(h)), torch.arange(h.shape[1], device=h.device)
+        fourth[:, a, a, a, a] += self.cumulants(h)[2]
+        return fourth
 
-    def sample(
-        self, h: Tensor, num_samples: int, generator: torch.Generator | None = None
-    ) -> Labels:
-        """Draw N labels per input: no two are equal, so A = N, and the cost grows with N.
-
-        Raises:
-            ValueError: N < 1, or h does not fit the family.
-        """
-        h, num_samples = self.natural(h), check_num_samples(num_samples)
-        shape = (len(h), num_samples, h.shape[1])
-        noise = torch.randn(shape, generator=generator, dtype=h.dtype, device=h.device)
-        weights = torch.full(shape[:2], 1 / num_samples, dtype=h.dtype, device=h.device)
-        return Labels(self, h, weights, num_samples, values=h[:, None] + noise)
-
-    def project(self, h: Tensor, D: Tensor, values: Tensor | None) -> Tensor:
-        """``D·(y − h)`` for every label: [B, T, ...] → [B, N, ...]."""
-        if values is None:
-            raise ValueError("Gaussian labels need their values, [B, N, T]: draw them by sample().")
-        return torch.einsum("bnt,bt...->bn...", values - h[:, None], D.double())
-
-    def information(self, h: Tensor, J: Tensor) -> Tensor:  # noqa: ARG002
-        """‖J‖²."""
-        return J.double().square().sum(1)
+    def information(self, h: Tensor, J: Tensor) -> Tensor:
+        """Σκ₂J²."""
+        return weighted_mean(self.cumulants(h)[0], J.double().square())
 
     def variance1(self, h: Tensor, J: Tensor) -> Tensor:
-        """2‖J‖⁴."""
-        return 2 * self.information(h, J).square()
+        """2I² + Σκ₄J⁴ as ΣVar(δ_a²)J_a⁴ + 4Σ_{a<b}κ₂_aκ₂_bJ_a²J_b², where nothing cancels."""
+        squares = J.double().square()
+        terms = torch.einsum("bt,bt...->bt...", self.cumulants(h)[0], squares)
+        before = torch.cat([torch.zeros_like(terms[:, :1]), terms[:, :-1]], dim=1).cumsum(1)
+        own = weighted_mean(self.squares_variance(h), squares.square())
+        return own + 4 * (before * terms).sum(1)
 
-    def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:  # noqa: ARG002
-        """0: third moments of a Gaussian vanish."""
-        return torch.zeros_like(J[:, 0], dtype=torch.float64)
+    def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
+        """−Σκ₃J²S."""
+        return -weighted_mean(self.cumulants(h)[1], J.double().square() * S.double())
 
     def outer_covariance_min(self, h: Tensor) -> Tensor:
-        """2, like λ_max(M): every bound of Theorem 4.1 is an equality (Proposition 5.1)."""
-        return h.new_full((len(h),), 2, dtype=torch.float64)
+        """A certified lower bound 1 / Σ_a 1/Var(δ_a²) on λ_min(M); exact for T = 1.
 
-    def outer_covariance_at(self, h: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
-        """2uuᵀ."""
-        return 2 * torch.einsum("bri,brj->brij", u, u)
+        The products of different outputs in M(u,u,u,u) are not negative, and by Cauchy–Schwarz
+        ``1 = (Σx_a)² ≤ Σ_a Var(δ_a²) x_a² · Σ_a 1/Var(δ_a²)``. It is 0 where one variance is 0.
+        """
+        return 1 / (1 / self.squares_variance(h)).sum(1)
+
+    def outer_covariance_at(self, h: Tensor, u: Tensor) -> Tensor:
+        """Var(δ_a²)u_a² on the diagonal, 2κ₂_aκ₂_b u_a u_b off it."""
+        scaled = self.cumulants(h)[0][:, None] * u
+        diagonal = torch.diag_embed(self.squares_variance(h)[:, None] * u.square())
+        off_diagonal = 1 - torch.eye(h.shape[1], dtype=torch.float64, device=h.device)
+        return diagonal + 2 * torch.einsum("bri,brj->brij", scaled, scaled) * off_diagonal
 
     def directions(self, h: Tensor) -> Tensor:
-        """One direction: M looks the same in all of them."""
-        return torch.eye(1, h.shape[1], dtype=torch.float64, device=h.device).expand(len(h), -1, -1)
+        """Each output, and each set of the outputs with the largest variances.
+
+        The ascent never leaves the outputs that its start has a part in, so that all starts have a
+        small part of every output.
+        """
+        rank = self.cumulants(h)[0].argsort(1, descending=True).argsort(1)
+        singles = torch.eye(h.shape[1], dtype=torch.float64, device=h.device)
+        prefixes = singles.cumsum(0)[:, rank].transpose(0, 1)
+        return torch.cat([singles.expand(len(h), -1, -1), prefixes], dim=1) + 0.05
+
+    def unfolding(self, h: Tensor) -> Tensor:
+        """Diagonal: Var(δ_a²) for every a, and 2κ₂_aκ₂_b for every pair a < b; n = T(T + 1)/2."""
+        k2 = self.cumulants(h)[0]
+        a, b = torch.triu_indices(h.shape[1], h.shape[1], offset=1, device=h.device)
+        return torch.diag_embed(torch.cat([self.squares_variance(h), 2 * k2[:, a] * k2[:, b]], 1))
 
 
-def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:
-    """Σ_a w_a x_a: [B, A] and [B, A, ...] → [B, ...]."""
-    return torch.einsum("ba,ba...->b...", weights, x)
+class Bernoulli(Independent):
+    """T independent yes/no labels y ∈ {0, 1}: h = logits, t(y) = y, p = sigmoid(h)."""
+
+    def log_partition(self, h: Tensor) -> Tensor:
+        """Σ log(1 + e^h)."""
+        return torch.logaddexp(h.double(), torch.zeros_like(h, dtype=torch.float64)).sum(1)
+
+    def mean(self, h: Tensor) -> Tensor:  # noqa: D102
+        return torch.sigmoid(h.double())
+
+    def cumulants(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The variance v = p(1 − p), then v(1 − 2p) and v(1 − 6v)."""
+        v = torch.sigmoid(h.double()) * torch.sigmoid(-h.double())  # 1 − p would cancel
+        return v, -v * torch.tanh(h.double() / 2), v * (1 - 6 * v)
+
+    def squares_variance(self, h: Tensor) -> Tensor:
+        """v(1 − 2p)², small near p = ½."""
+        return self.cumulants(h)[0] * torch.tanh(h.double() / 2).square()
+
+    def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
+        """Draw N labels per input."""
+        p = self.mean(h)[:, None].expand(-1, num_samples, -1)
+        return self.equally_weighted(h, torch.bernoulli(p, generator=generator))
+
+    def check_support(self, y: Tensor) -> None:
+        """Raise a ValueError unless all labels are 0 or 1."""
+        if not ((y == 0) | (y == 1)).all():
+            raise ValueError("Bernoulli labels must be 0 or 1: for classes use Categorical.")
+
+    def residual_bound(self, h: Tensor) -> Tensor:
+        """Σ max(p, 1 − p)²."""
+        return torch.sigmoid(h.double().abs()).square().sum(1)
 
 
-def weighted_variance(weights: Tensor, x: Tensor) -> Tensor:
-    """Σ_a w_a (x_a − Σ_b w_b x_b)², centred before it is squared: [B, A, ...] → [B, ...]."""
-    return weighted_mean(weights, (x - weighted_mean(weights, x).unsqueeze(1)).square())
+class Poisson(Independent):
+    """T independent counts y: h = logarithms of the rates μ, t(y) = y; all cumulants are μ."""
 
+    def natural(self, h: Tensor) -> Tensor:
+        """As for every family; the rates must be such that float64 can count up to them.
 
-def check_num_samples(num_samples: int, at_least: int = 1) -> int:
-    """Return N if it is an integer ≥ ``at_least``, else raise a ValueError that says so."""
-    is_integer = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
-    if not is_integer or num_samples < at_least:
-        raise ValueError(f"num_samples (N) must be an integer ≥ {at_least}, got {num_samples!r}.")
-    return int(num_samples)
+        Raises:
+            ValueError: also if a rate exceeds 2⁵³.
+        """
+        h = super().natural(h)
+        if (h.exp() > 2**53).any():
+            raise ValueError(
+                f"Poisson: a log rate of {h.max().item():.4g} overflows: rates beyond 2^53 cannot "
+                "be counted in float64. The outputs are logarithms of the rates; check the last "
+                "layer, or measure the counts in a larger unit."
+            )
+        return h
+
+    def log_partition(self, h: Tensor) -> Tensor:
+        """Σ e^h."""
+        return h.double().exp().sum(1)
+
+    def mean(self, h: Tensor) -> Tensor:  # noqa: D102
+        return h.double().exp()
+
+    def cumulants(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rate μ, three times."""
+        return (self.mean(h),) * 3
+
+    def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
+        """Draw N labels per input."""
+        rate = self.mean(h)[:, None].repeat(1, num_samples, 1)
+        return self.equally_weighted(h, torch.poisson(rate, generator=generator))
+
+    def check_support(self, y: Tensor) -> None:
+        """Raise a ValueError unless all labels are counts."""
+        if not ((y >= 0) & (y == y.round())).all():
+            raise ValueError("Poisson labels must be counts: integers ≥ 0.")

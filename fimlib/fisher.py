@@ -3,6 +3,9 @@ r"""The diagonal Fisher information, its two random estimators, and their varian
 Exact quantities (Lemma A.1: Eqs 23–25) read the derivatives and the family; estimates (Eqs 3–6)
 read the derivatives and a sample of labels. All of them are *conditional*, one value per input;
 ``.mean_over_inputs()`` of an estimate is the joint estimator with B inputs and N labels for each.
+
+J and S in the formulas are derivatives of the natural parameters. The derivatives that the
+functions take are those of the network's outputs; where the two differ, the family converts them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def fisher_information(derivs: Derivatives, family: Family) -> Diagonal:
         >>> round(float(I["weight"][0, 0, 0]) * 9, 12)
         2.0
     """
-    h = family.natural(derivs.outputs)
+    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
     return derivs.contract(lambda block: family.information(h, block.J), degree=2)
 
 
@@ -65,7 +68,8 @@ def variance_i1(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
         >>> round(float(V1["weight"][0, 0, 0]) * 81, 12)
         2.0
     """
-    h, n = family.natural(derivs.outputs), check_num_samples(num_samples)
+    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    n = check_num_samples(num_samples)
     return derivs.contract(lambda block: family.variance1(h, block.J) / n, degree=4)
 
 
@@ -76,7 +80,8 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
 
     Args, Returns, Raises: as ``variance_i1``.
     """
-    h, n = family.natural(derivs.outputs), check_num_samples(num_samples)
+    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    n = check_num_samples(num_samples)
     return derivs.contract(lambda block: family.variance2(h, block.S) / n, degree=4)
 
 
@@ -87,7 +92,8 @@ def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 
 
     Args, Returns, Raises: as ``variance_i1``.
     """
-    h, n = family.natural(derivs.outputs), check_num_samples(num_samples)
+    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    n = check_num_samples(num_samples)
     return derivs.contract(lambda block: family.covariance12(h, block.J, block.S) / n, degree=4)
 
 
@@ -108,6 +114,7 @@ def estimate_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
         ValueError: the labels were drawn for other outputs.
     """
     check_labels(derivs.outputs, labels)
+    derivs = labels.family.natural_derivatives(derivs)
     return derivs.contract(lambda block: labels.mean(_squared_scores(block, labels)), degree=2)
 
 
@@ -120,6 +127,7 @@ def estimate_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
     """
     check_labels(derivs.outputs, labels)
     family, h = labels.family, labels.outputs
+    derivs = family.natural_derivatives(derivs)
 
     def form(block: Block) -> Tensor:
         return family.information(h, block.J) - labels.mean(labels.project(block.S))
@@ -152,6 +160,7 @@ def _sample_variance(
 ) -> Diagonal:
     check_labels(derivs.outputs, labels)
     n = check_num_samples(labels.num_samples, at_least=2)
+    derivs = labels.family.natural_derivatives(derivs)
     return derivs.contract(
         lambda block: weighted_variance(labels.weights, scores(block, labels)) / (n - 1), degree=4
     )
@@ -175,7 +184,7 @@ def fisher_matrix(
     r"""Fisher information matrix over the inputs, I(θ) = E_x (∂h)ᵀ 𝓘 (∂h) (Eq. 2).
 
     Args:
-        model: Any module that maps x to natural parameters [B, T]; in eval mode.
+        model: Any module that maps x to the outputs [B, T] of the family; in eval mode.
         x: [B, ...]; B = 1 gives the conditional matrix.
         family: The output family.
         parameters: Names, as in ``model.named_parameters()``; flattened and joined in this order.
@@ -184,9 +193,10 @@ def fisher_matrix(
         [P, P], float64, symmetric, in nat/θ².
 
     Raises:
-        ValueError: an unknown parameter name, or what ``fimlib.differentiate`` refuses.
+        ValueError: an unknown parameter name, outputs that do not fit the family, or what
+            ``fimlib.differentiate`` refuses.
     """
-    outputs, J = jacobian(model, x, parameters)
+    outputs, J = jacobian(model, x, parameters, family)
     cov = family.covariance(family.natural(outputs))
     return torch.einsum("bti,btu,buj->ij", J, cov, J) / len(x)
 
@@ -198,7 +208,7 @@ def estimate_i1_matrix(
 
     Args, Returns, Raises: as ``fisher_matrix``, with labels drawn for the model's outputs at x.
     """
-    outputs, J = jacobian(model, x, parameters)
+    outputs, J = jacobian(model, x, parameters, labels.family)
     check_labels(outputs, labels)
     scores = labels.project(J) * labels.weights.sqrt()[:, :, None]
     return torch.einsum("bai,baj->ij", scores, scores) / len(x)
@@ -215,10 +225,11 @@ def estimate_i2_matrix(
     """
     flat = flatten(model, parameters)
     check_labels(outputs_of(model, x), labels)
-    residual = labels.mean_residual().to(x.dtype)
+    residual, at = labels.mean_residual(), labels.outputs
 
     def residual_output(flat: Tensor) -> Tensor:
-        return (functional(model, parameters, flat, x) * residual).sum() / len(x)
+        outputs = functional(model, parameters, flat, x).double()
+        return (labels.family.link(outputs, at) * residual).sum() / len(x)
 
     curvature: Tensor = torch.func.hessian(residual_output)(flat)
     fisher = fisher_matrix(model, x, labels.family, parameters=parameters)
@@ -233,15 +244,21 @@ def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
     return outputs
 
 
-def jacobian(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T], and J [B, T, P] in float64 of the named parameters, by ``torch.func``."""
+def jacobian(
+    model: nn.Module, x: Tensor, names: Sequence[str], family: Family
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T], and J [B, T, P] of the natural parameters in float64, by ``torch.func``.
+
+    P counts the entries of the named parameters.
+    """
     outputs = outputs_of(model, x)
-    flat = flatten(model, names)
+    flat, at = flatten(model, names), family.natural(outputs)
 
-    def output_at(flat: Tensor, one: Tensor) -> Tensor:
-        return functional(model, names, flat, one[None])[0]
+    def natural_at(flat: Tensor, one: Tensor, at: Tensor) -> Tensor:
+        output = functional(model, names, flat, one[None]).double()
+        return family.link(output, at[None])[0]
 
-    J = torch.func.vmap(torch.func.jacrev(output_at), in_dims=(None, 0))(flat, x)
+    J = torch.func.vmap(torch.func.jacrev(natural_at), in_dims=(None, 0, 0))(flat, x, at)
     return outputs, J.double().detach()
 
 

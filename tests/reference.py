@@ -1,6 +1,9 @@
 """The oracle: labels enumerated, autograd twice, loops over parameters, float64. Slow, obvious."""
 
+import numpy as np
 import torch
+
+from fimlib.families import Bernoulli, GaussianHead, Poisson
 
 
 def derivatives(model, x):
@@ -60,3 +63,86 @@ def moments(sigma):
         cov += sigma[y] * torch.outer(delta, delta)
         fourth += sigma[y] * torch.einsum("a,b,c,d->abcd", delta, delta, delta, delta)
     return cov, fourth
+
+
+def bernoulli(h):
+    """All 2^T labels at logits h [T], their probabilities and t(y)."""
+    y = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * len(h))
+    y = y.reshape(-1, len(h))
+    p = torch.sigmoid(h)
+    return y, (y * p + (1 - y) * (1 - p)).prod(1), y
+
+
+def poisson(h):
+    """Counts up to where less than 1e-13 of the mass is left, at log rates h [T]."""
+    counts = torch.arange(45, dtype=torch.float64)
+    y = torch.cartesian_prod(*[counts] * len(h)).reshape(-1, len(h))
+    p = (y * h - h.exp() - torch.lgamma(y + 1)).sum(1).exp()
+    assert 1 - p.sum() < 1e-13
+    return y, p, y
+
+
+def hermite(num_labels):
+    """Nodes and weights that integrate polynomials of degree < 16 over a standard normal."""
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(8))
+    noise = torch.cartesian_prod(*[nodes] * num_labels).reshape(-1, num_labels)
+    p = torch.cartesian_prod(*[weights / weights.sum()] * num_labels).reshape(-1, num_labels)
+    return noise, p.prod(1)
+
+
+def gaussian(covariance):
+    """Quadrature for y ~ N(h, Σ), with t(y) = Σ⁻¹y."""
+
+    def labels(h):
+        noise, p = hermite(len(h))
+        y = h + noise @ torch.linalg.cholesky(covariance).T
+        return y, p, y @ labels.precision
+
+    labels.precision = torch.linalg.inv(covariance)
+    return labels
+
+
+def gaussian_head(h):
+    """Quadrature for y_k ~ N(μ_k, s_k²) at h = (μ, log s), with t = (ε, ε² − 1)."""
+    mu, rho = h.chunk(2)
+    noise, p = hermite(len(mu))
+    return mu + rho.exp() * noise, p, torch.cat([noise, noise**2 - 1], dim=1)
+
+
+def log_density(family, h, y, precision):
+    """log p(y|h) of one label up to a constant; ``precision`` is that of a plain Gaussian."""
+    if isinstance(family, Bernoulli):
+        return torch.distributions.Bernoulli(logits=h, validate_args=False).log_prob(y).sum()
+    if isinstance(family, Poisson):
+        return torch.distributions.Poisson(h.exp(), validate_args=False).log_prob(y).sum()
+    if isinstance(family, GaussianHead):
+        mu, rho = h.chunk(2)
+        return torch.distributions.Normal(mu, rho.exp(), validate_args=False).log_prob(y).sum()
+    return -(y - h) @ precision @ (y - h) / 2
+
+
+def by_quadrature(net, x, family, labels):
+    """Scores and Hessians of log p at one input, by autograd, and what their moments say.
+
+    Returns a dict: y, p, the score [A, P] and minus_hessian [A, P, P] of every label, and I, v1, v2
+    and c12 of the diagonal estimators, [P] in the order of ``net.named_parameters()``.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    y, p, _ = labels(net(x)[0].detach())
+    precision = getattr(labels, "precision", None)
+
+    def minus_log_p(flat, y):
+        pieces = flat.split([parameter.numel() for parameter in net.parameters()])
+        shapes = [parameter.shape for parameter in net.parameters()]
+        values = {n: v.view(s) for n, v, s in zip(names, pieces, shapes, strict=True)}
+        h = torch.func.functional_call(net, values, (x,))[0]
+        return -log_density(family, h, y, precision)
+
+    score = torch.func.vmap(torch.func.grad(minus_log_p), in_dims=(None, 0))(flat, y)
+    hessian = torch.func.vmap(torch.func.hessian(minus_log_p), in_dims=(None, 0))(flat, y)
+    i1, i2 = score**2, hessian.diagonal(dim1=1, dim2=2)
+    I = p @ i1
+    moments = {"I": I, "v1": p @ (i1 - I) ** 2, "v2": p @ (i2 - I) ** 2}
+    moments["c12"] = p @ ((i1 - I) * (i2 - I))
+    return {"y": y, "p": p, "score": score, "minus_hessian": hessian, **moments}

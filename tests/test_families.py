@@ -1,10 +1,14 @@
+import copy
+import math
+
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from strategies import ADVERSARIAL, inputs, logits, logits_of
 
-from fimlib import Categorical, Gaussian, Labels
+from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
+from fimlib.spectra import lambda_max_certified, lambda_max_multistart
 
 H = inputs(3, 4)
 FAMILIES = [Categorical(), Gaussian()]
@@ -148,3 +152,413 @@ def test_weights_that_are_no_shares_are_refused(weights):
 def test_gaussian_needs_values():
     with pytest.raises(ValueError, match="values"):
         Gaussian().project(H, H[:, :, None], None)
+
+
+# The other families: moments by enumeration, labels, extremes of M.
+
+COVARIANCE = torch.tensor([[2.0, 0.6, 0.1], [0.6, 0.5, -0.2], [0.1, -0.2, 1.5]]).double()
+SMALL = 0.6 * inputs(2, 4, seed=8)
+OTHERS = {
+    "bernoulli": (Bernoulli(), SMALL, reference.bernoulli),
+    "poisson": (Poisson(), SMALL[:, :2], reference.poisson),
+    "gaussian": (Gaussian(), SMALL[:, :2], reference.gaussian(torch.eye(2).double())),
+    "gaussian, known covariance": (
+        Gaussian(COVARIANCE),
+        SMALL[:, :3],
+        reference.gaussian(COVARIANCE),
+    ),
+    "gaussian head, one pair": (GaussianHead(), SMALL[:, :2], reference.gaussian_head),
+    "gaussian head, two pairs": (GaussianHead(), SMALL, reference.gaussian_head),
+}
+each_family = pytest.mark.parametrize("case", OTHERS)
+
+
+@each_family
+def test_moments_are_those_of_the_labels(case):
+    """η, 𝓘 and 𝓚 against sums over all labels, and the same for what is made of them."""
+    family, h, labels = OTHERS[case]
+    T = h.shape[1]
+    for b, one in enumerate(h):
+        y, p, t = labels(one)
+        assert torch.allclose(family.mean(h)[b], p @ t, atol=1e-12)
+        delta = t - p @ t
+        cov = torch.einsum("a,ai,aj->ij", p, delta, delta)
+        fourth = torch.einsum("a,ai,aj,ak,al->ijkl", p, *[delta] * 4)
+        assert torch.allclose(family.covariance(h)[b], cov, atol=1e-11)
+        assert torch.allclose(family.fourth_moment(h)[b], fourth, atol=1e-10)
+        M = fourth - torch.einsum("ij,kl->ijkl", cov, cov)
+        assert torch.allclose(family.outer_covariance(h)[b], M, atol=1e-10)
+        u = inputs(6, T, seed=4)
+        M_uu = torch.einsum("ijkl,ri,rj->rkl", M, u, u)
+        ours = family.outer_covariance_at(h, u.expand(2, -1, -1))[b]
+        assert torch.allclose(ours, M_uu, atol=1e-9)
+        n = T * (T + 1) // 2
+        eigenvalues = torch.linalg.eigvalsh(family.unfolding(h)[b])[-n:]
+        dense = torch.linalg.eigvalsh(M.reshape(T * T, T * T))[-n:]
+        assert torch.allclose(eigenvalues, dense, atol=1e-9)
+        observed = family.observed(h[b : b + 1], y[None])
+        assert torch.allclose(observed.values[0], t, atol=1e-12)
+
+
+@each_family
+def test_contractions_of_the_other_families_equal_the_dense_tensors(case):
+    family, h, labels = OTHERS[case]
+    T = h.shape[1]
+    J, S = (inputs(2, T * 5, seed=s).view(2, T, 5) for s in (2, 3))
+    cov, M = family.covariance(h), family.outer_covariance(h)
+    v1 = torch.einsum("bijkl,bip,bjp,bkp,blp->bp", M, J, J, J, J)
+    assert torch.allclose(
+        family.information(h, J), torch.einsum("bij,bip,bjp->bp", cov, J, J), rtol=1e-12
+    )
+    assert torch.allclose(family.variance1(h, J), v1, rtol=1e-10)
+    assert torch.allclose(
+        family.variance2(h, S), torch.einsum("bij,bip,bjp->bp", cov, S, S), rtol=1e-12
+    )
+    for b, one in enumerate(h):
+        _, p, t = labels(one)
+        delta = t - p @ t
+        c12 = -(p @ ((delta @ J[b]).square() * (delta @ S[b])))
+        assert torch.allclose(family.covariance12(h, J, S)[b], c12, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["categorical", *list(OTHERS)[:4]])
+def test_variance_of_i1_is_the_fourth_derivative_and_two_squares(case):
+    """Finding 3: 𝓚 = ∇⁴F + pairings, so N·V₁ = ∇⁴F[J,J,J,J] + 2I², where h is natural."""
+    family, h, _ = OTHERS[case] if case in OTHERS else (Categorical(), SMALL, None)
+    one, J = h[0], inputs(1, h.shape[1], seed=5)[0]
+    F = lambda v: family.log_partition(v[None])[0]  # noqa: E731
+    along = lambda tau: F(one + tau * J)  # noqa: E731
+    for _ in range(4):
+        along = torch.func.grad(along)
+    I = family.information(h, J.expand(2, -1))[0]
+    v1 = family.variance1(h, J.expand(2, -1))[0]
+    assert torch.allclose(v1, along(torch.zeros(()).double()) + 2 * I**2, rtol=1e-10)
+    assert torch.allclose(family.mean(h)[0], torch.func.grad(F)(one), atol=1e-12)
+    cov = family.covariance(h)[0]
+    assert torch.allclose(cov, torch.func.hessian(F)(one), atol=1e-12)
+    pairs = sum(torch.einsum(f"{p}->abcd", cov, cov) for p in ("ab,cd", "ac,bd", "ad,bc"))
+    cumulant = torch.func.hessian(torch.func.hessian(F))(one)
+    assert torch.allclose(family.fourth_moment(h)[0], cumulant + pairs, atol=1e-11)
+
+
+def test_log_partition_of_a_head_has_the_moments_of_y_and_its_square():
+    """∇F = (E y, E y²) in the natural parameters (μ/s², −1/(2s²))."""
+    mu, s = torch.tensor([0.7, -1.2]).double(), torch.tensor([0.5, 3.0]).double()
+
+    def log_partition(natural):
+        first, second = natural.chunk(2)
+        variance = -1 / (2 * second)
+        h = torch.cat([first * variance, variance.log() / 2])
+        return GaussianHead().log_partition(h[None])[0]
+
+    gradient = torch.func.grad(log_partition)(torch.cat([mu / s**2, -1 / (2 * s**2)]))
+    assert torch.allclose(gradient, torch.cat([mu, mu**2 + s**2]), rtol=1e-12)
+
+
+def test_the_link_of_a_head_is_its_standardised_natural_parameter():
+    at = torch.tensor([[0.5, -1.0, 0.3, -0.4]]).double()
+    h = torch.tensor([[0.9, -1.5, 0.1, 0.4]]).double()
+    m = (h - at)[:, :2] / at[:, 2:].exp()
+    r = (h - at)[:, 2:].exp()
+    expected = torch.cat([m / r**2, -1 / (2 * r**2)], dim=1)
+    assert torch.allclose(GaussianHead().link(h, at), expected, rtol=1e-14)
+    assert Bernoulli().link(h, at) is h
+
+
+@pytest.mark.parametrize("case", ["categorical", *OTHERS])
+def test_samples_have_the_moments_of_the_family(case):
+    """Mean and covariance of t(y) over 40,000 draws within 5 standard errors."""
+    family, h, _ = OTHERS[case] if case in OTHERS else (Categorical(), SMALL, None)
+    n, T = 40_000, h.shape[1]
+    labels = family.sample(h, n, torch.Generator().manual_seed(0))
+    assert (labels.num_samples, labels.outputs.dtype) == (n, torch.float64)
+    delta = labels.project(torch.eye(T).double().expand(2, -1, -1))
+    cov, M = family.covariance(h), family.outer_covariance(h)
+    error = (cov.diagonal(0, 1, 2) / n).sqrt()
+    assert (labels.mean_residual().abs() <= 5 * error).all()
+    second = labels.mean(torch.einsum("bai,baj->baij", delta, delta))
+    variance = torch.einsum("bijij->bij", M)
+    assert ((second - cov).abs() <= 5 * (variance.clamp_min(0) / n).sqrt() + 1e-12).all()
+
+
+@each_family
+def test_equal_seeds_draw_equal_labels_of_every_family(case):
+    family, h, _ = OTHERS[case]
+    a, b, c = (family.sample(h, 50, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a.values, b.values)
+    assert not torch.equal(a.values, c.values)
+    assert not torch.equal(a.values[:, :1], a.values[:, 1:2])
+    assert not torch.equal(a.values[0] - a.values[0, 0], a.values[1] - a.values[1, 0])
+    torch.manual_seed(3)
+    d = family.sample(h, 5)
+    torch.manual_seed(3)
+    assert torch.equal(d.values, family.sample(h, 5).values)
+    assert torch.equal(d.weights, torch.full((2, 5), 0.2, dtype=torch.float64))
+
+
+@each_family
+def test_observed_labels_are_a_sample(case):
+    """One and several labels per input, by a plain loop over them."""
+    family, h, labels = OTHERS[case]
+    D = inputs(2, h.shape[1] * 3, seed=2).view(2, h.shape[1], 3)
+    picked = [[labels(one)[i][[0, 5 % len(labels(one)[0]), -1]] for one in h] for i in (0, 2)]
+    y, t = (torch.stack(rows) for rows in picked)
+    several = family.observed(h.float().double(), y)
+    assert (several.num_samples, list(several.weights.shape)) == (3, [2, 3])
+    single = family.observed(h, y[:, 0])
+    assert (single.num_samples, list(single.weights.shape)) == (1, [2, 1])
+    for b in range(2):
+        delta = t[b] - family.mean(h)[b]
+        expected = torch.stack([d @ D[b] for d in delta])
+        projected = family.observed(h, y).project(D)[b]
+        assert torch.allclose(projected, expected, atol=1e-11)
+        assert torch.allclose(single.project(D)[b], expected[:1], atol=1e-11)
+        mean = family.observed(h, y).mean_residual()[b]
+        assert torch.allclose(mean, delta.mean(0), atol=1e-11)
+
+
+def test_observed_classes_are_counted():
+    h, y = inputs(2, 3), torch.tensor([[0, 2, 2, 2], [1, 1, 0, 2]])
+    expected = torch.tensor([[0.25, 0, 0.75], [0.25, 0.5, 0.25]]).double()
+    labels = Categorical().observed(h.float(), y.to(torch.uint8))
+    assert torch.equal(labels.weights, expected)
+    assert (labels.num_samples, labels.values) == (4, None)
+    assert torch.equal(labels.outputs, h.float().double())
+    single = Categorical().observed(h, y[:, 1])
+    assert torch.equal(single.weights, torch.tensor([[0, 0, 1], [0, 1, 0]]).double())
+    assert single.num_samples == 1
+
+
+def test_expected_labels_are_the_distribution_itself():
+    h = inputs(2, 3)
+    q = torch.tensor([[0.2, 0.3, 0.5], [0, 1, 0]]).double()
+    q = q / q.sum(1, keepdim=True)
+    labels = Categorical().expected(h, q)
+    assert torch.equal(labels.weights, q)
+    assert (labels.num_samples, labels.values) == (0, None)
+    assert torch.allclose(labels.mean_residual(), q - torch.softmax(h, 1), atol=1e-15)
+    exact = Categorical().expected(h, torch.softmax(h, 1))
+    J = inputs(2, 3, seed=2)
+    assert torch.allclose(
+        exact.mean(exact.project(J).square()), Categorical().information(h, J), rtol=1e-14
+    )
+    assert torch.equal(Categorical().expected(h, q * (1 + 9e-10)).weights, q * (1 + 9e-10))
+
+
+@pytest.mark.parametrize(
+    ("q", "message"),
+    [
+        ([[0.5, 0.5, 0.0]], r"logits' shape \[2, 3\], got \[1, 3\]"),
+        ([[0.5, 0.5], [0.5, 0.5]], r"logits' shape \[2, 3\], got \[2, 2\]"),
+        ([[0.5, 0.6, -0.1], [0.0, 1.0, 0.0]], "negative or NaN"),
+        ([[0.5, float("nan"), 0.5], [0.0, 1.0, 0.0]], "negative or NaN"),
+        ([[0.5, 0.5, 2e-9], [0.0, 1.0, 0.0]], "sum to 1 within 1e-9.*normalise them in float64"),
+        ([[0.5, 0.5, 0.0], [0.3, 0.3, 0.3]], "sum to 1 within 1e-9"),
+    ],
+)
+def test_bad_distributions_are_refused(q, message):
+    with pytest.raises(ValueError, match=message):
+        Categorical().expected(inputs(2, 3), torch.tensor(q, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("family", "y", "message"),
+    [
+        (Categorical(), torch.tensor([0.0, 1.0]), r"must be integers, got torch.float32.*long"),
+        (Categorical(), torch.tensor([True, False]), "must be integers"),
+        (Categorical(), torch.tensor([1j, 0]), "must be integers"),
+        (Categorical(), torch.tensor([0, 4]), "between 0 and 3.*from 0 to 4"),
+        (Categorical(), torch.tensor([-1, 3]), "between 0 and 3.*from -1 to 3"),
+        (Categorical(), torch.tensor([0]), r"shape \[2\], or \[2, N\].*got \[1\]"),
+        (Categorical(), torch.tensor(0), r"shape \[2\]"),
+        (Categorical(), torch.zeros(2, 1, 1).long(), r"got \[2, 1, 1\]"),
+        (Categorical(), torch.zeros(2, 0).long(), "N ≥ 1"),
+        (Bernoulli(), torch.full((2, 4), 0.5), "Bernoulli labels must be 0 or 1.*Categorical"),
+        (Bernoulli(), torch.full((2, 4), 2), "must be 0 or 1"),
+        (Bernoulli(), torch.zeros(2), r"Bernoulli: .*shape \[2, 4\], or \[2, N, 4\].*got \[2\]"),
+        (Bernoulli(), torch.zeros(2, 3), r"got \[2, 3\]"),
+        (Bernoulli(), torch.zeros(3, 5, 4), r"got \[3, 5, 4\]"),
+        (Bernoulli(), torch.zeros(2, 0, 4), "N ≥ 1"),
+        (Poisson(), torch.full((2, 4), -1.0), "counts: integers ≥ 0"),
+        (Poisson(), torch.full((2, 4), 1.5), "counts: integers ≥ 0"),
+        (Gaussian(), torch.full((2, 4), float("nan")), "Gaussian: .*NaN"),
+        (Gaussian(), torch.full((2, 4), float("inf")), "infinite"),
+        (GaussianHead(), torch.zeros(2, 4), r"shape \[2, 2\], or \[2, N, 2\].*got \[2, 4\]"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(family, y, message):
+    with pytest.raises(ValueError, match=message):
+        family.observed(inputs(2, 4), y)
+
+
+@pytest.mark.parametrize(
+    ("weights", "values", "message"),
+    [
+        (torch.full((3, 2), 0.5), None, r"shape \[3, 4\], got \[3, 2\]"),
+        (torch.full((3, 2), 0.5), torch.zeros(3, 2, 3), r"\[3, 2, 4\].*got \[3, 2, 3\]"),
+        (torch.full((3, 2), 0.5), torch.zeros(3, 1, 4), r"\[B, A, T\] = \[3, 2, 4\]"),
+        (torch.tensor([[1.5, -0.5]] * 3), torch.zeros(3, 2, 4), "must not be negative"),
+        (torch.full((3, 4), float("nan")), None, "sum to 1"),
+    ],
+)
+def test_labels_whose_parts_do_not_fit_are_refused(weights, values, message):
+    with pytest.raises(ValueError, match=message):
+        Labels(Gaussian(), H, weights.double(), 2, values)
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        (torch.eye(3)[:2], r"\[T, T\], got \[2, 3\]"),
+        (torch.ones(3), r"\[T, T\], got \[3\]"),
+        (torch.tensor([[1.0, 0.1], [0.2, 1.0]]), "symmetric: give"),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "positive definite"),
+        (torch.zeros(2, 2), "positive definite"),
+        (torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]]), "NaN or infinite"),
+    ],
+)
+def test_matrices_that_are_no_covariances_are_refused(covariance, message):
+    with pytest.raises(ValueError, match=message):
+        Gaussian(covariance)
+
+
+@pytest.mark.parametrize(
+    ("family", "h", "message"),
+    [
+        (Gaussian(torch.eye(3)), torch.zeros(2, 4), "covariance is 3×3.*has 4 outputs"),
+        (GaussianHead(), torch.zeros(2, 3), "even number of outputs.*has 3"),
+        (GaussianHead(), torch.zeros(2, 1), r"T ≥ 2"),
+        (GaussianHead(), torch.tensor([[0.0, -176.0]]), "log s.*±176.*within ±175"),
+        (Poisson(), torch.tensor([[0.0, 36.8]]), "log rate of 36.8 overflows.*larger unit"),
+        (Poisson(), torch.tensor([[1000.0]]), "overflows"),
+        (Bernoulli(), torch.zeros(2), r"Bernoulli needs .*\[B, T\] with T ≥ 1"),
+    ],
+)
+def test_outputs_that_do_not_fit_the_other_families_are_refused(family, h, message):
+    with pytest.raises(ValueError, match=message):
+        family.sample(h, 1)
+
+
+def test_extreme_outputs_that_do_fit():
+    assert GaussianHead().natural(torch.tensor([[500.0, 175.0]])).tolist() == [[500, 175]]
+    assert Poisson().natural(torch.tensor([[36.7]])).dtype == torch.float64
+    assert Gaussian([[4.0]]).information(torch.zeros(1, 1), torch.ones(1, 1)).item() == 0.25
+    assert Gaussian().natural(torch.zeros(2, 7)).shape == (2, 7)
+
+
+def test_unbounded_statistics_have_no_residual_bound():
+    for family in (Poisson(), Gaussian(), GaussianHead()):
+        name = type(family).__name__
+        with pytest.raises(ValueError, match=f"{name}: .*no upper bound.*Proposition 4.3"):
+            family.residual_bound(SMALL)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 20.0])
+def test_residual_bounds_are_the_largest_residuals(scale):
+    h = scale * SMALL
+    for family, labels in ((Categorical(), None), (Bernoulli(), reference.bernoulli)):
+        for b, one in enumerate(h):
+            t = torch.eye(4).double() if labels is None else labels(one)[2]
+            largest = (t - family.mean(h)[b]).square().sum(1).max()
+            assert torch.allclose(family.residual_bound(h)[b], largest, rtol=1e-13)
+
+
+# λ_min and λ_max of M.
+
+
+def value_at(family, h, u):
+    """M(u,u,u,u) of unit directions u [R, T], by the dense tensor: [B, R]."""
+    return torch.einsum("bijkl,ri,rj,rk,rl->br", family.outer_covariance(h), u, u, u, u)
+
+
+@each_family
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_extremes_of_m_bound_every_direction(case, scale):
+    """20,000 random directions; the maximum also against the same ascent from random starts."""
+    family, h, _ = OTHERS[case]
+    h = scale * h
+    u = torch.nn.functional.normalize(inputs(20_000, h.shape[1], seed=6), dim=1)
+    values = torch.cat([value_at(family, h, part) for part in u.split(2000)], dim=1)
+    found = lambda_max_multistart(family, h)
+    assert (family.outer_covariance_min(h)[:, None] <= values * (1 + 1e-12) + 1e-15).all()
+    assert (values <= found[:, None] * (1 + 1e-12) + 1e-15).all()
+    if h.shape[1] == 2:
+        assert torch.allclose(values.amax(1), found, rtol=1e-6, atol=1e-15)  # nearly every angle
+    starts = inputs(200, h.shape[1], seed=7)
+    rival = lambda_max_multistart(with_starts(family, starts), h)
+    assert (rival <= found * (1 + 1e-9) + 1e-15).all()
+    assert (found <= lambda_max_certified(family, h) * (1 + 1e-12) + 1e-15).all()
+
+
+def with_starts(family, starts):
+    """The family, with other starts [R, T] of the search."""
+    rival = copy.copy(family)
+    rival.directions = lambda h: starts.expand(len(h), -1, -1)
+    return rival
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_bernoulli_outputs_have_their_maximum_found(seed):
+    """Several outputs share it where variances are large, one has it where they are small."""
+    h = torch.tensor([[0.5], [1.0], [2.0], [4.0]]) * inputs(4, 5, seed=20 + seed)
+    found = lambda_max_multistart(Bernoulli(), h)
+    rival = lambda_max_multistart(with_starts(Bernoulli(), inputs(40, 5, seed=7)), h)
+    assert (rival <= found * (1 + 1e-9)).all()
+
+
+def test_one_output_has_its_extremes_exactly():
+    h = torch.linspace(-3, 3, 8).double()[:, None]
+    p, rate = torch.sigmoid(h), h.exp()
+    for family, expected in (
+        (Bernoulli(), p * (1 - p) * (1 - 2 * p) ** 2),
+        (Poisson(), rate + 2 * rate**2),
+    ):
+        assert torch.allclose(family.outer_covariance_min(h), expected[:, 0], rtol=1e-12)
+        assert torch.allclose(lambda_max_multistart(family, h), expected[:, 0], rtol=1e-12)
+
+
+def test_extremes_with_closed_forms():
+    """Poisson: the largest rate alone. Known Σ: 2λ(Σ⁻¹)². Head: 2 and 56."""
+    rates = SMALL.exp().amax(1)
+    assert torch.allclose(lambda_max_multistart(Poisson(), SMALL), rates + 2 * rates**2, rtol=1e-12)
+    precise = torch.linalg.eigvalsh(COVARIANCE.inverse())
+    family, h = Gaussian(COVARIANCE), SMALL[:, :3]
+    for found, expected in (
+        (family.outer_covariance_min(h), 2 * precise[0] ** 2),
+        (lambda_max_multistart(family, h), 2 * precise[-1] ** 2),
+        (GaussianHead().outer_covariance_min(SMALL), torch.tensor(2.0).double()),
+        (lambda_max_multistart(GaussianHead(), SMALL), torch.tensor(56.0).double()),
+    ):
+        assert torch.allclose(found, expected.expand(2), rtol=1e-12)
+    head = value_at(GaussianHead(), SMALL, torch.eye(4).double())
+    assert torch.allclose(head, torch.tensor([[2.0, 2, 56, 56]]).double().expand(2, -1))
+
+
+def test_the_lower_bound_on_lambda_min_is_zero_where_a_variance_is():
+    h = torch.tensor([[0.0, 1.0, 2.0]]).double()
+    assert Bernoulli().outer_covariance_min(h).item() == 0
+    w = [v * (1 - 4 * v) for v in (p * (1 - p) for p in torch.sigmoid(h[0, 1:]).tolist())]
+    expected = 1 / (1 / w[0] + 1 / w[1])
+    assert Bernoulli().outer_covariance_min(h[:, 1:]).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_bernoulli_variances_near_a_half_do_not_cancel():
+    """One output dominates: 2I² + Σκ₄J⁴ has lost all its digits."""
+    h = torch.tensor([[1e-6, 0.3]], dtype=torch.float64)
+    J = torch.tensor([[1.0, 1e-9]], dtype=torch.float64)
+    p = torch.sigmoid(h[0]).tolist()
+    v = [q * (1 - q) for q in p]
+    expected = v[0] * math.tanh(5e-7) ** 2 + 4 * v[0] * v[1] * 1e-18
+    assert Bernoulli().variance1(h, J).item() == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_saturated_bernoulli_outputs_keep_their_digits():
+    v = Bernoulli().cumulants(torch.tensor([[40.0, -40.0]]))[0][0].tolist()
+    assert v == pytest.approx([math.exp(-40)] * 2, rel=1e-12, abs=0)
+
+
+def test_starts_are_single_outputs_and_the_most_variable_ones():
+    h = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 4.0]], dtype=torch.float64)
+    prefixes = [[[0, 1, 0], [0, 1, 1], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    expected = torch.cat([torch.eye(3).expand(2, -1, -1), torch.tensor(prefixes)], 1).double()
+    assert torch.equal(Bernoulli().directions(h), expected + 0.05)

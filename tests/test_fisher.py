@@ -6,6 +6,7 @@ from torch import nn
 
 import fimlib
 from fimlib import Categorical, Gaussian, differentiate
+from fimlib.families import Bernoulli, GaussianHead, Poisson
 
 NETWORKS = {
     "sigmoid": lambda: mlp([3, 5, 4, 3], nn.Sigmoid, scale=2.0),
@@ -299,3 +300,130 @@ def test_bad_arguments_are_refused_with_a_remedy():
     training = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).double()
     with pytest.raises(ValueError, match="eval"):
         fimlib.fisher_matrix(training, x, Categorical(), parameters=["0.weight"])
+
+
+COVARIANCE = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+OTHERS = {
+    "bernoulli": (Bernoulli(), 3, reference.bernoulli),
+    "poisson": (Poisson(), 2, reference.poisson),
+    "gaussian": (Gaussian(), 2, reference.gaussian(torch.eye(2, dtype=torch.float64))),
+    "gaussian, known covariance": (Gaussian(COVARIANCE), 2, reference.gaussian(COVARIANCE)),
+    "gaussian head, one pair": (GaussianHead(), 2, reference.gaussian_head),
+    "gaussian head, two pairs": (GaussianHead(), 4, reference.gaussian_head),
+}
+
+
+def flat_at(diagonal, b):
+    return torch.cat([tensor[b].flatten() for tensor in diagonal.values()])
+
+
+def near(a, b, rel=1e-10):
+    return (a - b).abs().max() <= rel * b.abs().max() + 1e-13
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_closed_forms_equal_quadrature(case):
+    """Lemma A.1 for every family, against autograd on log p at every label: no formula of ours."""
+    family, num_outputs, labels = OTHERS[case]
+    net, x = mlp([2, 2, num_outputs], nn.Tanh, seed=2), inputs(2, 2)
+    derivs = differentiate(net, x)
+    for b in range(2):
+        truth = reference.by_quadrature(net, x[b : b + 1], family, labels)
+        mean = torch.einsum("a,ap->p", truth["p"], truth["minus_hessian"].diagonal(0, 1, 2))
+        assert near(mean, truth["I"])  # (*) of Eq. 2
+        assert near(flat_at(fimlib.fisher_information(derivs, family), b), truth["I"])
+        for quantity, key in (
+            (fimlib.variance_i1, "v1"),
+            (fimlib.variance_i2, "v2"),
+            (fimlib.covariance_i1_i2, "c12"),
+        ):
+            scale = 1e-10 * (truth["v1"].max() * truth["v2"].max()).sqrt()
+            for n in (1, 4):
+                ours = n * flat_at(quantity(derivs, family, num_samples=n), b)
+                assert ((ours - truth[key]).abs() <= 1e-10 * truth[key].abs() + scale).all(), key
+            assert torch.equal(flat_at(quantity(derivs, family), b), ours), key
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_estimators_of_observed_labels_are_those_of_autograd(case):
+    """Î₁, Î₂ and their matrices on given labels, against scores and Hessians of log p."""
+    family, num_outputs, labels = OTHERS[case]
+    net, x = mlp([2, 2, num_outputs], nn.Tanh, seed=2), inputs(1, 2)
+    names, derivs = [name for name, _ in net.named_parameters()], differentiate(net, x)
+    truth = reference.by_quadrature(net, x, family, labels)
+    chosen = [0, len(truth["p"]) // 3, -1]
+    observed = family.observed(derivs.outputs, truth["y"][chosen][None])
+    i1 = torch.einsum("ai,aj->ij", truth["score"][chosen], truth["score"][chosen]) / 3
+    i2 = truth["minus_hessian"][chosen].mean(0)
+    assert near(fimlib.estimate_i1_matrix(net, x, observed, parameters=names), i1)
+    assert near(fimlib.estimate_i2_matrix(net, x, observed, parameters=names), i2)
+    assert near(flat_at(fimlib.estimate_i1(derivs, observed), 0), i1.diagonal())
+    assert near(flat_at(fimlib.estimate_i2(derivs, observed), 0), i2.diagonal())
+    squares = truth["score"][chosen] ** 2
+    assert near(flat_at(fimlib.sample_variance_i1(derivs, observed), 0), squares.var(0) / 3)
+    diagonals = truth["minus_hessian"][chosen].diagonal(0, 1, 2)
+    assert near(flat_at(fimlib.sample_variance_i2(derivs, observed), 0), diagonals.var(0) / 3)
+    fisher = torch.einsum("a,ai,aj->ij", truth["p"], truth["score"], truth["score"])
+    assert near(fimlib.fisher_matrix(net, x, family, parameters=names), fisher)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_matrices_average_over_the_inputs(case):
+    family, num_outputs, _ = OTHERS[case]
+    net, x = mlp([2, 2, num_outputs], nn.Tanh, seed=2), inputs(3, 2)
+    names, derivs = ["0.weight", "2.bias"], differentiate(net, x)
+    observed = family.sample(derivs.outputs, 2, torch.Generator().manual_seed(0))
+    pairs = (
+        (
+            fimlib.fisher_matrix(net, x, family, parameters=names),
+            fimlib.fisher_information(derivs, family),
+        ),
+        (
+            fimlib.estimate_i1_matrix(net, x, observed, parameters=names),
+            fimlib.estimate_i1(derivs, observed),
+        ),
+        (
+            fimlib.estimate_i2_matrix(net, x, observed, parameters=names),
+            fimlib.estimate_i2(derivs, observed),
+        ),
+    )
+    for matrix, diagonal in pairs:
+        joint = diagonal.mean_over_inputs()
+        assert near(matrix.diagonal(), torch.cat([joint[name].flatten() for name in names]))
+
+
+def test_remark_4_4_needs_linearity_in_the_natural_parameters():
+    """Every family has V₂ = 0 in a linear last layer, but for the log s of a head."""
+    for case, (family, num_outputs, _) in OTHERS.items():
+        derivs = differentiate(mlp([2, 2, num_outputs], nn.Tanh, seed=2), inputs(2, 2))
+        V2 = fimlib.variance_i2(derivs, family)
+        assert V2["0.weight"].all()
+        for name in ("2.weight", "2.bias"):
+            means, rest = V2[name][:, : num_outputs // 2], V2[name][:, num_outputs // 2 :]
+            assert not means.any()
+            assert rest.all() if case.startswith("gaussian head") else not rest.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_natural_derivatives_of_a_head_are_the_chain_rule_by_hand(dtype):
+    """J = (μ'/s, ρ') and S = (μ''/s − 4ab, ρ'' − 2b²), in every layer, dense or factored."""
+    net, x = mlp([2, 3, 4], nn.Tanh, seed=2).to(dtype), inputs(2, 2).to(dtype)
+    derivs = differentiate(net, x)
+    ours = GaussianHead().natural_derivatives(derivs)
+    assert torch.equal(ours.outputs, derivs.outputs)
+    s = derivs.outputs.double()[:, 2:].exp()
+    for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        J, S = derivs.jacobian(name).double(), derivs.second(name).double()
+        scale = s.reshape(2, 2, *[1] * (J.ndim - 2))
+        a, b = J[:, :2] / scale, J[:, 2:]
+        expected = torch.cat([S[:, :2] / scale - 4 * a * b, S[:, 2:] - 2 * b * b], dim=1)
+        rel = 1e-12 if dtype == torch.float64 else 1e-5
+        assert ours.jacobian(name).dtype == ours.second(name).dtype == torch.float64
+        assert near(ours.jacobian(name), torch.cat([a, b], dim=1), rel)
+        assert near(ours.second(name), expected, rel)
+
+
+def test_natural_derivatives_are_the_given_ones_where_outputs_are_natural():
+    derivs = differentiate(mlp([2, 3], nn.Tanh), inputs(1, 2))
+    for family in (Categorical(), Bernoulli(), Poisson(), Gaussian()):
+        assert family.natural_derivatives(derivs) is derivs

@@ -1,0 +1,322 @@
+r"""What the paper's quantities need of an output family: its moments, and labels drawn from it.
+
+A family knows its moments at the natural parameters h, and how to *contract* them with
+derivatives of h. It has the dense tensors of the paper (Eqs 7–9), for teaching, tests and small T,
+and closed forms that cost O(T) per parameter, for everything else.
+
+Shapes: h is [B, T] (B inputs, T outputs). A derivative array D, be it J = ∂h or S = ∂²h, is
+[B, T, ...]: one column of length T for every entry of its trailing shape. All results are float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimlib.derivatives import Block, Derivatives
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of B inputs, with a share of the whole for each; equal labels may be counted.
+
+    Attributes:
+        family: The family that they belong to.
+        outputs: The network's outputs h, [B, T], float64.
+        weights: [B, A], float64, the share of each of A distinct labels in the N of an input.
+        num_samples: N, labels per input; 0 where the weights are an exact expectation.
+        values: The sufficient statistics t(y), [B, A, T]; None: the T classes in order.
+    """
+
+    family: Family
+    outputs: Tensor
+    weights: Tensor
+    num_samples: int
+    values: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError unless the weights are shares, and the values fit them."""
+        size, num_outputs = self.outputs.shape
+        total = self.weights.sum(-1)
+        if len(self.weights) != size or not torch.allclose(total, total.new_ones(())):
+            raise ValueError(
+                f"weights must have shape [B, A] with B = {size} and rows that sum to "
+                f"1, got {list(self.weights.shape)} with sums {total.tolist()}."
+            )
+        if (self.weights < 0).any():
+            raise ValueError("weights are shares of the labels: they must not be negative.")
+        if self.values is None and self.weights.shape[1] != num_outputs:
+            raise ValueError(
+                f"labels without values are the {num_outputs} classes in order: weights must have "
+                f"shape {[size, num_outputs]}, got {list(self.weights.shape)}."
+            )
+        expected = [*self.weights.shape, num_outputs]
+        if self.values is not None and list(self.values.shape) != expected:
+            raise ValueError(
+                f"values must have shape [B, A, T] = {expected}, one row t(y) for each weight, "
+                f"got {list(self.values.shape)}."
+            )
+
+    def project(self, D: Tensor) -> Tensor:
+        """D·δ for the residual δ = t(y) − η of every distinct label: [B, T, ...] → [B, A, ...]."""
+        return self.family.project(self.outputs, D, self.values)
+
+    def mean(self, scores: Tensor) -> Tensor:
+        """(1/N) Σ over the labels of a score per distinct label: [B, A, ...] → [B, ...]."""
+        return weighted_mean(self.weights, scores)
+
+    def mean_residual(self) -> Tensor:
+        """(1/N) Σ_k δ_k, [B, T]: zero on average, and all of y that Î₂ sees."""
+        identity = torch.eye(self.outputs.shape[1], dtype=torch.float64, device=self.outputs.device)
+        return self.mean(self.project(identity.expand(len(self.outputs), -1, -1)))
+
+
+class Family(ABC):
+    """What a quantity of the paper needs to know of the distribution of the labels.
+
+    The outputs of the network are the natural parameters h, unless ``link`` says otherwise.
+
+    Attributes:
+        min_outputs: The least T that the family has a meaning for.
+        shift_invariant: Whether p(y|h) stays the same if all outputs are shifted by one number.
+    """
+
+    min_outputs = 1
+    shift_invariant = False
+
+    def natural(self, h: Tensor) -> Tensor:
+        """Check the outputs h and return them in float64, without a graph.
+
+        Raises:
+            ValueError: h is not a finite [B, T] tensor with T ≥ ``min_outputs``.
+        """
+        name = type(self).__name__
+        if h.ndim != 2 or h.shape[1] < self.min_outputs:
+            raise ValueError(
+                f"{name} needs outputs of shape [B, T] with T ≥ {self.min_outputs}, one row of "
+                f"natural parameters per input; the model gave {list(h.shape)}. Check the last "
+                "layer, or choose the family that fits it."
+            )
+        if not torch.isfinite(h).all():
+            raise ValueError(
+                f"{name}: the outputs hold NaN or infinite values. Check the weights and the input."
+            )
+        return h.detach().double()
+
+    def link(self, h: Tensor, at: Tensor) -> Tensor:  # noqa: ARG002
+        """The natural parameters as a differentiable function of the outputs: [B, T] → [B, T].
+
+        Args:
+            h: The outputs, [B, T].
+            at: The outputs, without a graph, where derivatives are taken: a family may measure
+                its natural parameters in units of that point. All moments belong to h = at.
+        """
+        return h
+
+    def natural_derivatives(self, derivs: Derivatives) -> Derivatives:
+        """J and S of the natural parameters from those of the outputs; these stay as they are.
+
+        ``derivs`` itself where the outputs are the natural parameters. Else the second-order
+        chain rule through ``link``, L: J' = L'J and S' = L'S + L''[J, J], in float64.
+
+        Raises:
+            ValueError: the outputs do not fit the family.
+        """
+        if type(self).link is Family.link:
+            return derivs
+        h = self.natural(derivs.outputs)
+
+        def through_link(block: Block) -> Block:
+            J, S = self._chain_rule(h, block.J, block.S)
+            inputs = {n: None if z is None else z.double() for n, z in block.inputs.items()}
+            return Block(block.layer, J, S, inputs)
+
+        return dataclasses.replace(derivs, blocks=tuple(map(through_link, derivs.blocks)))
+
+    def _chain_rule(self, h: Tensor, J: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second derivative at 0 of τ ↦ link(h + τJ + τ²S/2), for every column."""
+        zero, one = h.new_zeros(()), h.new_ones(())
+
+        def column(J: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+            def curve(tau: Tensor) -> Tensor:
+                return self.link(h + tau * J + tau.square() / 2 * S, at=h)
+
+            def velocity(tau: Tensor) -> Tensor:
+                tangent: Tensor = torch.func.jvp(curve, (tau,), (one,))[1]
+                return tangent
+
+            derivatives = torch.func.jvp(velocity, (zero,), (one,))
+            return derivatives[0], derivatives[1]
+
+        columns = [D.double().reshape(*h.shape, -1) for D in (J, S)]
+        first, second = torch.func.vmap(column, in_dims=-1, out_dims=-1)(*columns)
+        return first.reshape(J.shape), second.reshape(S.shape)
+
+    @abstractmethod
+    def log_partition(self, h: Tensor) -> Tensor:
+        """F(h) of Eq. 1, [B]."""
+
+    @abstractmethod
+    def mean(self, h: Tensor) -> Tensor:
+        """η = E[t(y)] = ∇F, [B, T] (Eq. 7)."""
+
+    @abstractmethod
+    def covariance(self, h: Tensor) -> Tensor:
+        """𝓘 = E[δδᵀ] = ∇²F, [B, T, T] (Eq. 8)."""
+
+    @abstractmethod
+    def fourth_moment(self, h: Tensor) -> Tensor:
+        """𝓚 = E[δ⊗δ⊗δ⊗δ], [B, T, T, T, T] (Eq. 9). Dense: for teaching, tests and small T."""
+
+    def outer_covariance(self, h: Tensor) -> Tensor:
+        """M = 𝓚 − 𝓘⊗𝓘, the covariance of δ⊗δ (Eq. 11), [B, T, T, T, T]. Dense, like 𝓚."""
+        cov = self.covariance(h)
+        return self.fourth_moment(h) - torch.einsum("bij,bkl->bijkl", cov, cov)
+
+    # Labels.
+
+    def sample(
+        self, h: Tensor, num_samples: int, generator: torch.Generator | None = None
+    ) -> Labels:
+        """Draw N labels for every input from p(y|h).
+
+        Args:
+            h: The outputs, [B, T].
+            num_samples: N ≥ 1.
+            generator: Of the device of h; torch's global one by default.
+
+        Raises:
+            ValueError: N < 1, or h does not fit the family.
+        """
+        return self.draw(self.natural(h), check_num_samples(num_samples), generator)
+
+    @abstractmethod
+    def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
+        """What ``sample`` does once its arguments are checked."""
+
+    def observed(self, h: Tensor, y: Tensor) -> Labels:
+        """Labels that were observed, as a sample like those of ``sample``.
+
+        Args:
+            h: The outputs, [B, T].
+            y: [B, L], one label for every input, or [B, N, L], with L = ``label_size(h)``, which
+                is T unless the family says otherwise.
+
+        Raises:
+            ValueError: h or the shape of y does not fit the family, or y holds a value that a
+                label cannot take.
+        """
+        h, name = self.natural(h), type(self).__name__
+        size, width = len(h), self.label_size(h)
+        labels = y.to(h)[:, None] if y.ndim == 2 else y.to(h)
+        if labels.ndim != 3 or 0 in labels.shape or labels.shape[::2] != (size, width):
+            raise ValueError(
+                f"{name}: observed labels must have shape {[size, width]}, or "
+                f"[{size}, N, {width}] for N ≥ 1 per input, got {list(y.shape)}."
+            )
+        if not torch.isfinite(labels).all():
+            raise ValueError(f"{name}: the observed labels hold NaN or infinite values.")
+        self.check_support(labels)
+        return self.equally_weighted(h, self.statistics(h, labels))
+
+    def label_size(self, h: Tensor) -> int:
+        """L, the length of one label y at outputs [B, T]."""
+        return h.shape[1]
+
+    def check_support(self, y: Tensor) -> None:  # noqa: B027
+        """Raise a ValueError if a finite y, [B, N, L], is none of the family's labels."""
+
+    def statistics(self, h: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        """t(y): labels [B, N, L] → [B, N, T]."""
+        return y
+
+    def equally_weighted(self, h: Tensor, values: Tensor) -> Labels:
+        """N labels per input with the statistics t(y) = ``values``, [B, N, T]."""
+        size, num_samples, _ = values.shape
+        weights = torch.full((size, num_samples), 1 / num_samples, dtype=h.dtype, device=h.device)
+        return Labels(self, h, weights, num_samples, values)
+
+    def project(self, h: Tensor, D: Tensor, values: Tensor | None) -> Tensor:
+        """D·(t(y) − η) for every distinct label: [B, T, ...] → [B, A, ...]."""
+        if values is None:
+            raise ValueError(
+                f"{type(self).__name__} labels need their values t(y), [B, A, T]: make them by "
+                "sample() or observed()."
+            )
+        return torch.einsum("bat,bt...->ba...", values - self.mean(h)[:, None], D.double())
+
+    # Contractions with derivatives of the natural parameters.
+
+    @abstractmethod
+    def information(self, h: Tensor, J: Tensor) -> Tensor:
+        """𝓘[J, J] (Eq. 23): [B, T, ...] → [B, ...]."""
+
+    @abstractmethod
+    def variance1(self, h: Tensor, J: Tensor) -> Tensor:
+        """M[J, J, J, J], N·V₁ (Eq. 24): [B, T, ...] → [B, ...]."""
+
+    def variance2(self, h: Tensor, S: Tensor) -> Tensor:
+        """𝓘[S, S], N·V₂ (Eq. 25): [B, T, ...] → [B, ...]."""
+        return self.information(h, S)
+
+    @abstractmethod
+    def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
+        """C₁₂, the covariance of Î₁ and Î₂ on one and the same label: → [B, ...]."""
+
+    # What the spectra need of M (Eq. 13), and Proposition 4.3 of δ.
+
+    @abstractmethod
+    def outer_covariance_min(self, h: Tensor) -> Tensor:
+        """λ_min(M) of Eq. 13, [B]: exactly, or a certified lower bound where the family says so."""
+
+    @abstractmethod
+    def outer_covariance_at(self, h: Tensor, u: Tensor) -> Tensor:
+        """M(u, u, ·, ·) for R directions of each input: [B, R, T] → [B, R, T, T]."""
+
+    @abstractmethod
+    def directions(self, h: Tensor) -> Tensor:
+        """Directions from which a search for λ_max(M) starts: [B, R, T]."""
+
+    def unfolding(self, h: Tensor) -> Tensor:
+        """A symmetric matrix with the nonzero eigenvalues of M unfolded to T²×T²: [B, n, n]."""
+        return self.outer_covariance(h).flatten(3, 4).flatten(1, 2)
+
+    def residual_bound(self, h: Tensor) -> Tensor:  # noqa: ARG002
+        """Largest ‖t(y) − η‖² over y, the bound of Proposition 4.3: [B].
+
+        Raises:
+            ValueError: t(y) is unbounded.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: ‖t(y) − η‖² has no upper bound over the labels, so "
+            "Proposition 4.3 does not apply. Use the spectrum of 𝓚 itself."
+        )
+
+
+def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:
+    """Σ_a w_a x_a: [B, A] and [B, A, ...] → [B, ...]."""
+    return torch.einsum("ba,ba...->b...", weights, x)
+
+
+def weighted_variance(weights: Tensor, x: Tensor) -> Tensor:
+    """Σ_a w_a (x_a − Σ_b w_b x_b)², centred before it is squared: [B, A, ...] → [B, ...]."""
+    return weighted_mean(weights, (x - weighted_mean(weights, x).unsqueeze(1)).square())
+
+
+def pairings(cov: Tensor) -> Tensor:
+    """𝓘_ab 𝓘_cd + 𝓘_ac 𝓘_bd + 𝓘_ad 𝓘_bc: 𝓚 less the fourth cumulant ∇⁴F. [B, T, T] → [B, T⁴]."""
+    ab_cd = torch.einsum("bij,bkl->bijkl", cov, cov)
+    return ab_cd + ab_cd.transpose(2, 3) + ab_cd.transpose(2, 4)
+
+
+def check_num_samples(num_samples: int, at_least: int = 1) -> int:
+    """Return N if it is an integer ≥ ``at_least``, else raise a ValueError that says so."""
+    is_integer = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
+    if not is_integer or num_samples < at_least:
+        raise ValueError(f"num_samples (N) must be an integer ≥ {at_least}, got {num_samples!r}.")
+    return int(num_samples)

@@ -1,0 +1,139 @@
+r"""How many labels are enough, and which estimator to use (the remark on Chebyshev, Section 3).
+
+Both read the exact variances of Lemma A.1; nothing is sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fimlib.derivatives import Derivatives
+from fimlib.families import Family
+from fimlib.fisher import fisher_information, variance_i1, variance_i2
+
+
+class Comparison(NamedTuple):
+    """Î₁ against Î₂ in one layer at B inputs, each [B].
+
+    Attributes:
+        relative_sd_i1: √(ΣV₁ / ΣI²) for one label, sums over the layer: the typical ‖Î₁ − I‖ in
+            units of ‖I‖; 1/√N times it for N labels. 0/0 counts as 0.
+        relative_sd_i2: The same of Î₂.
+        less_variance: 1 or 2, the estimator with less variance on equally many labels.
+        less_variance_at_cost: 1 or 2, the one with less variance at equal cost.
+    """
+
+    relative_sd_i1: Tensor
+    relative_sd_i2: Tensor
+    less_variance: Tensor
+    less_variance_at_cost: Tensor
+
+
+def num_samples_needed(
+    derivs: Derivatives,
+    family: Family,
+    *,
+    relative_error: float,
+    confidence: float,
+    estimator: int = 1,
+) -> dict[str, Tensor]:
+    r"""Labels that bring a layer's estimate within a relative error, by Chebyshev's inequality.
+
+    The smallest N for which Markov's inequality on the squared norm,
+    ``P(‖Î − I‖ ≥ ε‖I‖) ≤ (1/N) ΣV⁽¹⁾ / (ε² ΣI²)``, guarantees at most 1 − confidence. Norms and
+    sums run over all parameters of a layer, so single entries may be much farther off. It uses
+    nothing but the variance, and is conservative: where the error is nearly normal, a confidence
+    of 0.95 asks for about five times the labels that would do for one parameter, and more for many.
+
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        relative_error: ε > 0.
+        confidence: Between 0 and 1, both excluded.
+        estimator: 1 for Î₁ or 2 for Î₂.
+
+    Returns:
+        Layer name → N ≥ 1 for each input, [B], float64 whole numbers; inf where the layer's I is 0
+        and its estimate is not.
+
+    Raises:
+        ValueError: an argument out of its range, or the outputs do not fit the family.
+
+    Example: a Gaussian label and one weight: V₁ = 2I², so N = 2 / (0.1² × 0.05).
+        >>> from fimlib import Gaussian, differentiate
+        >>> derivs = differentiate(torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1))
+        >>> num_samples_needed(derivs, Gaussian(), relative_error=0.1, confidence=0.95)
+        {'': tensor([4000.], dtype=torch.float64)}
+    """
+    variance = (variance_i1, variance_i2)[check_estimator(estimator) - 1](derivs, family)
+    means, fisher = variance.layer_means(), fisher_information(derivs, family)
+    return {
+        layer: chebyshev(means[layer], squared_norm, relative_error, confidence)
+        for layer, squared_norm in fisher.square().layer_means().items()
+    }
+
+
+def compare_estimators(
+    derivs: Derivatives, family: Family, *, cost_ratio: float = 1.0
+) -> dict[str, Comparison]:
+    r"""Which of Î₁ and Î₂ is the better one, layer by layer.
+
+    Sums over a layer's parameters, ΣV₁ against ΣV₂; a tie goes to Î₁, which is never negative. At
+    equal cost Î₂ gets 1/cost_ratio as many labels, so V₁ is compared with cost_ratio × V₂.
+
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        cost_ratio: Cost of one sample of Î₂ in units of one of Î₁; > 0.
+
+    Returns:
+        Layer name → the comparison at every input. Average over inputs yourself, or use ``Joint``.
+
+    Raises:
+        ValueError: cost_ratio is not a positive number, or the outputs do not fit the family.
+    """
+    if not 0 < cost_ratio < math.inf:
+        raise ValueError(f"cost_ratio must be a positive number, got {cost_ratio!r}.")
+    squared_norm = fisher_information(derivs, family).square().layer_means()
+    variance1 = variance_i1(derivs, family).layer_means()
+    variance2 = variance_i2(derivs, family).layer_means()
+    return {
+        layer: Comparison(
+            _relative(v1, squared_norm[layer]).sqrt(),
+            _relative(v2, squared_norm[layer]).sqrt(),
+            1 + (v2 < v1).long(),
+            1 + (v2 * cost_ratio < v1).long(),
+        )
+        for (layer, v1), v2 in zip(variance1.items(), variance2.values(), strict=True)
+    }
+
+
+def chebyshev(
+    variance: Tensor, squared_norm: Tensor, relative_error: float, confidence: float
+) -> Tensor:
+    """⌈variance / (ε² (1 − confidence) squared_norm)⌉ ≥ 1, the N of ``num_samples_needed``."""
+    if not 0 < relative_error < math.inf:
+        raise ValueError(f"relative_error (ε) must be a positive number, got {relative_error!r}.")
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence must lie between 0 and 1, both excluded, got {confidence!r}: Chebyshev's "
+            "inequality gives certainty for no number of samples."
+        )
+    needed = _relative(variance, squared_norm) / (relative_error**2 * (1 - confidence))
+    return torch.ceil(needed * (1 - 1e-12)).clamp_min(1)  # 1 − 0.9 is not quite 0.1
+
+
+def check_estimator(estimator: int) -> int:
+    """Return j if it is 1 or 2, else raise a ValueError that says so."""
+    if estimator not in (1, 2):
+        raise ValueError(f"estimator must be 1 (Î₁) or 2 (Î₂), got {estimator!r}.")
+    return estimator
+
+
+def _relative(variance: Tensor, squared_norm: Tensor) -> Tensor:
+    """The variance in units of the squared norm; 0 where there is no variance."""
+    return torch.where(variance > 0, variance / squared_norm, 0)
