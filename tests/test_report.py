@@ -324,7 +324,7 @@ def test_the_book_shows_own_results_if_complete(here):
 
 def test_the_book_fills_gaps_beside_section_5_3(here):
     main, aside = book.sources(make_all(here, PAPER))
-    assert folders(main) == {"checks": "reference"} | dict.fromkeys(PAPER, "here")
+    assert folders(main) == dict.fromkeys(ALL, "reference") | dict.fromkeys(PAPER, "here")
     assert not aside
 
 
@@ -396,7 +396,7 @@ def test_publish_refuses(here, tmp_path, change, message):
 
 def test_publish_refuses_what_is_not_finished(here, tmp_path):
     with pytest.raises(ValueError, match=f"not finished: {PAPER[0]}"):
-        reference.publish(make_all(here, ["checks", *PAPER[1:]]), tmp_path / "target")
+        reference.publish(make_all(here, [name for name in ALL if name != PAPER[0]]), tmp_path / "target")
 
 
 def test_the_page_names_the_settings_of_the_reference():

@@ -71,14 +71,24 @@ def made(tmp_path):
 def test_other_code_or_data_make_the_run_again(made, tmp_path, monkeypatch):
     """One byte of fimlib is enough."""
     _, again = made
+    monkeypatch.setattr(runs, "FIMLIB", tmp_path)
     source = tmp_path / "source.py"
     source.write_text("a = 1\n")
-    monkeypatch.setattr(runs, "SOURCES", [*runs.SOURCES, source])
     assert [again(), again()] == [True, False]
     source.write_text("a = 2\n")
     assert [again(), again()] == [True, False]
     monkeypatch.setattr(runs, "data_digest", lambda _name: "of other images")
     assert [again(), again()] == [True, False]
+
+
+def test_a_notebook_depends_on_fimlib_and_on_the_support_that_it_mentions(tmp_path):
+    path = notebook(tmp_path, "from support import figures\nfrom support.checks import cases\n")
+    names = {p.relative_to(runs.results.ROOT).as_posix() for p in runs.sources(path)}
+    support = {"notebooks/support/figures.py"} | {
+        f"notebooks/support/checks/{p.name}" for p in (runs.SUPPORT / "checks").glob("*.py")
+    }
+    assert {n for n in names if n.startswith("notebooks/")} == support
+    assert {"fimlib/fisher.py", "fimlib/__init__.py"} <= names
 
 
 def test_a_damaged_run_is_none_and_made_again(made, capsys):

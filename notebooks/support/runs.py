@@ -32,10 +32,8 @@ from papermill.exceptions import PapermillException, PapermillExecutionError
 from support import data, results
 
 NOTEBOOKS = results.ROOT / "notebooks"
-SOURCES = [
-    *(results.ROOT / "fimlib").glob("*.py"),
-    *(NOTEBOOKS / "support" / f"{name}.py" for name in ("data", "figures", "results")),
-]
+SUPPORT = NOTEBOOKS / "support"
+FIMLIB = results.ROOT / "fimlib"
 # How the entries of runs.yml look.
 FORMS: dict[str, tuple[type, str]] = {
     "runs": (dict, "the runs by name"),
@@ -173,10 +171,19 @@ def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
 def fingerprint(spec: Spec, dataset: str) -> str:
     """SHA-256 of what a run is made of: notebook, parameters, data, and the code that it calls."""
     parts = [spec.notebook.read_bytes(), repr(sorted(spec.parameters.items())).encode()]
-    parts += [path.read_bytes() for path in sorted(SOURCES)]
+    parts += [path.read_bytes() for path in sources(spec.notebook)]
     if "dataset" in check_parameters(spec.notebook, spec.parameters):
         parts.append(data_digest(dataset).encode())
     return results.digest(parts)
+
+
+def sources(notebook: Path) -> list[Path]:
+    """The code that a notebook may call: fimlib, and the modules of ``support`` that it mentions."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    words = set(re.findall(r"\w+", " ".join(c.source for c in cells if c.cell_type == "code")))
+    modules = [path for path in SUPPORT.glob("*.py") if path.stem in words]
+    packages = [path for path in SUPPORT.glob("*/*.py") if path.parent.name in words]
+    return sorted([*FIMLIB.glob("*.py"), *modules, *packages])
 
 
 @functools.cache

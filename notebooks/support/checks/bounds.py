@@ -1,0 +1,443 @@
+"""Section 4, Sections 5.1 and 5.2, Appendices B and C: every bound, on cases that try to break it.
+
+Each function takes the least number of cases and returns a ``Check``. A case is a softmax (or other
+output) vector together with a derivative vector, or a whole derivative matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fimlib
+from fimlib import Categorical, Derivatives, Gaussian, Spectrum
+from support.checks import cases as make
+from support.checks.check import Check, at_most, equal, together
+
+CATEGORICAL = Categorical()
+NUM_SAMPLES = 3  # so that a forgotten 1/N shows
+ACTIVATIONS = (nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus)
+
+
+# Theorem 4.1. Random and adversarial pairs, and every parameter of trained networks.
+
+
+def squared_norms(derivs: Derivatives) -> tuple[Tensor, Tensor]:
+    """‖J‖² and ‖S‖² of the made-up layer, [B, n]."""
+    block = derivs.blocks[0]
+    return block.J.square().sum(1), block.S.square().sum(1)
+
+
+def theorem_4_1(which: int, cases: int, *, centred: bool = False) -> tuple[Check, Check]:
+    """Lower and upper bound of Theorem 4.1: which = 0 for I, 1 for V₁, 2 for V₂."""
+    lowers, uppers = [], []
+    for group in make.grid(cases):
+        J2, S2 = squared_norms(group.derivs)
+        scale = {"theta": (J2, J2.square(), S2)[which]}
+        low, high = one_theorem_4_1(which, group.derivs, scale, group.eigenvalues, centred)
+        lowers.append(low)
+        uppers.append(high)
+    for activation in ACTIVATIONS:
+        derivs = make.trained_derivatives(activation)
+        scale = {name: torch.zeros(()) for name in fimlib.fisher_information(derivs, CATEGORICAL)}
+        low, high = one_theorem_4_1(which, derivs, scale, trained_spectrum(activation), centred)
+        lowers.append(low)
+        uppers.append(high)
+    return together(*lowers), together(*uppers)
+
+
+@functools.cache
+def trained_spectrum(activation: make.Activation) -> fimlib.Spectrum:
+    """Eigenvalues at the outputs of a trained network."""
+    return fimlib.spectrum(CATEGORICAL, make.trained_derivatives(activation).outputs)
+
+
+def one_theorem_4_1(
+    which: int,
+    derivs: Derivatives,
+    scale: dict[str, Tensor],
+    eigenvalues: fimlib.Spectrum,
+    centred: bool,
+) -> tuple[Check, Check]:
+    """Both bounds at all parameters of one set of derivatives."""
+    quantity: Callable[[], fimlib.Diagonal] = (
+        lambda: fimlib.fisher_information(derivs, CATEGORICAL),
+        lambda: fimlib.variance_i1(derivs, CATEGORICAL, num_samples=NUM_SAMPLES),
+        lambda: fimlib.variance_i2(derivs, CATEGORICAL, num_samples=NUM_SAMPLES),
+    )[which]
+    value = quantity()
+    lower, upper = fimlib.theorem_4_1(
+        derivs, CATEGORICAL, num_samples=NUM_SAMPLES, eigenvalues=eigenvalues, centred=centred
+    )[which]
+    return (
+        together(*(at_most(lower[name], value[name], scale[name]) for name in value)),
+        together(*(at_most(value[name], upper[name], scale[name]) for name in value)),
+    )
+
+
+def eq_10_lower(cases: int) -> Check:
+    """λ_min(𝓘)‖J‖² ≤ I."""
+    return theorem_4_1(0, cases)[0]
+
+
+def eq_10_upper(cases: int) -> Check:
+    """I ≤ λ_max(𝓘)‖J‖²."""
+    return theorem_4_1(0, cases)[1]
+
+
+def eq_11_lower(cases: int) -> Check:
+    """λ_min(M)‖J‖⁴/N ≤ V₁."""
+    return theorem_4_1(1, cases)[0]
+
+
+def eq_11_upper(cases: int) -> Check:
+    """V₁ ≤ λ_max(M)‖J‖⁴/N."""
+    return theorem_4_1(1, cases)[1]
+
+
+def eq_12_lower(cases: int) -> Check:
+    """λ_min(𝓘)‖S‖²/N ≤ V₂."""
+    return theorem_4_1(2, cases)[0]
+
+
+def eq_12_upper(cases: int) -> Check:
+    """V₂ ≤ λ_max(𝓘)‖S‖²/N."""
+    return theorem_4_1(2, cases)[1]
+
+
+def centred_lower(cases: int) -> Check:
+    """The lower bounds of I and V₂ after centring, with λ_min over directions ⊥ 1."""
+    return together(*(theorem_4_1(which, cases, centred=True)[0] for which in (0, 2)))
+
+
+def centred_upper(cases: int) -> Check:
+    """The three upper bounds with PJ and PS for J and S."""
+    return together(*(theorem_4_1(which, cases, centred=True)[1] for which in (0, 1, 2)))
+
+
+def eq_13(cases: int) -> Check:
+    """λ_max(M) between the certified bounds, and above M(u,u,u,u) for every direction u."""
+    parts = []
+    for group in make.grid(cases):
+        u = make.unit(group.derivs.blocks[0].J)
+        value = CATEGORICAL.variance1(group.h, u)  # M(u,u,u,u), as J = u
+        largest = group.eigenvalues.max_outer
+        parts += [
+            at_most(value, largest[:, None].expand_as(value), 1.0),
+            at_most(fimlib.lambda_max_lower(CATEGORICAL, group.h), largest, 1.0),
+            at_most(largest, fimlib.lambda_max_certified(CATEGORICAL, group.h), 1.0),
+        ]
+    return together(*parts)
+
+
+# Corollary 4.2 and Proposition 4.3, over pairs of a softmax vector and a direction.
+
+
+def directions(cases: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Softmax outputs h, M(u,u,u,u) and 𝓚(u,u,u,u) at many unit directions u, [B, n]."""
+    triples = []
+    for group in make.grid(cases):
+        u = make.unit(group.derivs.blocks[0].J)
+        M = CATEGORICAL.variance1(group.h, u)
+        triples.append((group.h, M, M + CATEGORICAL.information(group.h, u).square()))
+    return triples
+
+
+def eq_14(cases: int) -> Check:
+    """λ_min(𝓚) − λ_max(𝓘)² ≤ M(u,u,u,u) for every u, so ≤ λ_min(M)."""
+    parts = []
+    for h, M, _ in directions(cases):
+        lower = fimlib.corollary_4_2(CATEGORICAL, h).lower[:, None].expand_as(M)
+        parts.append(at_most(lower, M, 1.0))
+    return together(*parts)
+
+
+def eq_15(cases: int) -> Check:
+    """M(u,u,u,u) ≤ λ_max(𝓚) − λ_min(𝓘)² for every u, and so λ_max(M)."""
+    parts = []
+    for group, (h, M, _) in zip(make.grid(cases), directions(cases), strict=True):
+        upper = fimlib.corollary_4_2(CATEGORICAL, h).upper
+        parts.append(at_most(M, upper[:, None].expand_as(M), 1.0))
+        parts.append(at_most(group.eigenvalues.max_outer, upper, 1.0))
+    return together(*parts)
+
+
+def eq_16(cases: int) -> Check:
+    """𝓚(u,u,u,u) ≤ B λ_max(𝓘), B = max ‖t(y) − η‖²; multi-label outputs as well."""
+    parts = []
+    for h, _, K in directions(cases):
+        parts.append(at_most(K, fimlib.proposition_4_3(CATEGORICAL, h)[:, None].expand_as(K), 1.0))
+    family = fimlib.Bernoulli()
+    for num_labels in (1, 2, 5, 10):
+        h = 3 * make.normal(20, num_labels, seed=num_labels)
+        u = make.unit(make.normal(20, num_labels, cases // 100, seed=num_labels + 1))
+        K = family.variance1(h, u) + family.information(h, u).square()
+        parts.append(at_most(K, fimlib.proposition_4_3(family, h)[:, None].expand_as(K), 1.0))
+    return together(*parts)
+
+
+# Corollary 4.6 and Appendix C, over whole derivative matrices.
+
+
+class Matrices(NamedTuple):
+    """Derivative matrices ∂h, ∂²h of few parameters, [B, C, n], and the outputs' eigenvalues."""
+
+    derivs: Derivatives
+    eigenvalues: Spectrum
+
+
+@functools.cache
+def matrices(cases: int) -> tuple[Matrices, ...]:
+    """At least so many derivative matrices: of full rank, of rank one, of a single output."""
+    groups, sizes = [], ((2, 1), (2, 6), (3, 2), (3, 12), (4, 5), (5, 1), (5, 9))
+    for num_classes, num_parameters in sizes:
+        repeats = -(-cases // (60 * len(sizes)))
+        h = make.logits(num_classes, 60, seed=num_parameters)
+        lam = fimlib.spectrum(CATEGORICAL, h)
+        J, S = (make.normal(60 * repeats, num_classes, num_parameters, seed=s) for s in (1, 2))
+        third = len(J) // 3
+        for D in (J, S):
+            D[:third] = D[:third, :, :1] * D[:third, :1]
+        J[third : 2 * third] *= torch.arange(num_classes)[:, None] == 0
+        derivs = make.as_derivatives(h.repeat(repeats, 1), J, S)
+        groups.append(Matrices(derivs, Spectrum(*(e.repeat(repeats) for e in lam))))
+    trained = make.trained_derivatives()
+    return (*groups, Matrices(trained, fimlib.spectrum(CATEGORICAL, trained.outputs)))
+
+
+def totals(derivs: Derivatives) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_i I, Σ_i V₁ and Σ_i V₂, [B] each."""
+    return (
+        fimlib.fisher_information(derivs, CATEGORICAL).total(),
+        fimlib.variance_i1(derivs, CATEGORICAL, num_samples=NUM_SAMPLES).total(),
+        fimlib.variance_i2(derivs, CATEGORICAL, num_samples=NUM_SAMPLES).total(),
+    )
+
+
+def sizes(derivs: Derivatives) -> tuple[Tensor, Tensor, Tensor]:
+    """What cancels on the way to the totals: Σ‖J‖², Σ‖J‖⁴ and Σ‖S‖²."""
+    first = derivs.contract(lambda block: block.J.square().sum(1), degree=2)
+    fourth = derivs.contract(lambda block: block.J.square().sum(1).square(), degree=4)
+    second = derivs.contract(lambda block: block.S.square().sum(1), degree=4)
+    return first.total(), fourth.total(), second.total()
+
+
+def corollary_4_6(which: int, cases: int) -> Check:
+    """The trace bounds: which = 0, 1, 2 for Eqs 17, 18, 19."""
+    parts = []
+    for derivs, lam in matrices(cases):
+        bound = fimlib.corollary_4_6(derivs, CATEGORICAL, num_samples=NUM_SAMPLES, eigenvalues=lam)[
+            which
+        ]
+        parts.append(at_most(totals(derivs)[which], bound.upper, 10 * sizes(derivs)[which]))
+    return together(*parts)
+
+
+def eq_17(cases: int) -> Check:
+    """Σ I ≤ min{s_max(∂h)² tr 𝓘, ‖∂h‖² λ_max(𝓘)}."""
+    return corollary_4_6(0, cases)
+
+
+def eq_18(cases: int) -> Check:
+    """Σ V₁ ≤ (1/N) min{s_max(J̃)² tr M̃, λ_max(M) Σ‖J‖⁴}."""
+    return corollary_4_6(1, cases)
+
+
+def eq_19(cases: int) -> Check:
+    """Σ V₂ ≤ (1/N) min{s_max(∂²h)² tr 𝓘, ‖∂²h‖² λ_max(𝓘)}."""
+    return corollary_4_6(2, cases)
+
+
+def theorem_c_1(which: int, cases: int) -> Check:
+    """The full-spectrum bounds, both sides: which = 0, 1, 2 for Eqs 29, 30, 31."""
+    parts = []
+    for derivs, _ in matrices(cases):
+        lower, upper = fimlib.theorem_c_1(derivs, CATEGORICAL, num_samples=NUM_SAMPLES)[which]
+        total, size = totals(derivs)[which], 10 * sizes(derivs)[which]
+        parts += [at_most(lower, total, size), at_most(total, upper, size)]
+    return together(*parts)
+
+
+def eq_29(cases: int) -> Check:
+    """Σ s_k(∂h)² s_{T−k+1}(𝓘) ≤ Σ I ≤ Σ s_k(∂h)² s_k(𝓘)."""
+    return theorem_c_1(0, cases)
+
+
+def eq_30(cases: int) -> Check:
+    """The same for V₁ with J̃ and M̃."""
+    return theorem_c_1(1, cases)
+
+
+def eq_31(cases: int) -> Check:
+    """The same for V₂ with ∂²h."""
+    return theorem_c_1(2, cases)
+
+
+def full_spectrum_is_tighter(cases: int) -> Check:
+    """Appendix C's upper bounds of Σ I and Σ V₂ are never above Corollary 4.6's."""
+    parts = []
+    for derivs, lam in matrices(cases):
+        coarse = fimlib.corollary_4_6(derivs, CATEGORICAL, eigenvalues=lam)
+        fine = fimlib.theorem_c_1(derivs, CATEGORICAL)
+        for which in (0, 2):
+            size = 10 * sizes(derivs)[which]
+            parts.append(at_most(fine[which][1], coarse[which].upper, size))
+    return together(*parts)
+
+
+def theorem_c_2(cases: int) -> Check:
+    """Ruhe's trace inequality on random positive semi-definite pairs, also of low rank."""
+    parts = []
+    for size, rank in ((1, 1), (2, 1), (3, 3), (6, 2), (10, 10)):
+        factors = (make.normal(-(-cases // 5), size, rank, seed=seed) for seed in (3, 4))
+        A, B = (factor @ factor.mT for factor in factors)
+        lower, upper = fimlib.theorem_c_2(A, B)
+        trace = torch.einsum("bij,bji->b", A, B)
+        parts += [at_most(lower, trace, upper), at_most(trace, upper, upper)]
+    return together(*parts)
+
+
+# Appendix B. Pairs of parameters.
+
+
+@functools.cache
+def off_diagonal(cases: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...]:
+    """Softmax outputs with J_i, J_j and S_ij: random, equal, opposite and single-class pairs."""
+    groups = []
+    for num_classes in (2, 3, 4, 6):
+        h = make.logits(num_classes, 25, seed=num_classes)
+        count = -(-cases // 100)
+        J_i = make.vectors(h, count, seed=1)
+        J_j = torch.where(torch.arange(count) % 3 == 0, -J_i, make.vectors(h, count, seed=2))
+        groups.append((h, J_i, J_j, make.vectors(h, count, seed=3)))
+    return tuple(groups)
+
+
+def appendix_b(which: int, cases: int) -> Check:
+    """The off-diagonal bounds: which = 0 for |I_ij|, 1 for V₁, 2 for V₂."""
+    parts = []
+    for h, J_i, J_j, S_ij in off_diagonal(cases):
+        arguments = (J_i, J_j, S_ij, CATEGORICAL, h)
+        value = fimlib.off_diagonal(*arguments, num_samples=NUM_SAMPLES)[which].abs()
+        bound = fimlib.theorem_b_1(*arguments, num_samples=NUM_SAMPLES)[which]
+        product = J_i.square().sum(1) * J_j.square().sum(1)
+        scale = (product.sqrt(), product, S_ij.square().sum(1))[which]
+        parts.append(at_most(value, bound, scale))
+    return together(*parts)
+
+
+def eq_26(cases: int) -> Check:
+    """|I_ij| ≤ ‖J_i‖‖J_j‖ sup uᵀ𝓘v."""
+    return appendix_b(0, cases)
+
+
+def eq_27(cases: int) -> Check:
+    """V₁(θ_ij) ≤ (1/N)‖J_i‖²‖J_j‖² sup Var((u·δ)(v·δ))."""
+    return appendix_b(1, cases)
+
+
+def off_diagonal_v2(cases: int) -> Check:
+    """V₂(θ_ij) ≤ (1/N)‖∂²_ij h‖² λ_max(𝓘)."""
+    return appendix_b(2, cases)
+
+
+def lemma_b_2(cases: int) -> Check:
+    """uᵀAv ≤ s_max(A) for every pair of unit vectors, attained by the singular vectors."""
+    parts = []
+    for size in (1, 2, 5, 10):
+        A = make.normal(20, size, size, seed=size)
+        bound = fimlib.lemma_b_2(A)
+        left, _, right = torch.linalg.svd(A)
+        u = torch.cat([left, make.unit(make.normal(20, size, cases // 80, seed=1))], 2)
+        v = torch.cat([right.mT, make.unit(make.normal(20, size, cases // 80, seed=2))], 2)
+        value = torch.einsum("bin,bij,bjn->bn", u, A, v).abs()
+        parts.append(at_most(value, bound[:, None].expand_as(value), 1.0))
+    return together(*parts)
+
+
+def eq_28(cases: int) -> Check:
+    """|I_ij| ≤ s_max(𝓘)‖J_i‖‖J_j‖."""
+    parts = []
+    for h, J_i, J_j, S_ij in off_diagonal(cases):
+        value = fimlib.off_diagonal(J_i, J_j, S_ij, CATEGORICAL, h)[0].abs()
+        norms = J_i.norm(dim=1) * J_j.norm(dim=1)
+        parts.append(at_most(value, fimlib.corollary_b_3(J_i, J_j, CATEGORICAL, h), norms))
+    return together(*parts)
+
+
+# Section 5. The two case studies.
+
+
+def proposition_5_1(cases: int) -> Check:
+    """Gaussian outputs: the bounds of Theorem 4.1 are equalities, and λ(𝓘) = 1, λ(M) = 2."""
+    parts, family = [], Gaussian()
+    for num_outputs in (1, 2, 5, 10):
+        h = make.normal(10, num_outputs, seed=num_outputs)
+        J, S = (make.normal(10, num_outputs, cases // 40, seed=s) for s in (5, 6))
+        derivs = make.as_derivatives(h, J, S)
+        bounds = fimlib.theorem_4_1(derivs, family, num_samples=NUM_SAMPLES)
+        values = (
+            fimlib.fisher_information(derivs, family),
+            fimlib.variance_i1(derivs, family, num_samples=NUM_SAMPLES),
+            fimlib.variance_i2(derivs, family, num_samples=NUM_SAMPLES),
+        )
+        for value, interval in zip(values, bounds, strict=True):
+            parts += [equal(side["theta"], value["theta"]) for side in interval]
+        lam = fimlib.spectrum(family, h)
+        ones = torch.ones(10, dtype=torch.float64)
+        parts += [equal(e, ones * k) for e, k in zip(lam, (1, 1, 2, 2), strict=True)]
+    return together(*parts)
+
+
+def softmax_vectors(cases: int, largest: int = 100) -> list[Tensor]:
+    """At least so many logit vectors, up to a number of classes; fewer of the large ones."""
+    sizes = [c for c in make.CLASSES if c <= largest]
+    weights = [1 / c for c in sizes]
+    return [
+        make.logits(c, 5 + int(cases * w / sum(weights)), seed=c)
+        for c, w in zip(sizes, weights, strict=True)
+    ]
+
+
+def theorem_5_2_covariance(cases: int) -> Check:
+    """λ_max(𝓘) ≤ min{σ_max, 1 − ‖σ‖²} (Table 1)."""
+    parts = []
+    for h in softmax_vectors(cases):
+        largest = torch.linalg.eigvalsh(CATEGORICAL.covariance(h))[:, -1]
+        parts.append(at_most(largest, fimlib.theorem_5_2(CATEGORICAL.mean(h)).max_cov, 1.0))
+    return together(*parts)
+
+
+def theorem_5_2_outer(cases: int) -> Check:
+    """λ_max(M) ≤ 2 min{σ_max, 1 − ‖σ‖²} (Table 1), even for its certified upper bound."""
+    parts = []
+    for h in softmax_vectors(cases):
+        certified = fimlib.lambda_max_certified(CATEGORICAL, h)
+        parts.append(at_most(certified, fimlib.theorem_5_2(CATEGORICAL.mean(h)).max_outer, 1.0))
+    return together(*parts)
+
+
+def eq_36(cases: int) -> Check:
+    """λ_max(𝓚) ≤ 2λ_max(𝓘), even for the top eigenvalue of 𝓚 unfolded to a matrix."""
+    parts = []
+    for h in softmax_vectors(cases):
+        sigma = CATEGORICAL.mean(h)
+        eye = torch.eye(h.shape[1], dtype=torch.float64)
+        delta = eye - sigma[:, None]
+        gram = (delta @ delta.mT).square() * (sigma[:, :, None] * sigma[:, None]).sqrt()
+        parts.append(at_most(torch.linalg.eigvalsh(gram)[:, -1], fimlib.corollary_q_1(sigma), 1.0))
+    return together(*parts)
+
+
+def fourth_moment_below_certified(cases: int) -> Check:
+    """The Z-eigenvalue λ_max(𝓚) that the shifted power method finds obeys Eqs 16 and 36."""
+    parts = []
+    for h in softmax_vectors(cases // 20, largest=10):
+        largest = fimlib.fourth_moment_spectrum(CATEGORICAL, h)[1]
+        parts.append(at_most(largest, fimlib.proposition_4_3(CATEGORICAL, h), 1.0))
+        parts.append(at_most(largest, fimlib.corollary_q_1(CATEGORICAL.mean(h)), 1.0))
+    return together(*parts)
