@@ -36,7 +36,7 @@ CHOSEN = $$(cat "$(CHOICE)" 2>/dev/null || echo mnist)
 RUNS = $(RESULTS)/$(CHOSEN)
 RUN = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data experiments report book reproduce smoke reference lint test test-full gpu-check clean
+.PHONY: help env data experiments report book reproduce smoke reference lint test test-full mutants gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -95,8 +95,11 @@ test: lint ## lint, types, tests and doctests
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest
 
+mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (half an hour)
+	@"$(PY)" tests/mutants.py
+
 gpu-check: $(ENV) ## compare results of CPU and GPU where there is a GPU
 	@"$(PY)" -m support.gpu_check
 
 clean: ## remove what was built; results, data and .venv stay
-	rm -rf book/_build book/_generated book/.build.lock results/smoke .pytest_cache .mypy_cache .ruff_cache
+	rm -rf book/_build book/_generated book/.build.lock results/smoke mutants .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families import Categorical, Family, Gaussian, check_num_samples
+from fimlib.families import (
+    Categorical,
+    Family,
+    Gaussian,
+    check_num_samples,
+    softmax_covariance,
+)
 from fimlib.spectra import (
     Spectrum,
     fourth_moment_spectrum,
@@ -182,12 +188,8 @@ def corollary_q_1(sigma: Tensor) -> Tensor:
 
     Args, Raises: as ``theorem_5_2``.
     """
-    sigma, others = probabilities(sigma)
-    off_diagonal = 1 - torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
-    covariance = torch.diag_embed(sigma * others) - off_diagonal * (
-        sigma[:, :, None] * sigma[:, None, :]
-    )
-    eigenvalues: Tensor = torch.linalg.eigvalsh(covariance)
+    sigma, _ = probabilities(sigma)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(softmax_covariance(sigma))
     return 2 * eigenvalues[:, -1]
 
 

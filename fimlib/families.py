@@ -31,6 +31,7 @@ __all__ = [
     "Labels",
     "Poisson",
     "check_num_samples",
+    "softmax_covariance",
     "weighted_mean",
     "weighted_variance",
 ]
@@ -54,8 +55,7 @@ class Categorical(Family):
 
     def covariance(self, h: Tensor) -> Tensor:
         """𝓘 = diag σ − σσᵀ (Appendix D)."""
-        sigma = self.mean(h)
-        return torch.diag_embed(sigma) - torch.einsum("bi,bj->bij", sigma, sigma)
+        return softmax_covariance(self.mean(h))
 
     def fourth_moment(self, h: Tensor) -> Tensor:
         """𝓚 = Σ_k σ_k (e_k − σ)^{⊗4}."""
@@ -181,6 +181,13 @@ class Categorical(Family):
         sigma = self.mean(h)
         residual = torch.zeros_like(sigma).scatter_(1, sigma.argmin(1, keepdim=True), 1) - sigma
         return residual.square().sum(1)
+
+
+def softmax_covariance(sigma: Tensor) -> Tensor:
+    """Diag σ − σσᵀ with σ_k(1 − σ_k) from the sum of the others: nothing cancels. [B, C, C]."""
+    off_diagonal = 1 - torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
+    outer = torch.einsum("bi,bj->bij", sigma, sigma)
+    return torch.diag_embed(sigma * (sigma @ off_diagonal)) - outer * off_diagonal
 
 
 class Independent(Family):

@@ -562,3 +562,14 @@ def test_starts_are_single_outputs_and_the_most_variable_ones():
     prefixes = [[[0, 1, 0], [0, 1, 1], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     expected = torch.cat([torch.eye(3).expand(2, -1, -1), torch.tensor(prefixes)], 1).double()
     assert torch.equal(Bernoulli().directions(h), expected + 0.05)
+
+
+@pytest.mark.parametrize("rest", [1e-3, 1e-6, 1e-12, 1e-300])
+def test_covariance_keeps_its_digits_where_the_softmax_is_sure(rest):
+    """Two classes: λ_max(𝓘) = 2σ₁σ₂, whose relative error σ − σ² would make 1e-16/σ₂."""
+    h = logits_of([1.0, rest])
+    p = torch.softmax(h, 1)[0].prod().item()
+    cov = Categorical().covariance(h)[0]
+    expected = p * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert ((cov - expected).abs() <= 1e-14 * p).all()
+    assert torch.linalg.eigvalsh(cov)[1].item() == pytest.approx(2 * p, rel=1e-14, abs=0)

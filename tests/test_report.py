@@ -395,8 +395,9 @@ def test_publish_refuses(here, tmp_path, change, message):
 
 
 def test_publish_refuses_what_is_not_finished(here, tmp_path):
+    others = [name for name in ALL if name != PAPER[0]]
     with pytest.raises(ValueError, match=f"not finished: {PAPER[0]}"):
-        reference.publish(make_all(here, [name for name in ALL if name != PAPER[0]]), tmp_path / "target")
+        reference.publish(make_all(here, others), tmp_path / "target")
 
 
 def test_the_page_names_the_settings_of_the_reference():

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
-from support import data, results, runs
+from support import book, data, results, runs
 
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
 NOT_COPIED = shutil.ignore_patterns(
@@ -52,12 +53,13 @@ def html(project, page):
 def test_the_whole_path(project, smoke):
     done, chosen = smoke
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "notebooks done: 3 of 3" in done.stdout
+    planned = set(runs.specs(smoke=True))
+    assert f"notebooks done: {len(planned)} of {len(planned)}" in done.stdout
     assert "epoch  1/1  loss" in done.stdout
     assert "None of the paper's claims is judged by this" in done.stdout
     assert "the book's first page: results/smoke/_build/html/index.html" in done.stdout
     assert "8 statements of the paper: 8 not judged" in done.stdout
-    assert set(results.load(project / "results/smoke" / chosen)) == set(runs.specs(smoke=True))
+    assert set(results.load(project / "results/smoke" / chosen)) == planned
 
 
 def test_the_book_shows_the_reference_and_says_what_does_not_count(project, smoke):
@@ -105,12 +107,68 @@ def test_numbers_of_the_pages_come_from_the_notebook(project, smoke):  # noqa: A
     assert f"{value:.2f}".lstrip("-") in html(project, "section-1.html")
 
 
+def run_with(folder, *cells):
+    """A run whose notebook has a cell for each (tag, outputs as dictionaries of MIME types)."""
+    notebook = nbformat.v4.new_notebook()
+    for tag, *outputs in cells:
+        shown = [nbformat.v4.new_output("display_data", data) for data in outputs]
+        cell = nbformat.v4.new_code_cell("draw()", outputs=shown, metadata={"tags": ["x", tag]})
+        notebook.cells += [nbformat.v4.new_markdown_cell("See below."), cell]
+    folder.mkdir(parents=True)
+    nbformat.write(notebook, folder / "notebook.ipynb")
+    return results.Run(folder.name, folder, {})
+
+
+def test_pictures_come_from_tagged_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "GENERATED", tmp_path)
+    one, two = ({"image/svg+xml": f"<svg>{n}</svg>\n<!-- -->"} for n in (1, 2))
+    text = {"text/plain": "3"}
+    book.save_pictures(run_with(tmp_path / "a", ("picture:two", text, two), ("other", one)))
+    book.save_pictures(run_with(tmp_path / "b", ("picture:o_n-e1", one | text)))
+    saved = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert saved == {"two.svg": two["image/svg+xml"], "o_n-e1.svg": one["image/svg+xml"]}
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([("picture:a", {"image/png": ""})], "run r, tag picture:a: the cell has 0 SVG outputs"),
+        ([("picture:a",)], "has 0 SVG outputs; let it show one"),
+        ([("picture:a", {book.SVG: "1"}, {book.SVG: "2"})], "has 2 SVG outputs"),
+        ([("picture:a", {book.SVG: "1"})] * 2, "run r, tag picture:a: another picture has this"),
+        ([("picture:../a", {book.SVG: "1"})], "run r, tag picture:../a: use lower-case letters"),
+        ([("picture:", {book.SVG: "1"})], "use lower-case letters, digits"),
+    ],
+)
+def test_a_picture_that_cannot_be_shown_is_named(tmp_path, monkeypatch, cells, message):
+    monkeypatch.setattr(book, "GENERATED", tmp_path)
+    with pytest.raises(book.BookError, match=re.escape(message)):
+        book.save_pictures(run_with(tmp_path / "r", *cells))
+
+
+def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
+    """The book's own figures keep their names, and what does not count draws nothing."""
+    monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
+    reference = results.load(results.ROOT / "data/reference")
+    record = reference["sigmoid-seed-0"].record | {"counts": False, "experiment": "extra"}
+    extra = {}
+    for name, tag in (("new", "picture:new"), ("clash", "picture:seeds")):
+        folder = run_with(tmp_path / name, (tag, {book.SVG: "<svg/>"})).folder
+        extra[name] = results.Run(name, folder, record)
+    book.prepare(reference, {"new": extra["new"]})
+    assert not (tmp_path / "generated/new.svg").exists()
+    book.prepare(reference | {"new": extra["new"]}, {})
+    assert (tmp_path / "generated/new.svg").read_text() == "<svg/>"
+    with pytest.raises(book.BookError, match="picture:seeds: another picture has this name"):
+        book.prepare(reference | {"clash": extra["clash"]}, {})
+
+
 def test_a_second_call_keeps_what_is_finished(project, smoke):
     before = results.load(project / "results/smoke" / smoke[1])
     extra = [] if smoke[1] == "digits" else [f"MNIST_DIR={data.find_mnist()}"]
     done = make(project, "experiments", "SMOKE=1", *extra, **OFFLINE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept, finished") == 3
+    assert done.stdout.count("kept, finished") == len(runs.specs(smoke=True))
     after = results.load(project / "results/smoke" / smoke[1])
     assert {n: r.record for n, r in before.items()} == {n: r.record for n, r in after.items()}
 

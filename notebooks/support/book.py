@@ -8,11 +8,13 @@ apart from those, and say on every page what they are.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import nbformat
@@ -23,6 +25,9 @@ from support.results import Run
 BOOK = results.ROOT / "book"
 GENERATED = BOOK / "_generated"
 PAPER = "sigmoid"  # the experiment of Section 5.3; its first run is the one of Figure 1
+SVG = "image/svg+xml"
+MUTATION = results.ROOT / "data" / "mutation.json"
+PICTURE = "picture:"  # a cell with the tag picture:NAME draws _generated/NAME.svg
 
 
 class BookError(Exception):
@@ -56,7 +61,11 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
 
 
 def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
-    """Write everything that the pages include: notebooks, figures, fragments."""
+    """Write everything that the pages include: notebooks, figures, pictures, fragments.
+
+    Raises:
+        BookError: a notebook's picture is missing, or two have one name.
+    """
     shutil.rmtree(GENERATED, ignore_errors=True)
     for folder, group in (("notebooks", main), ("not-counted", aside)):
         (GENERATED / folder).mkdir(parents=True)
@@ -72,6 +81,9 @@ def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
         section += [shown(beside, "not-counted-"), table(beside, "not-counted-")]
     results.write_text(GENERATED / "landing.md", "\n".join(landing))
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
+    results.write_text(GENERATED / "mutation.md", mutation())
+    for run in main.values():
+        save_pictures(run)
 
 
 def first(group: Mapping[str, Run]) -> Run:
@@ -104,6 +116,55 @@ def page(run: Run, made: str) -> str:
     )
     text: str = nbformat.writes(notebook)
     return text
+
+
+def save_pictures(run: Run) -> None:
+    """Write the picture of every cell that is tagged ``picture:NAME`` to ``NAME.svg``.
+
+    Raises:
+        BookError: the name does not suit a file or is taken, or the cell has not one SVG output.
+    """
+    for name, drawn in pictures(run):
+        where, path = f"run {run.name}, tag {PICTURE}{name}", GENERATED / f"{name}.svg"
+        if not re.fullmatch("[a-z0-9_-]+", name):
+            raise BookError(f"{where}: use lower-case letters, digits, - and _ for the name.")
+        if len(drawn) != 1:
+            raise BookError(f"{where}: the cell has {len(drawn)} SVG outputs; let it show one.")
+        if path.exists():
+            raise BookError(f"{where}: another picture has this name; choose a new one.")
+        results.write_text(path, drawn[0])
+
+
+def pictures(run: Run) -> Iterator[tuple[str, list[str]]]:
+    """Name and SVG outputs of every cell of a run's notebook that is tagged ``picture:NAME``."""
+    for cell in nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells:
+        data = [output.get("data", {}) for output in cell.get("outputs", [])]
+        for tag in cell.metadata.get("tags", []):
+            if tag.startswith(PICTURE):
+                yield tag.removeprefix(PICTURE), [x[SVG] for x in data if SVG in x]
+
+
+def mutation() -> str:
+    """What ``make mutants`` found last, for the page of the map."""
+    if not MUTATION.is_file():
+        return "The formulas have not been mutated yet: `make mutants`.\n"
+    found = json.loads(MUTATION.read_text(encoding="utf-8"))
+    modules, survivors = found["modules"], found["survivors"]
+    mutants, killed = (sum(m[key] for m in modules.values()) for key in ("mutants", "killed"))
+    rows = [f"| `{n}` | {m['mutants']:,} | {m['killed']:,} |" for n, m in modules.items()]
+    current = found["source"] == runs.fimlib_digest()
+    head = (
+        f"{found['tool']} made {mutants:,} changes to the formulas, one at a time; the tests "
+        f"noticed {killed:,} of them, **{killed / mutants:.1%}**."
+        + ("" if current else " *`fimlib` has changed since; `make mutants` brings it up to date.*")
+    )
+    table = ["| module | changes | noticed |", "| --- | --- | --- |", *rows]
+    listed = "\n".join(
+        f"* `{s['function']}`: `{s['old']}` → `{s['new']}`. {s['why'] or 'Not argued yet.'}"
+        for s in survivors
+    )
+    fold = f":::{{dropdown}} The {len(survivors)} changes that no test noticed\n{listed}\n:::\n"
+    return "\n".join([head, "", *table, "", fold])
 
 
 def draw(group: Mapping[str, Run], prefix: str) -> None:

@@ -178,12 +178,17 @@ def fingerprint(spec: Spec, dataset: str) -> str:
 
 
 def sources(notebook: Path) -> list[Path]:
-    """The code that a notebook may call: fimlib, and the modules of ``support`` that it mentions."""
+    """The code that a notebook may call: fimlib, and what it mentions of ``support``."""
     cells = nbformat.read(notebook, as_version=4).cells
     words = set(re.findall(r"\w+", " ".join(c.source for c in cells if c.cell_type == "code")))
     modules = [path for path in SUPPORT.glob("*.py") if path.stem in words]
     packages = [path for path in SUPPORT.glob("*/*.py") if path.parent.name in words]
     return sorted([*FIMLIB.glob("*.py"), *modules, *packages])
+
+
+def fimlib_digest() -> str:
+    """SHA-256 of fimlib."""
+    return results.digest(path.read_bytes() for path in sorted(FIMLIB.glob("*.py")))
 
 
 @functools.cache

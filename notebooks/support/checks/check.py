@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 RELATIVE = 1e-10  # rounding that an inequality is granted, relative to its larger side …
-ABSOLUTE = 1e-15  # … and relative to the size of what is subtracted on the way, e.g. ‖J‖²
+ABSOLUTE = 1e-15  # … and relative to what cancels on the way to it, e.g. ‖J‖⁴ for V₁
 TOLERANCE = 1e-10  # for equalities, relative to the largest entry
 
 
@@ -41,7 +41,7 @@ def at_most(small: Tensor, large: Tensor, scale: Tensor | float) -> Check:
     Args:
         small: The side that should be smaller.
         large: The other one, of the same shape.
-        scale: Size of the terms that cancel on the way to both sides: rounding.
+        scale: Size of the terms that cancel on the way to both sides; 0 where nothing does.
     """
     rounding = ABSOLUTE * torch.as_tensor(scale, dtype=torch.float64)
     false = ~(small <= large + RELATIVE * large.abs() + rounding)

@@ -1,0 +1,124 @@
+r"""Show the map of the paper, ``paper.yml``: what is where, and what checks it.
+
+The directive ``{paper-map}`` becomes a section with a table for every group of the map. It writes
+Markdown with ordinary roles, so a missing anchor, notebook or key is a warning of Sphinx.
+"""
+
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+MAP = "paper.yml"
+NOTEBOOKS = "_generated/notebooks"
+FIELDS = ("cases", "violations", "worst")  # of an outcome
+
+Item = dict[str, Any]
+Groups = dict[str, dict[str, Item]]  # items by number, in groups by title
+
+
+class PaperMap(SphinxDirective):
+    """``{paper-map}``: all items of the map, in tables."""
+
+    def run(self) -> list[nodes.Node]:
+        """One section with a table for every group."""
+        book = Path(self.env.srcdir)
+        self.env.note_dependency(MAP)
+        results = glued(book / NOTEBOOKS)
+        return [
+            self.section(title, table(items, results)) for title, items in read(book / MAP).items()
+        ]
+
+    def section(self, title: str, markdown: str) -> nodes.section:
+        """A section of the page with parsed content."""
+        section = nodes.section("", nodes.title(title, title), ids=[nodes.make_id(title)])
+        self.state.nested_parse(StringList(markdown.splitlines(), source=MAP), 0, section)
+        return section
+
+
+def read(path: Path) -> Groups:
+    """The groups of the map."""
+    groups: Groups = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return groups
+
+
+def table(items: dict[str, Item], results: dict[str, str]) -> str:
+    """A table, one row per item."""
+    head = "```{list-table}\n:header-rows: 1\n:widths: 28 30 42\n:class: paper-map\n"
+    rows = [row(number, item, results) for number, item in items.items()]
+    return "\n".join([head, "* - paper\n  - code\n  - checks", *rows, "```"])
+
+
+def row(number: str, item: Item, results: dict[str, str]) -> str:
+    """The cells of an item: number and title, code, checks."""
+    name = f"{link(number, item['anchor'])}: {item['title']}"
+    if item.get("status") == "open":
+        return f"* - {name}\n  - **open**\n  - {item['reason']}"
+    code = [where(name) for name in item.get("code", [])]
+    code += [f"[{run}](/{NOTEBOOKS}/{run}.ipynb)" for run in item.get("runs", [])]
+    checks = [outcome(name, results) for name in item["checks"]]
+    return f"* - {name}\n  - {cell(code)}\n  - {cell(checks)}"
+
+
+def cell(lines: list[str]) -> str:
+    """A list in a cell, or a dash if it is empty."""
+    return "".join(f"* {line}\n    " for line in lines).rstrip() or "–"
+
+
+def link(number: str, anchor: str) -> str:
+    """A reference that fails the build if nothing has this label."""
+    kind = anchor.partition("-")[0]
+    if kind == "eq":
+        return f"Eq. {{eq}}`{anchor}`"
+    if kind in ("table", "figure", "figures"):
+        return f"{{ref}}`{number} <{anchor}>`"
+    return f"{{prf:ref}}`{anchor}`"
+
+
+def where(name: str) -> str:
+    """A name of the library and its place: file and line."""
+    target = pkgutil.resolve_name(name)
+    path, (_, line) = Path(inspect.getfile(target)), inspect.getsourcelines(target)
+    return f"`{name}` {path.parent.name}/{path.name}, line {line}"
+
+
+def outcome(check: str, results: dict[str, str]) -> str:
+    """A check, and what came out if an executed notebook has glued it."""
+    keys = {field: f"{check}_{field}" for field in FIELDS}
+    parts = [f"{field} {results[key]}" for field, key in keys.items() if key in results]
+    parts += [results[check]] if check in results else []
+    return f"`{check}`" + (f" → {', '.join(parts)}" if parts else "")
+
+
+def glued(folder: Path) -> dict[str, str]:
+    """Roles that show the results of executed notebooks, by the key under which they are glued."""
+    found = {}
+    for path in sorted(folder.glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                if key := output.get("metadata", {}).get("scrapbook", {}).get("name"):
+                    form = spec("".join(output.data.values()))
+                    found[key] = f"{{glue:text}}`/{NOTEBOOKS}/{path.name}::{key}:{form}`"
+    return found
+
+
+def spec(result: str) -> str:
+    """How to write a result: as it is, or a number with three digits."""
+    try:
+        float(result)
+    except ValueError:
+        return "s"
+    return ",.0f" if result.isdigit() else ".3g"
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the directive with Sphinx."""
+    app.add_directive("paper-map", PaperMap)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
