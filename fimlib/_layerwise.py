@@ -191,9 +191,9 @@ def acts_unit_by_unit(module: nn.Module, s: Tensor) -> bool:
     Every other unit, and two random halves, with their complements: the derivatives with respect
     to the units left out must be exactly 0.
     """
-    generator = torch.Generator().manual_seed(0)
-    every_other = torch.arange(s.numel()).reshape(s.shape) % 2
-    halves = [torch.randint(2, s.shape, generator=generator) for _ in range(2)]
+    generator = torch.Generator("cpu").manual_seed(0)  # the same masks on every device
+    every_other = torch.arange(s.numel(), device="cpu").reshape(s.shape) % 2
+    halves = [torch.randint(2, s.shape, generator=generator, device="cpu") for _ in range(2)]
     for half in (every_other, *halves):
         for kept in (half, 1 - half):
             mask = kept.to(s)

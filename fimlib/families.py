@@ -69,9 +69,9 @@ class Categorical(Family):
         """Draw the class counts of N labels, one conditional binomial per class: O(C) for any N."""
         sigma = self.mean(h)
         remaining_mass = sigma.flip(1).cumsum(1).flip(1)
-        share = (sigma / remaining_mass.clamp_min(torch.finfo(sigma.dtype).tiny)).clamp(0, 1)
+        share = (sigma / remaining_mass.clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_max(1)
         share[:, -1] = 1  # the last class takes what is left
-        left = torch.full_like(sigma[:, 0], num_samples)
+        left = sigma.new_full((len(sigma),), num_samples)
         counts = torch.zeros_like(sigma)
         for k in range(sigma.shape[1]):
             counts[:, k] = torch.binomial(left, share[:, k], generator=generator)
@@ -270,7 +270,8 @@ class Bernoulli(Independent):
 
     def log_partition(self, h: Tensor) -> Tensor:
         """Σ log(1 + e^h)."""
-        return torch.logaddexp(h.double(), torch.zeros_like(h, dtype=torch.float64)).sum(1)
+        h = h.double()
+        return torch.logaddexp(h, torch.zeros_like(h)).sum(1)
 
     def mean(self, h: Tensor) -> Tensor:  # noqa: D102
         return torch.sigmoid(h.double())

@@ -63,7 +63,7 @@ class Gaussian(Family):
 
     def statistics(self, h: Tensor, y: Tensor) -> Tensor:
         """t(y) = Σ⁻¹y."""
-        return y.double() if self.root is None else y.double() @ self.covariance(h)
+        return y.double() @ self.covariance(h)
 
     def covariance(self, h: Tensor) -> Tensor:
         """𝓘 = Σ⁻¹."""

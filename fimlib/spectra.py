@@ -96,7 +96,7 @@ def lambda_max_multistart(family: Family, h: Tensor, *, max_steps: int = 200) ->
             break
         u = torch.linalg.eigh(matrix).eigenvectors[..., -1]
     best = value.argmax(1)
-    return polish(family, h, u[torch.arange(len(h)), best][:, None])
+    return polish(family, h, u[torch.arange(len(h), device=h.device), best][:, None])
 
 
 def polish(family: Family, h: Tensor, u: Tensor, *, max_steps: int = 100) -> Tensor:
@@ -166,10 +166,10 @@ def lambda_max_minimize(
     if num_starts < 1:
         raise ValueError(f"num_starts must be ≥ 1, got {num_starts}.")
     h = family.natural(h)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     best = []
     for M in family.outer_covariance(h).cpu():
-        starts = torch.randn(num_starts, len(M), generator=generator, dtype=M.dtype)
+        starts = torch.randn(num_starts, len(M), generator=generator, dtype=M.dtype, device="cpu")
         scale = M.diagonal(dim1=0, dim2=1).diagonal().clamp_min(0).sum() or M.new_ones(())
 
         def objective(u: Tensor, M: Tensor = M / scale) -> Tensor:

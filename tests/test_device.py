@@ -1,7 +1,8 @@
-"""Everything is computed where the outputs are, shown without a GPU.
+"""Everything is computed where the outputs are, and in float64, shown without a GPU.
 
 Inside ``torch.device("meta")`` a tensor that is made without naming a device has no numbers, and
 mixing it with those of a network on the CPU is an error: as a CPU tensor beside a GPU's would be.
+What is computed there must equal what is computed outside.
 """
 
 import pytest
@@ -11,143 +12,153 @@ from torch import nn
 
 import fimlib
 
+ONES = torch.ones(2, 4, dtype=torch.float64)
 FAMILIES = {
-    "categorical": (fimlib.Categorical(), lambda: torch.tensor([0, 2])),
-    "bernoulli": (fimlib.Bernoulli(), lambda: torch.tensor([[0, 1, 1, 0]] * 2)),
-    "poisson": (fimlib.Poisson(), lambda: torch.tensor([[0, 3, 1, 0]] * 2)),
-    "gaussian": (fimlib.Gaussian(), lambda: torch.ones(2, 4, dtype=torch.float64)),
-    "known covariance": (
-        fimlib.Gaussian(torch.eye(4, dtype=torch.float64) + 1),
-        lambda: torch.ones(2, 4, dtype=torch.float64),
-    ),
-    "head": (fimlib.GaussianHead(), lambda: torch.ones(2, 2, dtype=torch.float64)),
+    "categorical": (fimlib.Categorical(), torch.tensor([0, 2])),
+    "bernoulli": (fimlib.Bernoulli(), torch.tensor([[0, 1, 1, 0]] * 2)),
+    "poisson": (fimlib.Poisson(), torch.tensor([[0, 3, 1, 0]] * 2)),
+    "gaussian": (fimlib.Gaussian(), ONES),
+    "known covariance": (fimlib.Gaussian(torch.eye(4, dtype=torch.float64) + 1), ONES),
+    "head": (fimlib.GaussianHead(), ONES[:, :2]),
 }
+NETWORK, X = mlp([3, 4, 4], nn.Sigmoid), inputs(2, 3)
+NAMES = ["2.bias"]
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def case(request):
-    """Network, inputs, derivatives, family and observed labels, all on the CPU."""
-    family, observed = request.param
-    net, x = mlp([3, 4, 4], nn.Sigmoid), inputs(2, 3)
-    return net, x, fimlib.differentiate(net, x), family, observed()
-
-
-@pytest.fixture(autouse=True)
-def no_default_device(case):  # noqa: ARG001 - made before, on the CPU
-    with torch.device("meta"):
-        yield
-
-
-def on_the_cpu(value):
-    """The tensors in a result, checked."""
-    if isinstance(value, fimlib.Diagonal | dict):
-        value = list(value.values())
-    if isinstance(value, fimlib.Labels):
-        value = [value.weights, value.mean_residual()]
-    if isinstance(value, torch.Tensor):
-        assert value.device.type == "cpu"
-        assert torch.isfinite(value).all()
-        return 1
-    return sum(on_the_cpu(v) for v in value)
-
-
-def test_the_trap_works(case):
-    _, x, *_ = case
-    assert torch.ones(2).device.type == "meta"
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        (x + torch.ones(2, 3)).sum().item()
-
-
-def test_derivatives(case):
-    net, x, expected, *_ = case
-    derivs = fimlib.differentiate(net, x)
-    assert torch.equal(derivs.outputs, expected.outputs)
-    assert all(on_the_cpu([block.J, block.S]) for block in derivs.blocks)
-
-
-def test_moments(case):
-    _, _, derivs, family, _ = case
+def moments(derivs, family, _observed):
     h = family.natural(derivs.outputs)
     u = family.directions(h)
-    assert on_the_cpu(
-        [
-            family.log_partition(h),
-            family.mean(h),
-            family.covariance(h),
-            family.fourth_moment(h),
-            family.outer_covariance(h),
-            family.outer_covariance_min(h),
-            family.outer_covariance_at(h, u),
-            family.unfolding(h),
-            u,
-        ]
+    lists = family.log_partition(h), family.mean(h), family.covariance(h), u
+    fourth = family.fourth_moment(h), family.outer_covariance(h), family.outer_covariance_min(h)
+    return *lists, *fourth, family.outer_covariance_at(h, u), family.unfolding(h)
+
+
+def exact(derivs, family, _observed):
+    return (
+        fimlib.fisher_information(derivs, family),
+        fimlib.variance_i1(derivs, family),
+        fimlib.variance_i2(derivs, family),
+        fimlib.covariance_i1_i2(derivs, family),
     )
 
 
-def test_quantities(case):
-    _, _, derivs, family, observed = case
-    for quantity in (
-        fimlib.fisher_information,
-        fimlib.variance_i1,
-        fimlib.variance_i2,
-        fimlib.covariance_i1_i2,
-    ):
-        assert on_the_cpu(quantity(derivs, family))
-    labels = family.sample(derivs.outputs, 3, torch.Generator("cpu").manual_seed(0))
-    for estimate in (
-        fimlib.estimate_i1,
-        fimlib.estimate_i2,
-        fimlib.sample_variance_i1,
-        fimlib.sample_variance_i2,
-    ):
-        assert on_the_cpu(estimate(derivs, labels))
-    labels = family.observed(derivs.outputs, observed)
-    assert on_the_cpu(labels)
-    for quantity in (fimlib.data_fisher, fimlib.data_fisher_variance, fimlib.kl_gradient):
-        assert on_the_cpu(quantity(derivs, labels))
+def estimates(derivs, family, observed):
+    drawn = family.sample(derivs.outputs, 3, torch.Generator("cpu").manual_seed(0))
+    given = family.observed(derivs.outputs, observed)
+    return (
+        fimlib.estimate_i1(derivs, drawn),
+        fimlib.estimate_i2(derivs, drawn),
+        fimlib.sample_variance_i1(derivs, drawn),
+        fimlib.sample_variance_i2(derivs, drawn),
+        drawn.mean_residual(),
+        fimlib.data_fisher(derivs, given),
+        fimlib.data_fisher_variance(derivs, given),
+        fimlib.kl_gradient(derivs, given),
+    )
 
 
-def test_bounds(case):
-    _, _, derivs, family, _ = case
-    assert on_the_cpu(fimlib.theorem_4_1(derivs, family))
-    assert on_the_cpu(fimlib.corollary_4_6(derivs, family))
-    assert on_the_cpu(fimlib.theorem_c_1(derivs, family))
+def bounds(derivs, family, _observed):
     h = derivs.outputs
-    assert on_the_cpu(fimlib.corollary_4_2(family, h))
-    assert on_the_cpu(fimlib.lambda_max_lower(family, h))
-    pairs = h[:, :, None].expand(-1, -1, 3)
-    assert on_the_cpu(fimlib.theorem_b_1(pairs, pairs, pairs, family, h))
-    assert on_the_cpu(fimlib.off_diagonal(pairs, pairs, pairs, family, h))
-    if family.shift_invariant:
-        assert on_the_cpu(fimlib.theorem_4_1(derivs, family, centred=True))
-        assert on_the_cpu(fimlib.theorem_5_2(family.mean(h)))
-        assert on_the_cpu(fimlib.corollary_q_1(family.mean(h)))
-        assert on_the_cpu(family.expected(h, family.mean(h)))
+    pairs = torch.stack([h, h.flip(1), h + 1], 2)
+    return (
+        fimlib.theorem_4_1(derivs, family),
+        fimlib.corollary_4_6(derivs, family),
+        fimlib.theorem_c_1(derivs, family),
+        fimlib.corollary_4_2(family, h),
+        fimlib.lambda_max_lower(family, h),
+        fimlib.theorem_b_1(pairs, pairs, pairs, family, h),
+        fimlib.off_diagonal(pairs, pairs, pairs, family, h),
+    )
 
 
-def test_joint(case):
-    _, _, derivs, family, _ = case
-    joint = fimlib.Joint(family)
-    joint.update(derivs)
-    joint.update(derivs)
-    assert on_the_cpu(joint.variance_i1(2))
-    assert on_the_cpu(joint.variance_bounds(2))
-    assert on_the_cpu(joint.lemma_4_8(tight=True))
-    names = ["2.bias"]
-    assert on_the_cpu(fimlib.joint_covariance(derivs, family, parameters=names, num_inputs=2))
-    assert on_the_cpu(fimlib.num_samples_needed(derivs, family, relative_error=0.1, confidence=0.9))
-    assert on_the_cpu(list(fimlib.compare_estimators(derivs, family).values()))
+def softmax(derivs, family, _observed):
+    if not family.shift_invariant:
+        return ()
+    h = derivs.outputs
+    sigma = family.mean(h)
+    return (
+        fimlib.theorem_4_1(derivs, family, centred=True),
+        fimlib.theorem_5_2(sigma),
+        fimlib.corollary_q_1(sigma),
+        fimlib.estimate_i1(derivs, family.expected(h, sigma)),
+        family.residual_bound(h),
+    )
 
 
-def test_matrices(case):
-    net, x, derivs, family, observed = case
-    names = ["2.bias"]
+def joint(derivs, family, _observed):
+    total = fimlib.Joint(family)
+    total.update(derivs)
+    total.update(derivs)
+    return (
+        total.variance_i1(2),
+        total.variance_bounds(2),
+        total.lemma_4_8(tight=True),
+        fimlib.joint_covariance(derivs, family, parameters=NAMES, num_inputs=2),
+        fimlib.num_samples_needed(derivs, family, relative_error=0.1, confidence=0.9),
+        list(fimlib.compare_estimators(derivs, family).values()),
+    )
+
+
+def matrices(derivs, family, observed):
     labels = family.observed(derivs.outputs, observed)
-    assert on_the_cpu(fimlib.fisher_matrix(net, x, family, parameters=names))
-    for estimate in (
-        fimlib.estimate_i1_matrix,
-        fimlib.estimate_i2_matrix,
-        fimlib.data_fisher_matrix,
-        fimlib.data_fisher_covariance,
-    ):
-        assert on_the_cpu(estimate(net, x, labels, parameters=names))
+    return (
+        fimlib.fisher_matrix(NETWORK, X, family, parameters=NAMES),
+        fimlib.estimate_i1_matrix(NETWORK, X, labels, parameters=NAMES),
+        fimlib.estimate_i2_matrix(NETWORK, X, labels, parameters=NAMES),
+        fimlib.data_fisher_matrix(NETWORK, X, labels, parameters=NAMES),
+        fimlib.data_fisher_covariance(NETWORK, X, labels, parameters=NAMES),
+    )
+
+
+def tensors(value):
+    """All tensors in a result, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, fimlib.Diagonal | dict):
+        value = value.values()
+    return [tensor for part in value for tensor in tensors(part)]
+
+
+@pytest.mark.parametrize("compute", [moments, exact, estimates, bounds, softmax, joint, matrices])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_made_elsewhere(name, compute):
+    family, observed = FAMILIES[name]
+    expected = tensors(compute(fimlib.differentiate(NETWORK, X), family, observed))
+    with torch.device("meta"):
+        ours = tensors(compute(fimlib.differentiate(NETWORK, X), family, observed))
+    assert len(ours) == len(expected)
+    assert ours or compute is softmax
+    for a, b in zip(ours, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)
+
+
+def test_the_trap_works():
+    with torch.device("meta"):
+        made = torch.ones(2, 3)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        (X + made).sum().item()
+
+
+@pytest.mark.parametrize("compute", [moments, exact, estimates, bounds, softmax, joint])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_results_of_a_float32_network_are_float64(name, compute):
+    family, observed = FAMILIES[name]
+    net = mlp([3, 4, 4], nn.Sigmoid).float()
+    derivs = fimlib.differentiate(net, X.float())
+    for tensor in tensors(compute(derivs, family, observed)):
+        assert tensor.dtype in (torch.float64, torch.int64)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_moments_at_float32_outputs_are_computed_in_float64(name):
+    family, _ = FAMILIES[name]
+    rough = inputs(2, 4).float()
+    for method in ("log_partition", "mean", "covariance", "fourth_moment", "outer_covariance_min"):
+        ours, expected = (getattr(family, method)(h) for h in (rough, rough.double()))
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours, expected)
+    J = inputs(2, 12, seed=2).view(2, 4, 3).float()
+    for form in (family.information, family.variance1, lambda h, D: family.covariance12(h, D, D)):
+        assert torch.equal(form(rough, J), form(rough.double(), J.double()))
+        assert form(rough, J).dtype == torch.float64

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import paper_map
 import pytest
-from support import checks, results, runs
+from support import checks, listings, results, runs
 
 import fimlib
 
@@ -204,11 +204,20 @@ See {eq}`eq-23`.
 TINY = """
 Section one:
   Eq. 23: {title: a *square*, anchor: eq-23, code: [fimlib.Family.mean], checks: [eq_23, eq_24]}
-  Lemma A.1: {title: on it, anchor: lemma-a-1, code: [fimlib.variance_i1], checks: [word]}
+  Lemma A.1: {title: on it, anchor: lemma-a-1, code: [fimlib.variance_i1], checks: [kl_bound]}
 Section two:
-  Table 1: {title: numbers, anchor: table-1, runs: [run], checks: ["tests/test_x.py::test_y"]}
+  Table 1:
+    {title: numbers, anchor: table-1, runs: [run], checks: ["tests/test_checks.py::TEST"]}
   Figure 1: {title: later, anchor: table-1, status: open, reason: not drawn}
-"""
+""".replace("TEST", "test_the_other_kinds")
+
+
+LISTED = [
+    results.ROOT / "fimlib" / "family.py",
+    results.ROOT / "fimlib" / "fisher.py",
+    results.ROOT / "notebooks" / "support" / "checks" / "exact.py",
+    results.ROOT / "tests" / "test_checks.py",
+]
 
 
 def notebook(**glued):
@@ -229,7 +238,7 @@ def notebook(**glued):
 
 
 RESULTS = notebook(
-    eq_23_worst="1.456e-16", eq_23_cases="1200", eq_23_violations="0", word="'holds'", eq_2="7"
+    eq_23_worst="1.456e-16", eq_23_cases="1200", eq_23_violations="0", kl_bound="'holds'", eq_2="7"
 )
 
 
@@ -240,15 +249,14 @@ def build(book, tiny=TINY):
         "index.md": PAGE,
         "paper.yml": tiny,
         "_generated/notebooks/run.ipynb": RESULTS,
-    }
+    } | {f"_generated/source/{listings.page_name(p)}.md": listings.page(p) for p in LISTED}
     for name, text in files.items():
         (book / name).parent.mkdir(parents=True, exist_ok=True)
         (book / name).write_text(text, encoding="utf-8")
     program = os.path.join(os.path.dirname(sys.executable), "jupyter-book")
     command = [program, "build", str(book), "-W", "-n", "--keep-going", "--all"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"NO_COLOR": "1"}
-    )
+    environment = os.environ | {"NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return SimpleNamespace(status=done.returncode, said=done.stdout + done.stderr)
 
 
@@ -257,12 +265,20 @@ def test_the_map_is_shown(tmp_path):
     assert done.status == 0, done.said
     html = (tmp_path / "_build/html/index.html").read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html))
-    for link in ("#equation-eq-23", "#lemma-a-1", "#table-1", "_generated/notebooks/run.html"):
-        assert html.count(f'href="{link}"') >= 1
     line = inspect.getsourcelines(fimlib.variance_i1)[1]
+    for link in (
+        "#equation-eq-23", "#lemma-a-1", "#table-1", "_generated/notebooks/run.html",
+        f"_generated/source/fimlib-fisher.html#source-fimlib-fisher-{line}",
+    ):  # fmt: skip
+        assert html.count(f'href="{link}"') >= 1, link
+    for page, name in (("tests-test_checks", "test_the_other_kinds"), ("fimlib-family", "Family")):
+        listing = (tmp_path / f"_build/html/_generated/source/{page}.html").read_text("utf-8")
+        [target] = re.findall(rf'href="_generated/source/{page}.html#([^"]+)"', html)
+        section = listing[listing.index(f'id="{target}"') :]
+        assert re.search(r"<h2>.*?</h2>", section)[0].count(name) == 1
     for said in (
         "Eq. (23): a square", "Lemma A.1: on it", "Table 1: numbers", "Figure 1: later",
-        "eq_23 → cases 1,200, violations 0, worst 1.46e-16", "word → holds",
+        "eq_23 → cases 1,200, violations 0, worst 1.46e-16", "kl_bound → holds",
         "fimlib.Family.mean fimlib/",
         f"fimlib.variance_i1 fimlib/fisher.py, line {line}", "open not drawn",
     ):  # fmt: skip

@@ -1,7 +1,8 @@
 r"""Show the map of the paper, ``paper.yml``: what is where, and what checks it.
 
 The directive ``{paper-map}`` becomes a section with a table for every group of the map. It writes
-Markdown with ordinary roles, so a missing anchor, notebook or key is a warning of Sphinx.
+Markdown with ordinary roles, so a missing anchor, notebook or key is a warning of Sphinx. Code and
+checks are linked to the pages of their sources.
 """
 
 import inspect
@@ -15,6 +16,8 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from support import checks, listings
+from support.results import ROOT
 
 MAP = "paper.yml"
 NOTEBOOKS = "_generated/notebooks"
@@ -86,7 +89,8 @@ def where(name: str) -> str:
     """A name of the library and its place: file and line."""
     target = pkgutil.resolve_name(name)
     path, (_, line) = Path(inspect.getfile(target)), inspect.getsourcelines(target)
-    return f"`{name}` {path.parent.name}/{path.name}, line {line}"
+    place = f"{{ref}}`line {line} <{listings.label(path, line)}>`"
+    return f"`{name}` {path.parent.name}/{path.name}, {place}"
 
 
 def outcome(check: str, results: dict[str, str]) -> str:
@@ -94,7 +98,17 @@ def outcome(check: str, results: dict[str, str]) -> str:
     keys = {field: f"{check}_{field}" for field in FIELDS}
     parts = [f"{field} {results[key]}" for field, key in keys.items() if key in results]
     parts += [results[check]] if check in results else []
-    return f"`{check}`" + (f" → {', '.join(parts)}" if parts else "")
+    return source(check) + (f" → {', '.join(parts)}" if parts else "")
+
+
+def source(check: str) -> str:
+    """A check, linked to its code: a test, or one of ``support.checks``."""
+    file, _, test = check.partition("::")
+    if test:
+        return f"{{ref}}`{check} <{listings.label_of_name(ROOT / file, test)}>`"
+    function = checks.CHECKS[check]
+    path = Path(inspect.getfile(function))
+    return f"{{ref}}`{check} <{listings.label_of_name(path, check)}>`"
 
 
 def glued(folder: Path) -> dict[str, str]:

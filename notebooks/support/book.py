@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-from support import figures, report, results, runs
+from support import figures, listings, report, results, runs
 from support.results import Run
 
 BOOK = results.ROOT / "book"
@@ -82,6 +82,10 @@ def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "landing.md", "\n".join(landing))
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
     results.write_text(GENERATED / "mutation.md", mutation())
+    (GENERATED / "source").mkdir()
+    for path in listings.paths():
+        listing = GENERATED / "source" / f"{listings.page_name(path)}.md"
+        results.write_text(listing, listings.page(path))
     for run in main.values():
         save_pictures(run)
 
