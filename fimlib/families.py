@@ -128,8 +128,14 @@ class Categorical(Family):
         return Labels(self, h, q, num_samples=0)
 
     def project(self, h: Tensor, D: Tensor, values: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """``D_k − σ·D`` for every class k: [B, C, ...] → [B, C, ...]."""
-        return D.double() - weighted_mean(self.mean(h), D.double()).unsqueeze(1)
+        """``D_k − σ·D`` for every class k: [B, C, ...] → [B, C, ...].
+
+        D counts from the likeliest class: what is left for that class is then the small sum over
+        the others, with all its digits, and not the difference of two large numbers.
+        """
+        likeliest = self.natural(h).argmax(1).reshape(-1, *[1] * (D.ndim - 1))
+        D = D.double() - torch.take_along_dim(D.double(), likeliest, dim=1)
+        return D - weighted_mean(self.mean(h), D).unsqueeze(1)
 
     def information(self, h: Tensor, J: Tensor) -> Tensor:
         """Σσ_k c_k², with c = ``project(J)``."""
@@ -289,6 +295,11 @@ class Bernoulli(Independent):
         """Draw N labels per input."""
         p = self.mean(h)[:, None].expand(-1, num_samples, -1)
         return self.equally_weighted(h, torch.bernoulli(p, generator=generator))
+
+    def residuals(self, h: Tensor, values: Tensor) -> Tensor:
+        """δ = ±(1 − p or p), the smaller one with all its digits: (2y − 1) sigmoid((1 − 2y)h)."""
+        sign = 2 * values - 1
+        return sign * torch.sigmoid(-sign * h.double()[:, None])
 
     def check_support(self, y: Tensor) -> None:
         """Raise a ValueError unless all labels are 0 or 1."""

@@ -248,7 +248,11 @@ class Family(ABC):
                 f"{type(self).__name__} labels need their values t(y), [B, A, T]: make them by "
                 "sample() or observed()."
             )
-        return torch.einsum("bat,bt...->ba...", values - self.mean(h)[:, None], D.double())
+        return torch.einsum("bat,bt...->ba...", self.residuals(h, values), D.double())
+
+    def residuals(self, h: Tensor, values: Tensor) -> Tensor:
+        """δ = t(y) − η for the labels with t(y) = ``values``: [B, A, T] → [B, A, T]."""
+        return values - self.mean(h)[:, None]
 
     # Contractions with derivatives of the natural parameters.
 

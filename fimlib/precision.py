@@ -129,9 +129,9 @@ def chebyshev(
 
 def check_estimator(estimator: int) -> int:
     """Return j if it is 1 or 2, else raise a ValueError that says so."""
-    if estimator not in (1, 2):
+    if isinstance(estimator, bool) or estimator not in (1, 2):
         raise ValueError(f"estimator must be 1 (Î₁) or 2 (Î₂), got {estimator!r}.")
-    return estimator
+    return int(estimator)
 
 
 def _relative(variance: Tensor, squared_norm: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ killed; those that survived are tried again, as there may be new tests (`make cl
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -26,9 +27,9 @@ KILLED = {1, 3, -24, 24, 36, 152, 255}  # a failed test, or a time limit (mutmut
 TARGET = 0.95
 
 
-def run() -> dict[str, int]:
+def run() -> dict[str, int | None]:
     """Make and test all mutants that are not killed yet; the exit codes of all by name."""
-    survivors = [name for name, code in exit_codes().items() if code not in KILLED]
+    survivors = [n for n, code in exit_codes().items() if code not in {None, *KILLED}]
     if survivors:
         mutmut(*survivors)
     mutmut()
@@ -43,12 +44,12 @@ def mutmut(*names: str) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
-def exit_codes() -> dict[str, int]:
-    """The exit codes of the mutants that have been tested, by name."""
+def exit_codes() -> dict[str, int | None]:
+    """The exit codes of all mutants, by name."""
     codes: dict[str, int | None] = {}
     for meta in sorted(MUTANTS.rglob("*.meta")):
         codes |= json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"]
-    return {name: code for name, code in codes.items() if code is not None}
+    return codes  # None: never run, and not killed
 
 
 def change(name: str) -> tuple[str, str, str]:
@@ -63,19 +64,16 @@ def change(name: str) -> tuple[str, str, str]:
     return function.replace(".x_", "."), old, new
 
 
-def summarise(codes: dict[str, int]) -> dict[str, object]:
+def summarise(codes: dict[str, int | None]) -> dict[str, object]:
     """Score by module, and the survivors with their reasons."""
-    reasons = {
-        (entry["function"], entry["new"]): entry["why"]
-        for entry in yaml.safe_load(ARGUED.read_text(encoding="utf-8")) or []
-    }
+    reasons = yaml.safe_load(ARGUED.read_text(encoding="utf-8")) or []
     total = Counter(name.split(".")[1] for name in codes)
     killed = Counter(name.split(".")[1] for name, code in codes.items() if code in KILLED)
     survivors = []
     for name, code in codes.items():
         if code not in KILLED:
             function, old, new = change(name)
-            why = reasons.get((function, new))
+            why = next((r["why"] for r in reasons if applies(r, function, new)), None)
             survivors.append({"function": function, "old": old, "new": new, "why": why})
     return {
         "tool": f"mutmut {metadata.version('mutmut')}",
@@ -83,6 +81,11 @@ def summarise(codes: dict[str, int]) -> dict[str, object]:
         "modules": {m: {"mutants": total[m], "killed": killed[m]} for m in sorted(total)},
         "survivors": survivors,
     }
+
+
+def applies(reason: dict[str, str], function: str, new: str) -> bool:
+    """Whether a reason is about this function (all, if it names none) and this change."""
+    return reason.get("function", function) == function and bool(re.search(reason["change"], new))
 
 
 def main() -> int:

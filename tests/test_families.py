@@ -573,3 +573,47 @@ def test_covariance_keeps_its_digits_where_the_softmax_is_sure(rest):
     expected = p * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     assert ((cov - expected).abs() <= 1e-14 * p).all()
     assert torch.linalg.eigvalsh(cov)[1].item() == pytest.approx(2 * p, rel=1e-14, abs=0)
+
+
+@pytest.mark.parametrize("margin", [20.0, 30.0, 37.0, 100.0])
+def test_the_likeliest_label_keeps_its_digits(margin):
+    """Its score is minus a small sum over the other classes, not a difference near 0."""
+    h = torch.tensor([[0.0, margin, -1.0]], dtype=torch.float64)
+    D = torch.tensor([[[0.3], [1.0], [-2.0]]], dtype=torch.float64)
+    p = torch.softmax(h, 1)[0]
+    expected = -(p[0] * (0.3 - 1.0) + p[2] * (-2.0 - 1.0))
+    score = Categorical().project(h, D)[0, 1, 0]
+    assert score.item() == pytest.approx(expected.item(), rel=1e-13, abs=0)
+    yes = Bernoulli().observed(h[:, 1:2], torch.ones(1, 1))
+    score = yes.project(torch.ones(1, 1, 1, dtype=torch.float64))[0, 0, 0]
+    assert score.item() == pytest.approx(1 / (1 + math.exp(margin)), rel=1e-13, abs=0)
+
+
+def test_moments_of_several_pairs_of_a_head():
+    """Three pairs: halves, not thirds."""
+    h = inputs(2, 6)
+    mu, rho = h[:, :3], h[:, 3:]
+    F = (mu.square() / (2 * torch.exp(2 * rho)) + rho).sum(1)
+    assert torch.allclose(GaussianHead().log_partition(h), F, rtol=1e-13)
+    y = inputs(2, 3, seed=5)
+    noise = (y - mu) / torch.exp(rho)
+    expected = torch.cat([noise, noise.square() - 1], 1)
+    values = GaussianHead().observed(h, y).values[:, 0]
+    assert torch.allclose(values, expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("family", [Gaussian(), GaussianHead(), Gaussian(torch.eye(2).double())])
+def test_gaussian_noise_is_drawn_in_double_precision(family):
+    h = torch.zeros(1, 2, dtype=torch.float64)
+    values = family.sample(h, 50, torch.Generator().manual_seed(0)).values
+    assert values.dtype == torch.float64
+    assert (values != values.float().double()).all()
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+def test_symmetry_of_a_covariance_is_judged_by_its_size(size):
+    nearly = torch.tensor([[2.0, 0.5 + 1e-12], [0.5, 1.0]], dtype=torch.float64)
+    Gaussian(size * nearly)
+    nearly[0, 1] += 1e-8
+    with pytest.raises(ValueError, match="symmetric"):
+        Gaussian(size * nearly)

@@ -427,3 +427,9 @@ def test_natural_derivatives_are_the_given_ones_where_outputs_are_natural():
     derivs = differentiate(mlp([2, 3], nn.Tanh), inputs(1, 2))
     for family in (Categorical(), Bernoulli(), Poisson(), Gaussian()):
         assert family.natural_derivatives(derivs) is derivs
+
+
+def test_a_diagonal_names_its_parameters():
+    derivs = differentiate(mlp([3, 4, 2], nn.Tanh), inputs(1, 3))
+    shown = repr(fimlib.fisher_information(derivs, Categorical()))
+    assert shown == "Diagonal(0.weight, 0.bias, 2.weight, 2.bias)"

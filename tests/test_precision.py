@@ -7,7 +7,7 @@ from torch import nn
 
 import fimlib
 from fimlib import Categorical, Gaussian, differentiate
-from fimlib.precision import compare_estimators, num_samples_needed
+from fimlib.precision import check_estimator, compare_estimators, num_samples_needed
 
 ESTIMATORS = {1: fimlib.estimate_i1, 2: fimlib.estimate_i2}
 VARIANCES = {1: fimlib.variance_i1, 2: fimlib.variance_i2}
@@ -253,3 +253,10 @@ def test_there_are_two_estimators(bad):
         num_samples_needed(
             one_weight(), Gaussian(), relative_error=0.1, confidence=0.9, estimator=bad
         )
+
+
+@pytest.mark.parametrize("estimator", [True, 0, 3, "1", None])
+def test_the_estimators_have_numbers(estimator):
+    with pytest.raises(ValueError, match="estimator must be 1"):
+        check_estimator(estimator)
+    assert isinstance(check_estimator(1.0), int)

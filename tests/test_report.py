@@ -111,7 +111,7 @@ FACTS = [
 def test_every_fact_and_verdict(group):
     rows = report.facts(group)
     assert [(f.claim, f.ours, f.verdict) for f in rows] == FACTS
-    assert report.tally(rows) == "8 statements of the paper: 3 reproduced, 5 in part"
+    assert report.tally(rows) == "8 rows with a verdict: 3 reproduced, 5 in part"
     text = report.as_text(rows)
     assert text.endswith(report.tally(rows))
     assert all(ours in text for _, ours, _ in FACTS)
@@ -307,7 +307,7 @@ def test_a_damaged_run_is_none(here, capsys, damage):
     said = capsys.readouterr()
     assert f"{len(PAPER) - 1} runs" in said.out
     assert f"not finished: {PAPER[0]}" in said.out
-    assert said.out.rstrip().endswith("8 statements of the paper: 3 reproduced, 5 in part")
+    assert said.out.rstrip().endswith("8 rows with a verdict: 3 reproduced, 5 in part")
     main, _ = book.sources(here)
     assert set(folders(main).values()) == {"reference"}
 
@@ -364,7 +364,7 @@ def test_another_experiment_does_not_demote_the_real_one(here, monkeypatch, tmp_
     page = nbformat.read(tmp_path / "generated/not-counted/extra.ipynb", as_version=4)
     assert page.cells[0].source.startswith("# SMOKE SIZE")
     assert page.cells[1].source == "1 + 1"  # the notebook had no title to replace
-    assert "8 statements of the paper" in (tmp_path / "generated/landing.md").read_text()
+    assert "8 rows with a verdict" in (tmp_path / "generated/landing.md").read_text()
 
 
 def test_the_book_needs_a_reference_or_results(here, monkeypatch, tmp_path):

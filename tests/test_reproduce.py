@@ -58,7 +58,7 @@ def test_the_whole_path(project, smoke):
     assert "epoch  1/1  loss" in done.stdout
     assert "None of the paper's claims is judged by this" in done.stdout
     assert "the book's first page: results/smoke/_build/html/index.html" in done.stdout
-    assert "8 statements of the paper: 8 not judged" in done.stdout
+    assert "8 rows with a verdict: 8 not judged" in done.stdout
     assert set(results.load(project / "results/smoke" / chosen)) == planned
 
 

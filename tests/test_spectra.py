@@ -484,3 +484,26 @@ def test_a_hundred_classes_fit():
     for h in (torch.zeros(1, 100), normals(1, 100)):
         largest = fourth_moment_spectrum(FAMILY, h)[1].item()
         assert lambda_max(FAMILY, h).item() <= largest <= 2 * spectrum(FAMILY, h).max_cov.item()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-50, 1e-13, 1e30])
+def test_the_power_method_does_not_depend_on_the_scale_of_the_tensor(scale):
+    A = FAMILY.fourth_moment(inputs(1, 4))[0]
+    starts = inputs(6, 4, seed=3)
+    for largest in (True, False):
+        value, vector = shifted_power_method(A, starts, largest=largest)
+        scaled, same = shifted_power_method(scale * A, starts, largest=largest)
+        assert torch.allclose(scaled / scale, value, rtol=1e-9, atol=1e-15)
+        assert torch.allclose(same.norm(dim=-1), torch.ones(6).double(), rtol=1e-12)
+        assert torch.allclose(vector.norm(dim=-1), torch.ones(6).double(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rest", [1e-14, 1e-50, 1e-200])
+def test_corollary_4_2_holds_however_sure_the_softmax_is(rest):
+    h = logits_of([1.0, 0.5 * rest, 0.3 * rest])
+    largest = fourth_moment_spectrum(FAMILY, h)[1]
+    assert (lambda_max_multistart(FAMILY, h) <= largest * (1 + 1e-10)).all()
+    wide = Gaussian(1e8 * torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
+    smallest = torch.linalg.eigvalsh(wide.covariance(h[:, :2]))[:, 0]
+    found = fourth_moment_spectrum(wide, h[:, :2])[0]
+    assert found.item() == pytest.approx(3 * smallest.item() ** 2, rel=1e-9, abs=0)

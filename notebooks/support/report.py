@@ -186,10 +186,10 @@ def short(x: float) -> str:
 
 
 def tally(rows: list[Fact]) -> str:
-    """How many statements of the paper met which verdict, in a line."""
+    """How many of the rows met which verdict, in a line."""
     counts = Counter(fact.verdict for fact in rows)
     kinds = [kind for kind in (YES, PARTLY, NO, UNJUDGED) if counts[kind]]
-    return f"{len(rows) - counts[SILENT]} statements of the paper: " + ", ".join(
+    return f"{len(rows) - counts[SILENT]} rows with a verdict: " + ", ".join(
         f"{counts[kind]} {kind}" for kind in kinds
     )
 

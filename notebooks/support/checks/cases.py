@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fimlib
-from fimlib import Block, Derivatives, Spectrum
+from fimlib import Block, Derivatives, Family, Spectrum
 
 Activation = Callable[[], nn.Module]
 CLASSES = (2, 3, 4, 5, 7, 10, 20, 50, 100)
+RESTS = (*range(1, 13), 14, 16, 30, 100)  # exponents of what a nearly certain class leaves
 SCALES = (1e-3, 0.1, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -29,13 +30,13 @@ def normal(*shape: int, seed: int) -> Tensor:
 def logits(num_classes: int, count: int, *, seed: int = 0) -> Tensor:
     """``count`` logit vectors [count, C]: a fifth of each kind.
 
-    Random logits from nearly uniform to nearly certain; one class at 1 − 10⁻ᵏ, k = 1 … 12; two
-    classes with ½ each but for a rest down to 10⁻¹²; exactly uniform and a little off; classes
-    that split into two sets of mass ½.
+    Random logits from nearly uniform to nearly certain; one class at 1 − 10⁻ᵏ, k from 1 to 100;
+    two classes with ½ each but for such a rest; exactly uniform and a little off; classes that
+    split into two sets of mass ½.
     """
     noise = normal(count, num_classes, seed=seed)
     rows = torch.arange(count)
-    rest = 10.0 ** -(1 + (rows // 5) % 12).double()[:, None]
+    rest = 10.0 ** -torch.tensor(RESTS, dtype=torch.float64)[(rows // 5) % len(RESTS)][:, None]
     shares = torch.softmax(noise, 1)
     one = torch.zeros_like(noise)
     one[rows, rows % num_classes] = 1
@@ -105,6 +106,30 @@ def grid(cases: int) -> tuple[Group, ...]:
         J, S = (vectors(h, count, seed=100 * index + shift) for shift in (10, 20))
         lam = fimlib.spectrum(fimlib.Categorical(), h)
         groups.append(Group(h, as_derivatives(h, J, S), lam))
+    return tuple(groups)
+
+
+@functools.cache
+def other_groups(cases: int) -> tuple[tuple[Family, Group], ...]:
+    """At least so many pairs for families whose λ_min(𝓘) and λ_min(M) are not 0."""
+    spread = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 1.5]], dtype=torch.float64)
+    families = (
+        (fimlib.Gaussian(spread), 3),
+        (fimlib.Gaussian(1e8 * spread), 3),
+        (fimlib.Bernoulli(), 1),
+        (fimlib.Bernoulli(), 4),
+        (fimlib.Poisson(), 3),
+        (fimlib.GaussianHead(), 4),
+    )
+    groups, inputs = [], 10
+    for family, num_outputs in families:
+        h = normal(inputs, num_outputs, seed=num_outputs)
+        eigenvectors = torch.linalg.eigh(family.covariance(h)).eigenvectors
+        count = -(-cases // (len(families) * inputs))
+        J, S = (normal(inputs, num_outputs, count, seed=seed) for seed in (7, 8))
+        J, S = (torch.cat([eigenvectors, D], 2) for D in (J, S))
+        lam = fimlib.spectrum(family, h)
+        groups.append((family, Group(h, as_derivatives(h, J, S), lam)))
     return tuple(groups)
 
 

@@ -114,14 +114,22 @@ def relu_second_estimator_is_exact(_cases: int) -> Check:
 
 
 def saturation_favours_the_first_estimator(_cases: int) -> Check:
-    """5. Both variances vanish as a sigmoid saturates, V₁ faster. Shows V₂/V₁ at |s| = 6 over 2."""
-    ratios = []
+    """5. As a sigmoid saturates, both variances vanish, V₁ faster.
+
+    Shows V₂/V₁ of its incoming weight at the pre-activation 6, over that at 2.
+    """
+    variances = []
     for s in (2.0, 6.0):
-        sigma = torch.sigmoid(torch.tensor(s, dtype=torch.float64))
-        first, second = sigma * (1 - sigma), sigma * (1 - sigma) * (1 - 2 * sigma)
-        ratios.append(second.square() / first**4)
-    growth = float(ratios[1] / ratios[0])
-    return finding(growth > 1e3, growth, 2)
+        inward, outward = nn.Linear(1, 1, bias=False), nn.Linear(1, 3, bias=False)
+        inward.weight.data.fill_(s)
+        outward.weight.data.copy_(torch.tensor([[1.0], [-0.5], [0.0]]))
+        net = nn.Sequential(inward, nn.Sigmoid(), outward).double()
+        derivs = fimlib.differentiate(net, torch.ones(1, 1, dtype=torch.float64))
+        V1, V2 = (v(derivs, FAMILY) for v in (fimlib.variance_i1, fimlib.variance_i2))
+        variances.append((float(V1["0.weight"]), float(V2["0.weight"])))
+    (first, second), (first_6, second_6) = variances
+    growth = (second_6 / first_6) / (second / first)
+    return finding(first_6 < first and second_6 < second and growth > 1e3, growth, 2)
 
 
 def log_sigma_head_has_variance_in_its_last_layer(_cases: int) -> Check:
