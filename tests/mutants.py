@@ -61,7 +61,7 @@ def change(name: str) -> tuple[str, str, str]:
     old = " ".join(line[1:].strip() for line in diff if line.startswith("-"))
     new = " ".join(line[1:].strip() for line in diff if line.startswith("+"))
     function = name.rpartition("__mutmut_")[0].replace("xǁ", "").replace("ǁ", ".")
-    return function.replace(".x_", "."), old, new
+    return function.replace(".x_", ".").removeprefix("fimlib."), old, new
 
 
 def summarise(codes: dict[str, int | None]) -> dict[str, object]:

@@ -5,8 +5,10 @@ import pytest
 import reference
 import torch
 from hypothesis import given, settings
-from strategies import ADVERSARIAL, inputs, logits, logits_of
+from strategies import ADVERSARIAL, inputs, logits, logits_of, mlp
+from torch import nn
 
+import fimlib
 from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
 from fimlib.spectra import lambda_max_certified, lambda_max_multistart
 
@@ -617,3 +619,45 @@ def test_symmetry_of_a_covariance_is_judged_by_its_size(size):
     nearly[0, 1] += 1e-8
     with pytest.raises(ValueError, match="symmetric"):
         Gaussian(size * nearly)
+
+
+def test_a_head_of_three_pairs_is_three_heads():
+    """T = 6: halves are means and logarithms, every form adds up over the pairs but V₁'s."""
+    head, h = GaussianHead(), inputs(2, 6) / 3
+    J, S = inputs(2, 30, seed=2).view(2, 6, 5), inputs(2, 30, seed=3).view(2, 6, 5)
+    pairs = [torch.tensor([k, k + 3]) for k in range(3)]
+    for form in (
+        lambda h, J, _: head.information(h, J),
+        lambda h, _, S: head.variance2(h, S),
+        head.covariance12,
+    ):
+        parts = sum(form(h[:, p], J[:, p], S[:, p]) for p in pairs)
+        assert torch.allclose(form(h, J, S), parts, rtol=1e-13)
+    a, b = J[:, :3], J[:, 3:]
+    own = 48 * (a.square() * b.square() + b**4).sum(1)
+    expected = 2 * head.information(h, J).square() + own
+    assert torch.allclose(head.variance1(h, J), expected, rtol=1e-13)
+    dense = torch.einsum("bijkl,bin,bjn,bkn,bln->bn", head.outer_covariance(h), J, J, J, J)
+    assert torch.allclose(dense, expected, rtol=1e-12)
+    assert torch.equal(
+        head.covariance(h)[0].diagonal(), torch.tensor([1.0, 1, 1, 2, 2, 2]).double()
+    )
+    u = J.mT
+    M_uu = torch.einsum("bijkl,bri,brj->brkl", head.outer_covariance(h), u, u)
+    assert torch.allclose(head.outer_covariance_at(h, u), M_uu, atol=1e-12)
+    for pair in pairs:
+        alone = head.link(h[:, pair] + 0.1, at=h[:, pair])
+        assert torch.allclose(head.link(h + 0.1, at=h)[:, pair], alone, rtol=1e-13)
+    wide = h.clone()
+    wide[0, 5] = 200.0
+    with pytest.raises(ValueError, match="200"):
+        head.natural(wide)
+
+
+def test_the_chain_rule_keeps_the_layers():
+    derivs = fimlib.differentiate(mlp([3, 4, 2], nn.Tanh), inputs(1, 3))
+    natural = GaussianHead().natural_derivatives(derivs)
+    assert [block.layer for block in natural.blocks] == [block.layer for block in derivs.blocks]
+    assert [list(block.inputs) for block in natural.blocks] == [
+        list(b.inputs) for b in derivs.blocks
+    ]

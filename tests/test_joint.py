@@ -721,3 +721,9 @@ def test_every_parameter_and_layer_is_reported_once_after_many_batches():
     shapes = {name: p.shape for name, p in net.named_parameters()}
     assert {name: t.shape for name, t in joint.variance_i2(2).items()} == shapes
     assert list(joint.num_inputs_needed(0.1, 0.9)) == ["0", "2", "4"]
+
+
+def test_families_without_settings_are_told_apart():
+    bits, classes = fimlib.Joint(fimlib.Bernoulli()), fimlib.Joint(fimlib.Categorical())
+    with pytest.raises(ValueError, match="Bernoulli.*Categorical"):
+        bits.merge(classes)
