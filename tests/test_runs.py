@@ -241,8 +241,9 @@ def test_mistakes_in_the_plan_are_no_traceback(tmp_path, capsys, monkeypatch):
 def test_command_line(tmp_path, capsys, monkeypatch):
     todo = tmp_path / "todo"
     assert runs.main(["--todo", str(todo), "--results", str(tmp_path), "--dataset", "digits"]) == 0
-    assert todo.read_text().split() == ["checks", *[f"sigmoid-seed-{seed}" for seed in range(5)]]
-    assert "notebooks done: 0 of 6" in capsys.readouterr().out
+    notebooks = ["checks", "statements", "bounds", "joint"]
+    assert todo.read_text().split() == [*notebooks, *[f"sigmoid-seed-{seed}" for seed in range(5)]]
+    assert "notebooks done: 0 of 9" in capsys.readouterr().out
     assert runs.main(["sigmoid-seed-9", "--results", str(tmp_path)]) == 1
     assert "no runs named sigmoid-seed-9; there are: checks" in capsys.readouterr().err
 
