@@ -507,3 +507,10 @@ def test_corollary_4_2_holds_however_sure_the_softmax_is(rest):
     smallest = torch.linalg.eigvalsh(wide.covariance(h[:, :2]))[:, 0]
     found = fourth_moment_spectrum(wide, h[:, :2])[0]
     assert found.item() == pytest.approx(3 * smallest.item() ** 2, rel=1e-9, abs=0)
+
+
+def test_one_zero_start_among_others_is_refused():
+    starts = torch.eye(3, dtype=torch.float64)
+    starts[1] = 0
+    with pytest.raises(ValueError, match="no zero or NaN rows"):
+        shifted_power_method(FAMILY.fourth_moment(inputs(1, 3))[0], starts)

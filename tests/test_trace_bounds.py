@@ -254,3 +254,39 @@ def test_ruhe_refuses_other_matrices():
         theorem_c_2(eye, torch.diag(torch.tensor([1.0, 1.0, -0.5]).double()))
     almost = torch.diag(torch.tensor([1.0, 1.0, -1e-12]).double())
     assert theorem_c_2(almost, almost).upper.item() == pytest.approx(2)
+
+
+def test_ruhes_matrices_are_judged_one_by_one():
+    """Each by its own size: a batch of a tiny and of a huge matrix, in two batch dimensions."""
+    root = inputs(4, 4)
+    base = root @ root.T
+    sizes = torch.tensor([[1e-6], [1e6], [1.0]], dtype=torch.float64)[..., None, None]
+    batch = sizes * base  # [3, 1, 4, 4]
+    lower, upper = theorem_c_2(batch, batch)
+    assert lower.shape == upper.shape == (3, 1)
+    eigenvalues = torch.linalg.eigvalsh(base)
+    assert torch.allclose(upper[:, 0], sizes[:, 0, 0, 0] ** 2 * eigenvalues.square().sum())
+    opposite = (eigenvalues * eigenvalues.flip(0)).sum()
+    assert torch.allclose(lower[:, 0], sizes[:, 0, 0, 0] ** 2 * opposite)
+    rounded = batch.clone()
+    rounded[1, 0, 0, 1] += 1e-6  # 1e-12 of the huge one
+    theorem_c_2(rounded, rounded)
+    crooked = batch.clone()
+    crooked[0, 0, 0, 1] += 1e-9  # 1e-3 of the tiny one
+    with pytest.raises(ValueError, match="not symmetric"):
+        theorem_c_2(crooked, crooked)
+    shift = torch.eye(4, dtype=torch.float64) * torch.linalg.eigvalsh(base)[0]
+    theorem_c_2(batch - sizes * shift * (1 + 1e-12), batch)
+    negative = batch.clone()
+    negative[0, 0] -= 1.5e-6 * shift
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        theorem_c_2(negative, batch)
+
+
+def test_forty_five_outputs_are_not_too_many():
+    J = inputs(1, 45, seed=1).view(1, 45, 1)
+    derivs = Derivatives(inputs(1, 45), (Block("layer", J, J, {"p": None}),))
+    lower, upper = theorem_c_1(derivs, Categorical()).fisher
+    I = fimlib.fisher_information(derivs, Categorical()).total()
+    assert (lower <= I).all()
+    assert (upper >= I).all()
