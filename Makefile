@@ -95,7 +95,7 @@ test: lint ## lint, types, tests and doctests
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest
 
-mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (half an hour)
+mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (an hour)
 	@"$(PY)" tests/mutants.py
 
 gpu-check: $(ENV) ## compare results of CPU and GPU where there is a GPU

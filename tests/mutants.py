@@ -5,7 +5,8 @@ reach it. A mutant that no test notices survives. Every survivor must be listed 
 ``surviving_mutants.yml``; score and survivors are written to ``data/mutation.json`` for the book.
 
 What lies in ``mutants/`` from a run before is used: mutants of functions that have not changed stay
-killed; those that survived are tried again, as there may be new tests (`make clean` forgets all).
+killed; those that survived are tried again, as there may be new tests. `make clean` forgets all,
+and from then on it takes an hour on two cores.
 """
 
 import json

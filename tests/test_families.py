@@ -661,3 +661,17 @@ def test_the_chain_rule_keeps_the_layers():
     assert [list(block.inputs) for block in natural.blocks] == [
         list(b.inputs) for b in derivs.blocks
     ]
+
+
+def test_every_input_has_its_own_likeliest_label():
+    h = torch.tensor([[0.0, 37.0, -1.0], [37.0, 0.0, -1.0]], dtype=torch.float64)
+    D = torch.tensor([[[0.3], [1.0], [-2.0]]] * 2, dtype=torch.float64)
+    together = Categorical().project(h, D)
+    for b in range(2):
+        assert torch.equal(together[b], Categorical().project(h[b : b + 1], D[b : b + 1])[0])
+
+
+def test_residuals_of_counts_are_counts_less_rates():
+    h, y = inputs(2, 3), torch.tensor([[0, 2, 5], [1, 1, 0]])
+    residual = Poisson().observed(h, y).mean_residual()
+    assert torch.allclose(residual, y - h.exp(), rtol=1e-14)

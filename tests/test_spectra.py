@@ -514,3 +514,7 @@ def test_one_zero_start_among_others_is_refused():
     starts[1] = 0
     with pytest.raises(ValueError, match="no zero or NaN rows"):
         shifted_power_method(FAMILY.fourth_moment(inputs(1, 3))[0], starts)
+
+
+def test_the_smallest_eigenvalue_of_a_softmax_is_zero_without_rounding():
+    assert (spectrum(FAMILY, inputs(200, 6), method="certified").min_cov == 0).all()
