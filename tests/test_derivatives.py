@@ -7,6 +7,7 @@ from strategies import Cube, inputs, mlp
 from torch import nn
 from torch.nn.utils import prune
 
+import fimlib
 from fimlib import differentiate
 
 ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.LogSigmoid, nn.Softplus, nn.ReLU, nn.GELU, nn.SiLU, Cube]
@@ -392,3 +393,24 @@ def test_missing_backpack_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "backpack", None)
     with pytest.raises(ImportError, match="pip install backpack-for-pytorch"):
         differentiate(mlp([3, 2], nn.Tanh), inputs(1, 3), engine="backpack")
+
+
+@pytest.mark.parametrize(
+    ("activation", "curvature"),
+    [
+        (nn.Sigmoid, lambda s: s.sigmoid() * (1 - s.sigmoid()) * (1 - 2 * s.sigmoid())),
+        (nn.Softplus, lambda s: s.sigmoid() * (1 - s.sigmoid())),
+        (nn.LogSigmoid, lambda s: -s.sigmoid() * (1 - s.sigmoid())),
+    ],
+)
+def test_remark_4_5(activation, curvature):
+    """One layer before the last, ∂²h/∂w² = w_out σ''(s) z²; of a sigmoid it is 0 at s = 0."""
+    net, x = mlp([3, 4, 2], activation), inputs(1, 3)
+    s = net[0](x)[0].detach()
+    expected = torch.einsum("to,o,j->toj", net[2].weight, curvature(s), x[0].square())
+    S = differentiate(net, x).second("0.weight")[0]
+    assert torch.allclose(S, expected.detach(), rtol=1e-12, atol=1e-15)
+    for parameter in net[0].parameters():
+        parameter.data.zero_()
+    V2 = fimlib.variance_i2(differentiate(net, x), fimlib.Categorical())["0.weight"]
+    assert bool((V2 == 0).all()) == (activation is nn.Sigmoid)
