@@ -8,6 +8,7 @@ what is kept; nothing of size outputs × parameters is built unless it is asked 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -101,8 +102,11 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
         x: [B, ...], the inputs, of the model's dtype and on its device.
         engine: "layerwise" (ours: ``nn.Sequential`` of ``Linear``, elementwise activations,
             ``Dropout``, ``Flatten``, ``Identity``; anything without parameters before the first
-            ``Linear``), "backpack" (the paper's way: ``nn.Sequential`` of what BackPACK has second
-            derivatives for, convolutions among them; keeps J and S dense, much slower, and
+            ``Linear``), "traced" (ours: any ``forward()`` made of layers that are linear in
+            each parameter, elementwise functions and products of activations, sums, views and
+            pooling: convolutional and residual networks, batch norm, gates; no softmax,
+            layer norm, attention or recurrence), "backpack" (the paper's way: ``nn.Sequential``
+            of what BackPACK has second derivatives for; keeps J and S dense, much slower, and
             rounds S to about the precision of ‖J‖²), or "auto": the first that takes the model.
 
     Raises:
@@ -113,6 +117,8 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
 
     Cost: one forward pass, and one backward sweep that carries T + U rows for each of the B
     inputs, U the hidden units behind the next layer: split large batches where memory is short.
+    "traced" carries one row for every unit with curvature, and goes input by input where
+    inputs share a tensor without a batch axis, or a parameter is used in more than one place.
 
     Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
@@ -121,9 +127,13 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
-    from fimlib import _backpack, _layerwise
+    from fimlib import _backpack, _layerwise, _traced
 
-    engines = {"layerwise": _layerwise.differentiate, "backpack": _backpack.differentiate}
+    engines = {
+        "layerwise": _layerwise.differentiate,
+        "traced": _traced.differentiate,
+        "backpack": _backpack.differentiate,
+    }
     if engine not in ("auto", *engines):
         raise ValueError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(engines)}.")
     with torch.inference_mode(False):
@@ -132,8 +142,10 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
         x = x.detach().clone()  # the first module may work in place
         if engine != "auto":
             return engines[engine](model, x)
-        try:
+        with contextlib.suppress(NotImplementedError):  # the next engine takes more
             return _layerwise.differentiate(model, x)
+        try:
+            return _traced.differentiate(model, x)
         except NotImplementedError as refusal:
             try:
                 return _backpack.differentiate(model, x)

@@ -1,0 +1,215 @@
+"""Where parameters enter a network, and what derivatives there say of the parameters.
+
+A parameter that enters by one product or sum is reached from the output of that operation: a weight
+through the input that it multiplies, the rows of every input of a batch apart. Any other parameter
+is reached by autograd itself, which adds up the inputs: one at a time then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from fimlib._trace import Edge, Trace, kind
+
+Pull = Callable[[Tensor, int], Tensor]
+# Every number in the result is one number of the argument.
+VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "Unsqueeze", "Squeeze", "Expand")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Parameters that are reached from one edge of the graph.
+
+    Attributes:
+        layer: Name of the module that owns them.
+        edge: Where rows of derivatives are to be carried to.
+        pull: Maps rows there, [c, ...], to left factors [c, B, *K]. With power 2 it maps weights of
+            one-hot rows to the weighted sum of the squares of what it maps those rows to.
+        inputs: Their right factors, as in ``Block``.
+    """
+
+    layer: str
+    edge: Edge
+    pull: Pull
+    inputs: Mapping[str, Tensor | None]
+
+
+def places(t: Trace, size: int) -> list[Place]:
+    """One or more for each parameter, in the order of the forward pass, at B = size inputs."""
+    found: dict[tuple[Node, str], Place] = {}
+    for leaf, name in sorted(t.names.items(), key=lambda item: first_use(t, item[0])):
+        layer = name.rpartition(".")[0]
+        views, op, i = way_in(t, leaf)
+        pull = None if op is None else pull_of(op, i, shape(views[-1]), size)
+        if op is None or pull is None:
+            found[leaf, name] = Place(layer, (leaf, 0), directly, {name: None})
+        elif is_linear_layer(op, i, views, size):
+            # the weight and the bias share their left factors
+            z = right_factor(op) if i > 0 else None
+            shared = found[op, layer].inputs if (op, layer) in found else {}
+            inputs = {**shared, name: z}
+            found[op, layer] = Place(layer, (op, 0), per_input(size), inputs)
+        else:
+            back = through_views(pull, views, size)
+            found[op, name] = Place(layer, (op, 0), back, {name: None})
+    return list(found.values())
+
+
+def first_use(t: Trace, leaf: Node) -> int:
+    """When the parameter is used for the first time; autograd numbers the nodes as they come."""
+    return min(node._sequence_nr() for node, _ in t.users[leaf])
+
+
+def way_in(t: Trace, leaf: Node) -> tuple[list[Edge], Node | None, int]:
+    """The parameter and its views in a row; who multiplies or adds the last, if it is just one."""
+    views: list[Edge] = [(leaf, 0)]
+    while len(users := t.users[views[-1][0]]) == 1:
+        op, i = users[0]
+        if kind(op) not in VIEWS:
+            return views, op, i
+        views.append((op, 0))
+    return views, None, 0
+
+
+def shape(edge: Edge) -> tuple[int, ...]:
+    """The shape of the tensor at an edge."""
+    node, output = edge
+    return tuple(node._input_metadata[output].shape)
+
+
+def is_linear_layer(op: Node, i: int, views: list[Edge], size: int) -> bool:
+    """Whether the parameter is W or b in a plain ``W z + b``, one z for each input."""
+    if kind(op) not in ("Addmm", "Mm") or shape((op, 0))[0] != size:
+        return False
+    is_bias = kind(op) == "Addmm" and i == 0
+    kinds = [kind(node) for node, _ in views[1:]]
+    return shape(views[-1]) == shape((op, 0))[1:] if is_bias else kinds == ["T"]
+
+
+def right_factor(op: Any) -> Tensor:
+    """The inputs z, [positions, n], of a product of matrices."""
+    z: Tensor = op._saved_mat1 if kind(op) == "Addmm" else op._saved_self
+    return z.detach()
+
+
+def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
+    """From rows behind the operation to those of its argument i, for each input; None if unknown.
+
+    Its argument 0 or 1 is a factor, or its argument is added, as ``PRODUCTS`` of the engine says.
+    """
+    name, out = kind(op), shape((op, 0))
+    if out[0] % size or (name == "Addmm" and (op._saved_alpha, op._saved_beta) != (1, 1)):
+        return None
+    if name in ("Addmm", "Mm") and i == len(op.next_functions) - 1:
+        return matrix(right_factor(op), size)
+    if name == "Convolution" and i == 1:
+        return convolution(op) if out[0] == size and not op._saved_transposed else None
+    factor = factor_of(op, i)
+    on_channels = name in ("Convolution", "NativeBatchNorm")
+    lead = 1 if on_channels else len(out) - len(view)
+    aligned = (1,) * lead + view + (1,) * (len(out) - lead - len(view))
+    if factor is None or out[0] != size or aligned[0] != 1:
+        return None
+    return scaled(factor, (size, *aligned[1:]), view)
+
+
+def factor_of(op: Any, i: int) -> Tensor | float | None:
+    """What an elementwise or channelwise operation multiplies its argument i by; None: unknown."""
+    name = kind(op)
+    if name == "NativeBatchNorm" and i == 1:
+        by_channel = [-1] + [1] * (op._saved_input.ndim - 2)
+        mean, var = (v.view(by_channel) for v in (op._saved_running_mean, op._saved_running_var))
+        normalised: Tensor = (op._saved_input.detach() - mean) * (var + op._saved_eps).rsqrt()
+        return normalised
+    if name in ("NativeBatchNorm", "Convolution") and i == 2:
+        return 1.0
+    if name == "PreluKernel" and i == 1:
+        return torch.clamp(op._saved_self.detach(), max=0)
+    if name == "Addmm" and i == 0:
+        return 1.0
+    if name in ("Add", "Sub"):
+        return 1.0 if i == 0 else float(op._saved_alpha) * (1 if name == "Add" else -1)
+    if name == "Mul":
+        other: Tensor = op._saved_other if i == 0 else op._saved_self
+        return other.detach()
+    return None
+
+
+def directly(rows: Tensor, _power: int) -> Tensor:
+    """Rows that autograd carried to the parameter itself, of one input."""
+    return rows[:, None]
+
+
+def per_input(size: int) -> Pull:
+    """The left factors of a linear layer are the rows behind it."""
+    return lambda rows, _power: rows.view(len(rows), size, -1)
+
+
+def matrix(z: Tensor, size: int) -> Pull:
+    """W [n, o] in z W, with inputs z [B · L, n] at L positions."""
+    z = z.view(size, -1, z.shape[1])
+
+    def pull(rows: Tensor, power: int) -> Tensor:
+        by_position = rows.reshape(len(rows), *z.shape[:2], -1)
+        return torch.einsum("cblo,bln->cbno", by_position, z**power)
+
+    return pull
+
+
+def convolution(op: Any) -> Pull:
+    """W [O, C / groups, *kernel] of a convolution: one product at every position of its output."""
+    kernel = op._saved_weight.shape[2:]
+    z = nn.functional.pad(
+        op._saved_input.detach(), [p for p in reversed(op._saved_padding) for _ in range(2)]
+    )
+    for d, k in enumerate(kernel):  # [B, C, *positions, *kernel] at the end
+        stride, dilation = op._saved_stride[d], op._saved_dilation[d]
+        z = z.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
+    z = z.unflatten(1, (op._saved_groups, -1)).movedim(2, 2 + len(kernel))
+    z = z.flatten(2, 1 + len(kernel)).flatten(3)  # [B, groups, positions, numbers in a patch]
+
+    def pull(rows: Tensor, power: int) -> Tensor:
+        by_group = rows.unflatten(2, (op._saved_groups, -1)).flatten(4)
+        weight = torch.einsum("cbgol,bgln->cbgon", by_group, z**power)
+        return weight.reshape(*rows.shape[:2], *op._saved_weight.shape)
+
+    return pull
+
+
+def scaled(factor: Tensor | float, target: tuple[int, ...], view: tuple[int, ...]) -> Pull:
+    """A parameter that is added, or multiplied by a factor; broadcast from the target's shape."""
+
+    def pull(rows: Tensor, power: int) -> Tensor:
+        return sum_to(rows * factor**power, target).reshape(len(rows), target[0], *view)
+
+    return pull
+
+
+def sum_to(rows: Tensor, target: tuple[int, ...]) -> Tensor:
+    """Sum rows [c, ...] over what was broadcast from the target's shape: [c, *target]."""
+    extra = rows.ndim - 1 - len(target)
+    rows = rows.flatten(1, extra).sum(1) if extra else rows
+    axes = [d + 1 for d, n in enumerate(target) if n == 1 != rows.shape[d + 1]]
+    return rows.sum(axes, keepdim=True) if axes else rows
+
+
+def through_views(pull: Pull, views: list[Edge], size: int) -> Pull:
+    """From the last view of a parameter to the parameter itself."""
+    if len(views) == 1:
+        return pull
+
+    def back(rows: Tensor, power: int) -> Tensor:
+        flat = pull(rows, power).flatten(0, 1)
+        ends = [GradientEdge(*views[0])]
+        found: tuple[Tensor, ...] = torch.autograd.grad(
+            [GradientEdge(*views[-1])], ends, [flat], is_grads_batched=True, retain_graph=True
+        )
+        return torch.unflatten(found[0], 0, (-1, size))
+
+    return back

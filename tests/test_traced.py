@@ -1,0 +1,640 @@
+"""The engine that follows autograd's graph: against the oracle, and what it must refuse."""
+
+import copy
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F  # noqa: N812
+from strategies import inputs, mlp
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import fimlib
+from fimlib import differentiate
+
+
+class Call(nn.Module):
+    """A forward pass written out, ``forward(self, x)``, over modules and parameters by name."""
+
+    def __init__(self, forward, seed=0, **parts):
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+        torch.manual_seed(seed)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.7)
+        for module in self.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        self.double().eval()
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def chain(*layers):
+    return Call(lambda self, x: self.net(x), net=nn.Sequential(*layers))
+
+
+def elementwise(f):
+    """A network with f between its layers."""
+    return Call(lambda self, x: self.b(f(self.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.empty(*shape))
+
+
+def residual(pre):
+    def forward(self, x):
+        z = self.first(x)
+        for block in (self.one, self.two):
+            z = z + block(torch.tanh(z)) if pre else torch.sigmoid(block(z) + z)
+        return self.last(z)
+
+    return Call(
+        forward,
+        first=nn.Linear(3, 4),
+        one=nn.Linear(4, 4),
+        two=nn.Linear(4, 4),
+        last=nn.Linear(4, 3),
+    )
+
+
+def residual_cnn():
+    def forward(self, x):
+        z = F.softplus(self.bn1(self.conv1(x)))
+        z = z + torch.tanh(self.bn2(self.conv2(z)))
+        z = F.relu(F.gelu(self.conv3(z)) + self.short(z))
+        return self.fc(z.mean((2, 3)))
+
+    return Call(
+        forward,
+        conv1=nn.Conv2d(1, 3, 3, padding=1, bias=False),
+        bn1=nn.BatchNorm2d(3),
+        conv2=nn.Conv2d(3, 3, 3, padding="same"),
+        bn2=nn.BatchNorm2d(3),
+        conv3=nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        short=nn.Conv2d(3, 4, 1, stride=2),
+        fc=nn.Linear(4, 3),
+    )
+
+
+def dense_net():
+    def forward(self, x):
+        z = x
+        for conv in (self.one, self.two):
+            z = torch.cat([z, torch.sigmoid(conv(z))], dim=1)
+        return self.fc(F.adaptive_avg_pool2d(z, 1).flatten(1))
+
+    convs = {"one": nn.Conv2d(1, 2, 3, padding=1), "two": nn.Conv2d(3, 2, 3, padding=1)}
+    return Call(forward, **convs, fc=nn.Linear(5, 2))
+
+
+def mixer(self, x):
+    z = x.view(len(x), 3, 4)
+    z = z + self.tokens(torch.tanh(z).transpose(1, 2)).transpose(1, 2)
+    return self.head(F.silu(self.channels(z)).mean(1))
+
+
+def gated(self, x):
+    """Gates of every kind: by units, by a number for all of them, by a quotient."""
+    z = self.a(x)
+    z = z * torch.sigmoid(self.gate(z))
+    z = z * torch.exp(-self.squeeze(z)) / (1 + z * z)
+    return self.b(z / (2 + torch.tanh(z)))
+
+
+def affine(self, x):
+    z = self.shift + self.scale * torch.tanh(x @ self.weight)
+    z = self.slope * z.view(-1, 2, 2) - self.offset.view(1, 2, 1)
+    return self.head(F.elu(F.softsign(z)).flatten(1))
+
+
+def time_first(self, x):
+    z = x.view(len(x), 3, 4).transpose(0, 1)
+    return self.head(torch.tanh(self.inner(torch.sin(self.outer(z)))).transpose(0, 1).flatten(1))
+
+
+def patches_as_inputs(self, x):
+    z = torch.tanh(self.conv(x.view(len(x) * 2, 2, 3)))
+    return self.head(z.view(len(x), 4))
+
+
+def two_towers(self, x):
+    return self.head(torch.tanh(self.tower(x[:, :3])) - torch.sigmoid(self.tower(x[:, 3:])))
+
+
+def by_hand(z):
+    p = torch.exp(z) / torch.exp(z).sum(1, keepdim=True)
+    return p + z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-3)
+
+
+def odds_and_ends(self, x):
+    a, b = self.first(x).chunk(2, dim=1)
+    z = torch.stack([a.clamp(-1, 1), torch.maximum(a, b), F.pad(b, (1, 0))[:, :-1]], dim=1)
+    z = torch.where(z > 0, z.exp(), z * 0.5).permute(0, 2, 1).reshape(len(x), -1)
+    z = z[:, [2, 0, 1]].cumsum(1) ** 2 + 2 ** z[:, -3:] + 1 / (3 + z[:, :3].abs())
+    return self.last(z - z.max(1, keepdim=True).values) + torch.zeros_like(z[:, :2])
+
+
+IMAGES = {
+    "lenet": lambda: chain(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.Sigmoid(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(3, 4, 2, stride=2, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(4, 4),
+        nn.Softplus(),
+        nn.Linear(4, 3),
+    ),
+    "vgg": lambda: chain(
+        nn.Conv2d(1, 2, 3, padding=1),
+        nn.BatchNorm2d(2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(2, 4, 3, padding=1, groups=2),
+        nn.BatchNorm2d(4),
+        nn.SELU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 2, (2, 1), padding=(0, 1), padding_mode="reflect"),
+        nn.BatchNorm2d(2, affine=False),
+        nn.LogSigmoid(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(2, 3),
+    ),
+    "dilated, transposed": lambda: chain(
+        nn.Conv2d(1, 2, 2, dilation=2, stride=(1, 2)),
+        nn.GELU(),
+        nn.ConvTranspose2d(2, 2, 2),
+        nn.Tanh(),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2, 2),
+    ),
+    "residual": residual_cnn,
+    "dense": dense_net,
+}
+
+VECTORS = {
+    "conv1d": lambda: chain(
+        nn.Unflatten(1, (2, 6)),
+        nn.Conv1d(2, 4, 3, groups=2, padding=1),
+        nn.BatchNorm1d(4),
+        nn.Mish(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(4, 2, 2, stride=2),
+        nn.SiLU(),
+        nn.AvgPool1d(1),
+        nn.Flatten(),
+        nn.BatchNorm1d(2),
+        nn.Linear(2, 3),
+    ),
+    "conv3d": lambda: chain(
+        nn.Unflatten(1, (1, 2, 2, 3)),
+        nn.Conv3d(1, 2, 2),
+        nn.CELU(),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ),
+    "residual, post-activation": lambda: residual(pre=False),
+    "residual, pre-activation": lambda: residual(pre=True),
+    "functional sigmoid": lambda: elementwise(F.sigmoid),
+    "mixer": lambda: Call(
+        mixer, tokens=nn.Linear(3, 3), channels=nn.Linear(4, 5), head=nn.Linear(5, 2)
+    ),
+    "gates": lambda: Call(
+        gated,
+        a=nn.Linear(3, 4),
+        gate=nn.Linear(4, 4, bias=False),
+        squeeze=nn.Linear(4, 1),
+        b=nn.Linear(4, 2),
+    ),
+    "gate on the first layer": lambda: Call(
+        lambda self, x: self.head(F.silu(self.a(x)) * self.b(x)),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(3, 4),
+        head=nn.Linear(4, 2),
+    ),
+    "scales and shifts": lambda: Call(
+        affine,
+        weight=parameter(3, 4),
+        shift=parameter(4),
+        scale=parameter(1, 4),
+        slope=parameter(1),
+        offset=parameter(2),
+        head=nn.Linear(4, 2),
+    ),
+    "addmm": lambda: Call(
+        lambda self, x: torch.addmm(
+            self.shift, torch.addmm(self.one, x, self.weight).sin(), self.head, beta=2, alpha=0.5
+        ),
+        one=parameter(1),
+        weight=parameter(3, 4),
+        shift=parameter(2),
+        head=parameter(4, 2),
+    ),
+    "prelu": lambda: chain(
+        nn.Linear(3, 4), nn.PReLU(4), nn.Tanh(), nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2)
+    ),
+    "time first": lambda: Call(
+        time_first, outer=nn.Linear(4, 3), inner=nn.Linear(3, 2), head=nn.Linear(6, 2)
+    ),
+    "patches in the batch axis": lambda: Call(
+        patches_as_inputs, conv=nn.Conv1d(2, 2, 3), head=nn.Linear(4, 2)
+    ),
+    "one module in two towers": lambda: Call(
+        two_towers, tower=nn.Linear(3, 4), head=nn.Linear(4, 2)
+    ),
+    "low rank": lambda: Call(
+        lambda self, x: self.head(torch.tanh(x @ (self.left @ self.right))),
+        left=parameter(3, 1),
+        right=parameter(1, 4),
+        head=nn.Linear(4, 2),
+    ),
+    "positive weights": lambda: Call(
+        lambda self, x: self.head(torch.tanh(F.linear(x, self.log_weight.exp()))),
+        log_weight=parameter(4, 3),
+        head=nn.Linear(4, 2),
+    ),
+    "odds and ends": lambda: Call(odds_and_ends, first=nn.Linear(3, 4), last=nn.Linear(3, 2)),
+    "softmax and norms, written out": lambda: Call(
+        lambda self, x: self.head(by_hand(self.second(by_hand(self.first(x))))),
+        first=nn.Linear(3, 4),
+        second=nn.Linear(4, 4),
+        head=nn.Linear(4, 2),
+    ),
+    "stacked": lambda: chain(nn.Linear(3, 2), nn.Linear(2, 4), nn.Tanhshrink(), nn.Linear(4, 2)),
+}
+WIDTHS = {
+    "patches in the batch axis": 12,
+    "conv1d": 12,
+    "conv3d": 12,
+    "mixer": 12,
+    "time first": 12,
+    "one module in two towers": 6,
+}
+
+FUNCTIONS = [
+    torch.sigmoid, torch.tanh, F.softplus, F.logsigmoid, F.gelu, F.silu, F.mish, F.elu, F.selu,
+    F.celu, F.softsign, F.tanhshrink, F.relu, F.relu6, F.leaky_relu, F.hardtanh,
+    F.softshrink, F.hardshrink, F.hardswish, torch.exp, torch.expm1, torch.exp2, torch.sin,
+    torch.cos, torch.atan, torch.asinh, torch.sinh, torch.erf, torch.square, torch.sinc, torch.abs,
+    torch.reciprocal, lambda s: s**3, lambda s: s.square().add(1).sqrt(), lambda s: s * s * s,
+    lambda s: (s * s + 1).log(), lambda s: 2.0 ** (1 - s), lambda s: s * F.sigmoid(s), torch.cosh,
+    lambda s: torch.rsqrt(1 + s**2), lambda s: F.gelu(s, approximate="tanh"), F.relu_,
+]  # fmt: skip
+
+
+def errors(net, x, derivs):
+    """Largest relative error over parameters and inputs, of J and of S."""
+    worst = 0.0
+    for b in range(len(x)):
+        J, S = reference.derivatives(net, x[b : b + 1])
+        assert set(J) == {n for block in derivs.blocks for n in block.inputs}
+        for name in J:
+            pairs = (derivs.jacobian(name)[b], J[name]), (derivs.second(name)[b], S[name])
+            for ours, exact in pairs:
+                assert ours.shape == exact.shape
+                scale = exact.abs().max() if exact.any() else torch.ones(())
+                worst = max(worst, float((ours - exact).abs().max() / scale))
+    return worst
+
+
+def network(case):
+    if case in IMAGES:
+        return IMAGES[case](), inputs(3, 25).view(3, 1, 5, 5)
+    return VECTORS[case](), inputs(3, WIDTHS.get(case, 3))
+
+
+@pytest.mark.parametrize("case", [*IMAGES, *VECTORS])
+def test_traced_equals_autograd(case):
+    net, x = network(case)
+    derivs = differentiate(net, x, engine="traced")
+    assert torch.allclose(derivs.outputs, net(x))
+    assert errors(net, x, derivs) < 1e-10
+    alone = [differentiate(net, one, engine="traced") for one in x.split(1)]
+    for name, _ in net.named_parameters():
+        together = torch.cat([d.second(name) for d in alone])
+        assert torch.allclose(derivs.second(name), together, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_elementwise_functions(function):
+    net, x = elementwise(function), inputs(2, 3)
+    assert errors(net, x, differentiate(net, x, engine="traced")) < 1e-10
+
+
+def test_what_autograd_cannot_differentiate_twice_may_still_be_piecewise_linear():
+    x = inputs(2, 3)
+    ours, same = (elementwise(f) for f in (F.hardsigmoid, lambda s: F.relu6(s + 3) / 6))
+    derivs, expected = (differentiate(net, x, engine="traced") for net in (ours, same))
+    for name, _ in ours.named_parameters():
+        assert torch.allclose(derivs.jacobian(name), expected.jacobian(name))
+        assert not derivs.second(name).any()
+
+
+@pytest.mark.parametrize("case", ["lenet", "gates"])
+def test_quantities_equal_enumerated_labels(case):
+    net, x = network(case)
+    exact, derivs = reference.categorical(net, x[:1]), differentiate(net, x[:1])
+    family = fimlib.Categorical()
+    for quantity, ours in {
+        "I": fimlib.fisher_information(derivs, family),
+        "v1": fimlib.variance_i1(derivs, family),
+        "v2": fimlib.variance_i2(derivs, family),
+        "c12": fimlib.covariance_i1_i2(derivs, family),
+    }.items():
+        scale = max(float(expected.abs().max()) for expected in exact[quantity].values())
+        for name, expected in exact[quantity].items():
+            assert float((ours[name][0] - expected).abs().max()) <= 1e-10 * scale
+
+
+def test_traced_equals_layerwise_in_the_same_blocks():
+    net, x = mlp([3, 5, 4, 3], nn.Tanh, scale=1.5), inputs(4, 3)
+    ours, theirs = (differentiate(net, x, engine=e) for e in ("traced", "layerwise"))
+    for a, b in zip(ours.blocks, theirs.blocks, strict=True):
+        assert (a.layer, list(a.inputs), a.J.shape) == (b.layer, list(b.inputs), b.J.shape)
+        assert torch.allclose(a.J, b.J, rtol=1e-12)
+        assert torch.allclose(a.S, b.S, rtol=1e-10, atol=1e-14)
+        assert torch.equal(a.inputs[f"{a.layer}.weight"], b.inputs[f"{a.layer}.weight"])
+
+
+def test_traced_equals_backpack():
+    layers = nn.Conv2d(1, 2, 2, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(8, 3)
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*layers).double(), inputs(2, 25).view(2, 1, 5, 5)
+    ours, theirs = (differentiate(net, x, engine=e) for e in ("traced", "backpack"))
+    for name, _ in net.named_parameters():
+        assert torch.allclose(ours.jacobian(name), theirs.jacobian(name), rtol=1e-10)
+        assert torch.allclose(ours.second(name), theirs.second(name), rtol=1e-9, atol=1e-13)
+
+
+def test_layers_come_in_the_order_of_use():
+    net, x = network("residual")
+    blocks = differentiate(net, x).blocks
+    layers = list(dict.fromkeys(block.layer for block in blocks))
+    assert layers == ["conv1", "bn1", "conv2", "bn2", "conv3", "short", "fc"]
+    assert [list(b.inputs) for b in blocks if b.layer == "fc"] == [["fc.weight", "fc.bias"]]
+
+
+def test_chunks_of_units_change_nothing(monkeypatch):
+    net, x = network("lenet")
+    expected = differentiate(net, x)
+    monkeypatch.setattr("fimlib._traced.NUMBERS_AT_A_TIME", 1)
+    for ours, exact in zip(differentiate(net, x).blocks, expected.blocks, strict=True):
+        assert torch.allclose(ours.S, exact.S, rtol=1e-12, atol=1e-15)
+
+
+def test_float32_stays_float32():
+    net, x = network("residual")
+    exact = differentiate(net, x)
+    rough = differentiate(copy.deepcopy(net).float(), x.float())
+    for name, _ in net.named_parameters():
+        S = rough.second(name)
+        assert S.dtype == torch.float32
+        assert float((S - exact.second(name)).abs().max()) <= 1e-4 * exact.second(name).abs().max()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_model_is_left_as_it_was(context):
+    net, x = network("vgg")
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout):
+            module.eval()
+    net.net[0].weight.requires_grad_(False)
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    modes = [m.training for m in net.modules()]
+    with context():
+        derivs = differentiate(net, x)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert [m.training for m in net.modules()] == modes
+    assert not net.net[0].weight.requires_grad
+    assert derivs.jacobian("net.0.weight").any()
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert not nn.modules.module._global_forward_hooks
+    assert not nn.modules.module._global_forward_pre_hooks
+    assert not any(block.S.requires_grad or block.J.requires_grad for block in derivs.blocks)
+
+
+class Cubed(torch.autograd.Function):
+    """Its derivative is wrong, as only its author can know."""
+
+    @staticmethod
+    def forward(ctx, s):
+        ctx.save_for_backward(s)
+        return s**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (s,) = ctx.saved_tensors
+        return g * s
+
+
+class Sigmoid(torch.autograd.Function):
+    """Its node is called nearly as that of torch.sigmoid, and no torch function is called."""
+
+    @staticmethod
+    def forward(ctx, s):
+        ctx.mark_dirty(s)
+        return s
+
+    @staticmethod
+    def backward(_ctx, g):
+        return 2 * g
+
+
+def no_grad(s):
+    with torch.no_grad():
+        return s.exp()
+
+
+def overwrite(s):
+    z = s.clone()
+    z[:, 0] = 0
+    return z
+
+
+def attention(self, x):
+    z = self.embed(x).view(len(x), 2, 4)
+    return self.head(self.attend(z, z, z, need_weights=False)[0].flatten(1))
+
+
+def own_attention(self, x):
+    z = self.embed(x).view(len(x), 2, 4)
+    return self.head((z @ z.transpose(1, 2) @ z).flatten(1))
+
+
+def recurrent(self, x):
+    return self.head(self.rnn(x[:, None])[0][:, 0])
+
+
+def linears(forward, **more):
+    return lambda: Call(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2), **more)
+
+
+def between(f):
+    return lambda: elementwise(f)
+
+
+TRAPS = {
+    "functional softmax": (between(lambda s: s.softmax(1)), r"SoftmaxBackward0 of softmax\(\)"),
+    "softmax": (lambda: chain(nn.Linear(3, 2), nn.Softmax(1)), r"'net.1' \(Softmax\).*natural"),
+    "log-softmax": (between(lambda s: F.log_softmax(s, 1)), "LogSoftmax"),
+    "logsumexp": (between(lambda s: s - s.logsumexp(1, keepdim=True)), "Logsumexp"),
+    "norm": (between(lambda s: s / s.norm(dim=1, keepdim=True)), r"norm\(\)"),
+    "normalize": (between(F.normalize), r"normalize\(\)"),
+    "layer norm": (
+        lambda: chain(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)),
+        r"'net.1' \(LayerNorm\)",
+    ),
+    "group norm": (
+        lambda: chain(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)),
+        r"'net.1' \(GroupNorm\)",
+    ),
+    "batch statistics": (
+        lambda: chain(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+        r"'net.1' \(BatchNorm1d\)",
+    ),
+    "attention": (
+        lambda: Call(
+            attention,
+            embed=nn.Linear(3, 8),
+            attend=nn.MultiheadAttention(4, 2, batch_first=True),
+            head=nn.Linear(8, 2),
+        ),
+        r"'attend' \(MultiheadAttention\)|multi_head_attention_forward",
+    ),
+    "attention without softmax": (
+        lambda: Call(own_attention, embed=nn.Linear(3, 8), head=nn.Linear(8, 2)),
+        r"BmmBackward0 of .*both factors of this product depend on parameter 'embed.bias'",
+    ),
+    "recurrence": (
+        lambda: Call(recurrent, rnn=nn.GRU(3, 4, batch_first=True), head=nn.Linear(4, 2)),
+        r"'rnn' \(GRU\)",
+    ),
+    "called twice": (
+        linears(lambda self, x: self.b(torch.tanh(self.c(self.c(self.a(x))))), c=nn.Linear(4, 4)),
+        r"'c' \(Linear\).*both factors of this product depend on parameter 'c.weight'",
+    ),
+    "weight norm": (
+        lambda: chain(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
+        r"WeightNorm|norm",
+    ),
+    "pruned": (
+        linears(
+            lambda self, x: self.b(self.a(x)),
+            c=prune.random_unstructured(nn.Linear(4, 4), "weight", 2),
+        ),
+        "hook",
+    ),
+    "weight from activations": (
+        linears(lambda self, x: self.b(self.a(x) @ self.a(x).T @ self.a(x))),
+        "both factors",
+    ),
+    "custom function": (between(Cubed.apply), r"pow\(\) .*autograd.Function"),
+    "custom function with a known name": (
+        between(lambda s: Sigmoid.apply(s.clone())),
+        "SigmoidBackward, of no function of torch",
+    ),
+    "detach": (between(lambda s: s * s.detach()), r"detach\(\) in module '' \(Call\) cuts"),
+    "data": (between(lambda s: s + s.data.exp()), r"data\(\) in module '' \(Call\) cuts"),
+    "parameter's data": (
+        linears(lambda self, x: x @ self.a.weight.data.T @ self.b.weight.T),
+        "data",
+    ),
+    "no grad": (between(lambda s: s + no_grad(s)), r"exp\(\) .*cuts"),
+    "item": (between(lambda s: s * s.sum().item()), r"item\(\) .*cuts"),
+    "aten detach": (between(lambda s: s * torch.ops.aten.detach(s)), r"detach\(\) .*cuts"),
+    "data set": (between(lambda s: setattr(s, "data", s.exp()) or s), r"data\(\) .*cuts"),
+    "gradient hook": (between(lambda s: s.register_hook(lambda g: 2 * g) and s), "register_hook"),
+    "gradient": (
+        between(lambda s: torch.autograd.grad(s.exp().sum(), s, create_graph=True)[0] + s),
+        r"grad\(\) .* hides",
+    ),
+    "overwritten": (between(overwrite), r"__setitem__\(\) .*assignments"),
+    "unused": (
+        linears(lambda self, x: self.b(self.a(x)), c=nn.Linear(2, 2)),
+        "parameter 'c.weight' has no part in the outputs",
+    ),
+    "product over units": (between(lambda s: s * s.prod(1, keepdim=True)), "Prod"),
+    "random dropout": (between(lambda s: F.dropout(s, 1e-9)), "random numbers"),
+    "noise": (between(lambda s: s + torch.rand_like(s)), "random numbers"),
+    "mixes the batch": (between(lambda s: s - s.mean(0)), "depend on the others of the batch"),
+    "mixes the inputs": (
+        linears(lambda self, x: self.b(torch.tanh(self.a(x - x.mean(0))))),
+        "depend on the others of the batch",
+    ),
+    "bilinear": (
+        linears(lambda self, x: self.b(self.c(self.a(x), self.a(x))), c=nn.Bilinear(4, 4, 4)),
+        r"bilinear",
+    ),
+    "other precision": (between(lambda s: s.float().double()), "torch.float32"),
+    "complex numbers": (between(lambda s: s.to(torch.complex128).abs()), "torch.complex128"),
+    "interpolation by activations": (between(lambda s: torch.lerp(s, -s, s.exp())), "Lerp"),
+    "no rule": (
+        between(
+            lambda s: F.grid_sample(
+                s[:, None, None], torch.zeros(len(s), 1, 4, 2).double(), align_corners=False
+            )[:, 0, 0]
+        ),
+        "GridSampler",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAPS)
+def test_traps_are_refused_by_name(case):
+    build, message = TRAPS[case]
+    net, random = build(), torch.get_rng_state()
+    with pytest.raises(NotImplementedError, match=message):
+        differentiate(net, inputs(3, 3), engine="traced")
+    with pytest.raises(NotImplementedError):
+        differentiate(net, inputs(3, 3))
+    assert torch.equal(random, torch.get_rng_state())
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_tied_parameters_are_refused():
+    net = residual(pre=True)
+    net.two.weight = net.one.weight
+    with pytest.raises(ValueError, match=r"'two.weight' is the same tensor as 'one.weight'"):
+        differentiate(net, inputs(1, 3))
+
+
+BAD = {
+    "dropout": (lambda: chain(nn.Linear(3, 2), nn.Dropout()).train(), r"model.eval\(\)"),
+    "width": (lambda: chain(nn.Linear(4, 2)), "does not fit"),
+    "no finite derivative": (between(lambda s: (s * 0).sqrt()), r"sqrt\(\).* no finite derivative"),
+    "overflow": (between(lambda s: (1e4 * s.abs()).exp()), "weights are too large"),
+    "not [B, T]": (linears(lambda self, x: self.b(self.a(x))[:, None]), r"\[B, T\].*\[3, 1, 2\]"),
+    "a parameter for each input": (
+        linears(lambda self, x: self.b(self.shift + self.a(x)), shift=parameter(3, 4)),
+        r"\[B, T\].*\[3, 2\]",
+    ),
+    "a tuple": (linears(lambda self, x: (self.b(self.a(x)),)), r"\[B, T\].*tuple"),
+    "no outputs": (linears(lambda self, x: self.b(self.a(x))[:, :0]), "no outputs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_a_remedy(case):
+    build, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        differentiate(build(), inputs(3, 3), engine="traced")
+
+
+def test_zero_curvature_is_exactly_zero():
+    """Piecewise linear networks have S = 0, and Î₂ no variance (Remark 4.4)."""
+    net = chain(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
+    derivs = differentiate(net, inputs(2, 25).view(2, 1, 5, 5))
+    assert not any(block.S.any() for block in derivs.blocks)
