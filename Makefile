@@ -3,6 +3,7 @@
 #   DATASET    auto (default): MNIST, else the stand-in; mnist: never the stand-in; digits
 #   PYTHON     the Python 3.11 to 3.13 that makes the environment (default: python3)
 #   PY         an environment's Python that has everything: none is made (only `make … PY=`)
+#   RUN        a command put before every run, as RUN="srun -n1 --gres=gpu:1" (only `make … RUN=`)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
@@ -26,6 +27,15 @@ PY := $(CURDIR)/.venv/bin/python
 ENV := .venv/.finished
 endif
 
+ifneq ($(origin RUN),command line)
+RUN :=
+endif
+ifneq ($(origin NAME),command line)
+NAME :=
+endif
+FROM ?= mnist
+export PARAMS
+
 # Everything is the same at smoke size, in a folder of its own: `make smoke` sets SMOKE=1.
 RESULTS := results$(if $(SMOKE),/smoke)
 CHOICE := $(RESULTS)/.dataset
@@ -34,21 +44,23 @@ BOOK_OUTPUT := $(if $(SMOKE),$(RESULTS),book)
 # The data set in use, chosen by `make data`; read when a recipe runs.
 CHOSEN = $$(cat "$(CHOICE)" 2>/dev/null || echo mnist)
 RUNS = $(RESULTS)/$(CHOSEN)
-RUN = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
+# A file for each make: $$PPID is its process, for every line of a recipe.
+TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
+RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data experiments report book reproduce smoke reference lint test test-full mutants gpu-check clean
+.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full mutants gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@sed -nE '2,5s/^# +/  /p' $(MAKEFILE_LIST)
+	@sed -nE '2,6s/^# +/  /p' $(MAKEFILE_LIST)
 
 env: $(ENV) ## make the environment in .venv (once; 2 GB, on Linux with CUDA 5.5 GB)
 
 .venv/.finished: requirements.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "error: $(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.12 …" >&2; exit 1; }
-	@echo "making the environment in .venv (a minute or two) …"
+	@echo "making the environment in .venv (a minute or two; 2 GB, on Linux with CUDA 5.5 GB) …"
 	@"$(PYTHON)" -m venv .venv || \
 	  { echo "error: no virtual environment could be made; is python3-venv installed?" >&2; exit 1; }
 	@.venv/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt -e . || \
@@ -61,11 +73,16 @@ data: $(ENV) ## find or download MNIST, or fall back to the stand-in
 	@"$(PY)" -m support.data --dataset "$(DATASET)" --print-choice-to "$(CHOICE)"
 
 experiments: data ## run all notebooks that are not finished yet (make -j2: two at a time)
-	@$(RUN) --todo "$(RESULTS)/.todo"
-	@todo=$$(sed 's/^/run-/' "$(RESULTS)/.todo") && if [ -n "$$todo" ]; then $(MAKE) $$todo; fi
+	@command -v $(firstword $(RUN) true) >/dev/null || \
+	  { echo "error: RUN starts with $(firstword $(RUN)), which is no command here." >&2; exit 1; }
+	@$(RUNNER) --todo "$(TODO)"
+	@todo=$$(sed 's/^/run-/' "$(TODO)") && rm -f "$(TODO)" && if [ -n "$$todo" ]; then $(MAKE) $$todo; fi
 
 run-%: $(ENV)
-	@$(RUN) $*
+	@SLURM_JOB_NAME=$* $(RUN) $(RUNNER) $*
+
+quote: $(ENV) ## say what `make reproduce` will take here, and what is done; runs nothing
+	@"$(PY)" -m support.quote --dataset "$(CHOSEN)" --results "$(RUNS)"
 
 book: $(ENV) ## build the book: from results on the last data set chosen, else data/reference
 	@"$(PY)" -m support.book $(SIZE) --results "$(RUNS)" --output "$(BOOK_OUTPUT)"
@@ -80,6 +97,14 @@ reproduce: experiments ## the main command: data, experiments, book, and what re
 
 smoke: ## the whole path at a tiny size, in a minute or two; its results never count
 	@$(MAKE) reproduce SMOKE=1
+
+fork: $(ENV) ## copy a notebook, to change it: make fork NAME=mynet FROM=mnist
+	@"$(PY)" -m support.forks new "$(NAME)" --source "$(FROM)"
+
+run: data ## run a fork, or a run: make run NAME=mynet PARAMS="activation=tanh epochs=5"
+	@SLURM_JOB_NAME="$(NAME)" $(RUN) "$(PY)" -m support.forks run "$(NAME)" $(SIZE) \
+	  --parameters "$$PARAMS" --dataset "$(CHOSEN)" --results "$(RUNS)"
+	@$(MAKE) book
 
 reference: $(ENV) ## replace data/reference by the results made here (real MNIST only)
 	@"$(PY)" -m support.reference --results "$(RESULTS)/mnist"

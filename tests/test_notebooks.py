@@ -1,12 +1,15 @@
 """The source notebooks, and the MNIST experiment at a tiny size on the bundled digits."""
 
+import json
+import random
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+
 import nbformat
 import numpy as np
 import pytest
-import torch
-from support import figures, report, results, runs
-
-import fimlib
+from support import figures, results, runs
 
 SOURCES = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
 SIZE = {"epochs": 2, "train_limit": 300, "num_samples": 50, "hidden": [8, 6], "seed": 3}
@@ -46,6 +49,62 @@ def wide(run):
 def test_the_same_seed_gives_the_same_bytes(tiny):
     a, b = (tiny[k].folder / "values.csv" for k in "ab")
     assert a.read_text().replace("\na,", "\nb,") == b.read_text()
+
+
+START = """\
+import json, sys
+from pathlib import Path
+from support import runs
+spec = runs.Spec("a", "Tiny", runs.NOTEBOOKS / "mnist.ipynb", json.loads(sys.argv[1]))
+runs.execute(spec, Path(sys.argv[2]), "digits")
+"""
+
+
+@contextmanager
+def started(folder, size):
+    """A runner in a process of its own; SIGKILL ends it, its kernel notices and ends as well."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, json.dumps(size), str(folder)], cwd=runs.NOTEBOOKS,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_run_goes_on_and_has_the_same_values(tiny, tmp_path, capsys):
+    with started(tmp_path, SIZE) as process:
+        assert any("epoch  1/2" in line for line in process.stdout)
+    assert results.load(tmp_path) == {}
+    spec = runs.Spec("a", "Tiny", runs.NOTEBOOKS / "mnist.ipynb", SIZE)
+    assert runs.execute(spec, tmp_path, "digits")
+    assert "continues after epoch" in capsys.readouterr().out
+    run, whole = results.load(tmp_path)["a"], tiny["a"]
+    for file in ("values.csv", "figure.svg"):
+        assert (run.folder / file).read_bytes() == (whole.folder / file).read_bytes()
+    assert run.record["attempts"] == 2
+    assert run.record["wall_seconds"] > run.record["seconds"] > 0
+    executed = (run.folder / "notebook.ipynb").read_text()
+    assert all(f"epoch  {epoch}/2" in executed for epoch in range(3))
+    assert {p.name for p in run.folder.iterdir()} == {p.name for p in whole.folder.iterdir()}
+
+
+@pytest.mark.full
+def test_a_run_killed_at_random_points_has_the_same_values(tmp_path):
+    """Whatever the runner is doing: starting, training, drawing, giving the folder its name."""
+    size = SIZE | {"epochs": 40}
+    with started(tmp_path / "whole", size) as process:
+        process.wait()
+    delays, kills = random.Random(0), 0
+    while not results.load(tmp_path / "killed"):
+        with started(tmp_path / "killed", size) as process, suppress(subprocess.TimeoutExpired):
+            process.wait(delays.uniform(4, 14) if kills < 12 else None)
+        kills += 1
+    assert kills >= 2
+    one, other = (tmp_path / name / "a/values.csv" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_values_obey_the_theory(tiny):
@@ -104,60 +163,3 @@ def test_a_figure_shows_the_table(tiny):
     assert np.allclose(lines[r"log(UB/$V_1$)"], np.log(first.V1_upper / first.V1))
     output = {line.get_label() for line in figure.axes[2].lines}
     assert not any("V_2" in label for label in output)
-
-
-def test_facts_are_counted_from_the_table(tiny):
-    """Change the table, and exactly the statement that depends on it changes."""
-    runs_ = {"a": tiny["a"]}
-    rows = {f.statement: f.ours for f in report.facts(runs_)}
-
-    class Changed(results.Run):
-        @property
-        def values(self):
-            values = super().values
-            at = (values.quantity == "V1_violations") & (values.epoch == 1) & (values.layer == "2")
-            values.loc[at, "value"] = 7
-            return values
-
-    run = tiny["a"]
-    changed = {
-        f.statement: f.ours for f in report.facts({"a": Changed(run.name, run.folder, run.record)})
-    }
-    differ = {k for k in rows if rows[k] != changed[k]}
-    assert differ == {"bounds of Theorem 4.1 hold"}
-    assert rows["bounds of Theorem 4.1 hold"].startswith("0 violations")
-    assert changed["bounds of Theorem 4.1 hold"].startswith("7 violations")
-
-
-def test_against_the_reference(tiny):
-    a = {"run": tiny["a"]}
-    assert "identical" in report.against_reference(a, a)
-    assert "no reference" in report.against_reference(a, {})
-
-    class Doubled(results.Run):
-        @property
-        def values(self):
-            values = super().values
-            return values.assign(value=2 * values.value)
-
-    run = tiny["a"]
-    moved = report.against_reference({"run": Doubled(run.name, run.folder, run.record)}, a)
-    assert "median factor of 2.00" in moved
-
-
-def test_the_notebook_counts_violations_where_there_are_some():
-    """Its own function on made-up bounds: beyond either side by more than the stated rounding."""
-    cells = nbformat.read(runs.NOTEBOOKS / "mnist.ipynb", as_version=4).cells
-    source = next(cell.source for cell in cells if "def violations(" in cell.source)
-    functions = source[source.index("def count_by_layer(") : source.index("def measure(")]
-    namespace = {}
-    exec(functions, namespace)
-    ones = torch.ones(1, 6, dtype=torch.float64)
-    interval = fimlib.Interval({"0.w": ones, "0.b": ones, "2.w": ones}, {
-        "0.w": 2 * ones, "0.b": 2 * ones, "2.w": 2 * ones,
-    })  # fmt: skip
-    at = torch.tensor([[0.9, 1 - 1e-9, 1.0, 2.0, 2 + 1e-8, 3.0]], dtype=torch.float64)
-    rounding = torch.tensor([[1 - 1e-12, 1.5, 1.5, 1.5, 1.5, 2 + 1e-12]], dtype=torch.float64)
-    value = {"0.w": at, "0.b": rounding, "2.w": rounding}
-    assert namespace["violations"](value, interval) == {"1": 4, "2": 0}
-    assert namespace["violations"](value | {"2.w": at}, interval) == {"1": 4, "2": 4}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ for i in range(pauses):
     time.sleep(0.2)
 pathlib.Path(out, "value.txt").write_text(str(2 * number))
 """
+
+FILES = {"notebook.ipynb", "record.json", "value.txt"}
 
 WRITES = """\
 import time, torch
@@ -39,7 +42,7 @@ def notebook(folder, code=TINY, tags=("parameters",), name="tiny.ipynb"):
 
 
 def spec(path, **parameters):
-    return runs.Spec("tiny", "A tiny run", path, parameters)
+    return runs.Spec("tiny", "A tiny run", path, parameters, "tiny", tuple(parameters))
 
 
 def test_a_finished_run_is_kept_until_something_changes(tmp_path, capsys):
@@ -48,6 +51,11 @@ def test_a_finished_run_is_kept_until_something_changes(tmp_path, capsys):
     assert (folder / "tiny" / "value.txt").read_text() == "42"
     record = json.loads((folder / "tiny" / "record.json").read_text())
     assert record["title"] == "A tiny run"
+    assert (record["run"], record["varied"], record["attempts"]) == ("tiny", ["number"], 1)
+    assert record["machine"]["threads"] == 1
+    assert record["wall_seconds"] > record["calibration"] > 0
+    assert record["memory_mb"] > 50
+    assert {p.name for p in folder.rglob("*")} == FILES | {".partial", ".tiny.lock", "tiny"}
     executed = (folder / "tiny" / "notebook.ipynb").read_text()
     assert str(tmp_path) not in executed.replace(os.path.relpath(folder, runs.NOTEBOOKS), "")
     assert not runs.execute(spec(path, number=21), folder, "digits")
@@ -123,6 +131,38 @@ def test_a_failing_cell_leaves_no_result_and_no_traceback(tmp_path):
     assert set(results.load(folder)) == {"tiny"}
 
 
+def test_attempts_are_counted_and_their_seconds_kept(tmp_path, monkeypatch):
+    """Up to the last checkpoint: what was made after it is lost, and made again."""
+    now = [1000.0]
+    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+    folder = tmp_path / "tiny"
+    partial, attempts = runs.begin(folder, "digest")
+    assert (attempts.number, attempts.started, attempts.earlier) == (1, 1000, 0)
+    now[0] = 1100
+    assert runs.begin(folder, "digest")[1].earlier == 0  # no checkpoint
+    (partial / "checkpoint.pt").write_bytes(b"")
+    os.utime(partial / "checkpoint.pt", (1130, 1130))
+    now[0] = 2000
+    again, attempts = runs.begin(folder, "digest")
+    assert again == partial
+    assert (attempts.number, attempts.started, attempts.earlier) == (3, 1000, 30)
+    now[0] = 3000  # killed before another checkpoint was made
+    assert runs.begin(folder, "digest")[1].earlier == 30
+    (partial / runs.ATTEMPTS).write_text("{")
+    assert runs.begin(folder, "digest")[1].number == 1
+
+
+def test_what_was_begun_with_other_code_or_elsewhere_is_removed(tmp_path, monkeypatch):
+    partial, _ = runs.begin(tmp_path / "tiny", "digest")
+    (partial / "checkpoint.pt").write_bytes(b"")
+    other, attempts = runs.begin(tmp_path / "tiny", "of other code")
+    assert attempts.number == 1
+    assert [*(tmp_path / "tiny").iterdir()] == [other]
+    monkeypatch.setattr(results, "processor", lambda: "another")
+    elsewhere, _ = runs.begin(tmp_path / "tiny", "of other code")
+    assert [*(tmp_path / "tiny").iterdir()] == [elsewhere] != [other]
+
+
 def test_a_killed_run_is_no_result(tmp_path):
     """SIGKILL in the middle: nothing counts, the lock is free, the next call makes the run."""
     folder, path = tmp_path / "results", notebook(tmp_path)
@@ -183,8 +223,8 @@ def test_missing_notebook_names_those_there(tmp_path):
         runs.execute(spec(tmp_path / "other.ipynb"), tmp_path / "results", "digits")
 
 
-SMOKE = "\nsmoke: {seeds: [0], parameters: {tiny.ipynb: {number: 2}}}"
-SEEDS = r"run a: `seeds:` must be a list of whole numbers such as \[0, 1\], not "
+SMOKE = "\nsmoke: {each: {seed: [0]}, parameters: {tiny.ipynb: {number: 2}}}"
+EACH = r"run a: `each:` must be lists of values by parameter, such as \{seed: \[0, 1\]\}, not "
 
 
 @pytest.mark.parametrize(
@@ -196,19 +236,24 @@ SEEDS = r"run a: `seeds:` must be a list of whole numbers such as \[0, 1\], not 
         ("runs: {a: }" + SMOKE, r"run a: it needs `title:` and `notebook:`"),
         ("runs: {a: {title: A}}" + SMOKE, r"run a: it needs `title:` and `notebook:`"),
         ("runs: {a: {notebook: tiny.ipynb}}" + SMOKE, r"run a: it needs `title:`"),
-        ("runs: {a: {HEAD, seeds: 3}}" + SMOKE, SEEDS + "3"),
-        ("runs: {a: {HEAD, seeds: [x]}}" + SMOKE, SEEDS + r"\['x'\]"),
-        ("runs: {a: {HEAD, seeds: []}}" + SMOKE, SEEDS),
+        ("runs: {a: {HEAD, each: 3}}" + SMOKE, EACH + "3"),
+        ("runs: {a: {HEAD, each: {}}}" + SMOKE, EACH),
+        ("runs: {a: {HEAD, each: {seed: 3}}}" + SMOKE, EACH + "{'seed': 3}"),
+        ("runs: {a: {HEAD, each: {seed: []}}}" + SMOKE, EACH),
+        ("runs: {a: {HEAD, each: {seed: [[1]]}}}" + SMOKE, EACH),
+        ("runs: {a: {HEAD, each: {x: [A, a]}}}" + SMOKE, r"the run a-x-a: two runs have this"),
+        ("runs: {a: {HEAD, each: {x: [../b]}}}" + SMOKE, r"the run a-x-../b: it is no name"),
+        ("runs: {a: {HEAD, each: {name: [b]}}}" + SMOKE, r"run a: .* name is chosen by the r"),
         ("runs: {a: {HEAD, parameters: }}" + SMOKE, r"run a: `parameters:` .* or left out"),
         ("runs: {a: {HEAD, parametres: {}}}" + SMOKE, r"run a: unknown parametres; there are: ti"),
         ("runs: {a: {HEAD, parameters: {out: x}}}" + SMOKE, r"run a: .* out is chosen by the run"),
         ("runs: {a: {HEAD, parameters: {name: x}}}" + SMOKE, r"run a: .* name is chosen by the r"),
         ("runs: {a: {HEAD, parameters: {dataset: x}}}" + SMOKE, r"run a: .* by .*DATASET="),
-        ("runs: {a: {HEAD, seeds: [1], parameters: {seed: 2}}}" + SMOKE, r"run a: .* not both"),
+        ("runs: {a: {HEAD, each: {seed: [1]}, parameters: {seed: 2}}}" + SMOKE, r"run a: seed is"),
         ("runs: {1: {HEAD}}" + SMOKE, r"run 1: a name is a letter"),
         ("runs: {a/b: {HEAD}}" + SMOKE, r"run a/b: a name is a letter"),
-        ("runs: {a: {HEAD}}\nsmoke: {seeds: [0]}", r"smoke: it needs `seeds:` and `parameters:`"),
-        ("runs: {a: {HEAD}}\nsmoke: {seeds: [0], parameters: {tiny.ipynb: 3}}", r"tiny.ipynb: `p"),
+        ("runs: {a: {HEAD}}\nsmoke: {seeds: [0]}", r"smoke: it needs `each:` and `parameters:`"),
+        ("runs: {a: {HEAD}}\nsmoke: {each: {b: [0]}, parameters: {tiny.ipynb: 3}}", r"ipynb: `p"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_plan_are_named(tmp_path, text, message):
@@ -216,6 +261,37 @@ def test_mistakes_in_the_plan_are_named(tmp_path, text, message):
     plan.write_text(text.replace("HEAD", "title: A, notebook: tiny.ipynb"))
     with pytest.raises(runs.RunError, match=message):
         runs.specs(plan)
+
+
+PLAN = """
+runs:
+  a:
+    title: With {activation}, seed {seed}
+    notebook: tiny.ipynb
+    parameters: {number: 3}
+    each: {seed: [0, 1], activation: [Sigmoid, LogSigmoid]}
+  b: {title: B, notebook: tiny.ipynb, each: {rate: [0.001], seed: [7, 8]}}
+  c: {title: C, notebook: other.ipynb}
+smoke: {each: {seed: [1], activation: [Sigmoid]}, parameters: {tiny.ipynb: {number: 2}}}
+"""
+
+
+def test_each_makes_all_combinations(tmp_path):
+    plan = tmp_path / "runs.yml"
+    plan.write_text(PLAN)
+    specs = runs.specs(plan)
+    assert list(specs) == [
+        "a-seed-0-activation-sigmoid", "a-seed-0-activation-logsigmoid",
+        "a-seed-1-activation-sigmoid", "a-seed-1-activation-logsigmoid",
+        "b-rate-0.001-seed-7", "b-rate-0.001-seed-8", "c",
+    ]  # fmt: skip
+    one = specs["a-seed-1-activation-logsigmoid"]
+    assert one.parameters == {"number": 3, "seed": 1, "activation": "LogSigmoid"}
+    assert (one.title, one.experiment) == ("With LogSigmoid, seed 1", "a")
+    assert (one.varied, specs["c"].varied) == (("seed", "activation"), ())
+    small = runs.specs(plan, smoke=True)
+    assert list(small) == ["a-seed-1-activation-sigmoid", "b-rate-0.001-seed-7", "c"]
+    assert small["a-seed-1-activation-sigmoid"].parameters["number"] == 2
 
 
 def test_mistakes_in_the_plan_are_no_traceback(tmp_path, capsys, monkeypatch):
@@ -241,39 +317,97 @@ def test_mistakes_in_the_plan_are_no_traceback(tmp_path, capsys, monkeypatch):
 def test_command_line(tmp_path, capsys, monkeypatch):
     todo = tmp_path / "todo"
     assert runs.main(["--todo", str(todo), "--results", str(tmp_path), "--dataset", "digits"]) == 0
-    notebooks = ["checks", "statements", "bounds", "joint"]
-    assert todo.read_text().split() == [*notebooks, *[f"sigmoid-seed-{seed}" for seed in range(5)]]
-    assert "notebooks done: 0 of 9" in capsys.readouterr().out
+    planned = todo.read_text().split()
+    assert planned == list(runs.specs())
+    assert planned[:5] == [f"sigmoid-seed-{seed}" for seed in range(5)]  # Figure 1 comes first
+    assert f"notebooks done: 0 of {len(planned)}" in capsys.readouterr().out
     assert runs.main(["sigmoid-seed-9", "--results", str(tmp_path)]) == 1
-    assert "no runs named sigmoid-seed-9; there are: checks" in capsys.readouterr().err
+    assert "no runs named sigmoid-seed-9; there are: sigmoid-seed-0" in capsys.readouterr().err
 
     def full(*_args):
         raise OSError(28, "No space left on device", "values.csv")
 
     monkeypatch.setattr(runs, "execute", full)
     assert runs.main(["checks", "--results", str(tmp_path)]) == 1
-    assert "No space left on device (values.csv). Free some space" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "error: the disk is full: No space left on device (values.csv)\nFree some sp" in text
 
 
-def test_read_only_folder_is_named(tmp_path, capsys):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 100 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "none", folder]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+FILLS = """\
+from support import results
+for i in range(100):
+    results.write(f"{out}/file-{i}", bytes(10_000))
+"""
+
+
+def tried(path, folder, *limits):
+    """What `python -m support.runs` says of the run, in a process of its own."""
+    code = (
+        "import resource, sys; from pathlib import Path; from support import runs\n"
+        f"runs.specs = lambda smoke: {{'tiny': runs.Spec('tiny', 't', Path({str(path)!r}))}}\n"
+        f"[resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)) for n in {limits}]\n"
+        f"sys.exit(runs.main(['tiny', '--dataset', 'digits', '--results', {str(folder)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=runs.NOTEBOOKS, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stderr
+
+
+def test_a_full_disk_ends_with_a_message(tmp_path, small_disk):
+    text = tried(notebook(tmp_path, FILLS), small_disk)
+    assert re.search(
+        r"error: .*the disk is full: .*No space left.*\nFree some space, and run", text
+    )
+    assert results.load(small_disk) == {}
+
+
+def test_a_file_that_may_not_grow_ends_with_a_message(tmp_path):
+    """A quota, where no small disk can be mounted."""
+    text = tried(notebook(tmp_path, FILLS), tmp_path / "results", 9000)
+    assert "error: tiny: the disk is full: [Errno 27] File too large" in text
+
+
+def test_read_only_folder_is_named(small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert runs.main(["checks", "--results", str(small_disk / "results")]) == 1
+    text = capsys.readouterr().err
+    assert re.search(
+        r"error: no permission to write: Read-only .*disk.*\nMake the folder wri", text
+    )
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert runs.main(["checks", "--results", str(tmp_path / "file")]) == 1
-    assert "error: " in (text := capsys.readouterr().err)
-    assert "Traceback" not in text
+    assert "error: the system reports: " in capsys.readouterr().err
 
 
-def test_write_text_is_all_or_nothing(tmp_path, monkeypatch):
+def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "values.csv"
     results.write_text(path, "old")
 
-    def full(self, text, encoding):  # noqa: ARG001
-        with self.open("w") as handle:
-            handle.write(text[:3])
+    def full(_file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.Path, "write_text", full)
+    monkeypatch.setattr(results.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        results.write_text(path, "new and longer")
+        results.write_text(str(path), "new and longer")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["values.csv"]
 
@@ -295,3 +429,10 @@ def test_a_record_is_dated_in_utc():
     assert made["started"].endswith("Z")
     assert made["counts"] is False  # cut short
     assert made["versions"]["torch"] == torch.__version__
+    assert 50 < made["memory_mb"] < 20_000
+
+
+def test_memory_is_told_without_proc(monkeypatch):
+    there = results.peak_memory()
+    monkeypatch.setattr(results, "Path", lambda _name: (_ for _ in ()).throw(OSError()))
+    assert results.peak_memory() == pytest.approx(there, rel=0.5)

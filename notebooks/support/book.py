@@ -14,20 +14,42 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import nbformat
+import pandas as pd
+from matplotlib.figure import Figure
 
-from support import figures, listings, report, results, runs
+from support import (
+    cells,
+    comparison,
+    figures,
+    forks,
+    listings,
+    passports,
+    report,
+    results,
+    runs,
+    sweep_figures,
+)
 from support.results import Run
 
 BOOK = results.ROOT / "book"
 GENERATED = BOOK / "_generated"
 PAPER = "sigmoid"  # the experiment of Section 5.3; its first run is the one of Figure 1
-SVG = "image/svg+xml"
 MUTATION = results.ROOT / "data" / "mutation.json"
+LIKE_FIGURE_1 = (PAPER, "log-sigmoid")  # experiments of which every run is drawn like Figure 1
+# Experiments that are drawn together, from the rows of all their runs.
+OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "sweep": sweep_figures.validity,
+    "decay": sweep_figures.decay,
+}
+ASIDE = "not-counted-"  # before the names of figures of runs that do not count
 PICTURE = "picture:"  # a cell with the tag picture:NAME draws _generated/NAME.svg
+
+
+Made = dict[str, list[Run]]  # the runs behind every file; none if they are still to be made
 
 
 class BookError(Exception):
@@ -49,10 +71,10 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
     """
     here, reference = results.load(folder, runs.specs()), results.load(report.REFERENCE)
     wanted = {name for name, spec in runs.specs(smoke=smoke).items() if spec.experiment == PAPER}
-    paper = {name: run for name, run in here.items() if run.record["experiment"] == PAPER}
-    complete = set(paper) == wanted
+    there = {name for name, run in here.items() if run.record["experiment"] == PAPER}
+    complete = there == wanted
     aside = {name: run for name, run in here.items() if complete and not run.counts}
-    if complete and not aside.keys() & paper.keys():
+    if complete and not aside.keys() & there:
         others = {n: run for n, run in reference.items() if run.record["experiment"] != PAPER}
         return others | {name: run for name, run in here.items() if run.counts}, aside
     if PAPER not in report.experiments(reference):
@@ -60,34 +82,93 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
     return reference, aside
 
 
-def prepare(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
-    """Write everything that the pages include: notebooks, figures, pictures, fragments.
+def forked(folder: Path) -> dict[str, tuple[Run, Run | None]]:
+    """The forks that were run here, each with the original that it is compared with, if any."""
+    here = results.load(folder)
+    pool = [*here.values(), *results.load(report.REFERENCE).values()]
+    return {
+        name: (here[name], comparison.original(here[name], [r for r in pool if r.name != name]))
+        for name in forks.read()
+        if name in here
+    }
+
+
+def prepare(
+    main: Mapping[str, Run],
+    aside: Mapping[str, Run],
+    own: Mapping[str, tuple[Run, Run | None]] | None = None,
+) -> None:
+    """Write everything that the pages include: notebooks, figures, passports, fragments.
+
+    Args:
+        main: The runs whose numbers the book tells.
+        aside: Runs that do not count, shown apart from those.
+        own: Forks, with their originals.
 
     Raises:
         BookError: a notebook's picture is missing, or two have one name.
     """
     shutil.rmtree(GENERATED, ignore_errors=True)
-    for folder, group in (("notebooks", main), ("not-counted", aside)):
-        (GENERATED / folder).mkdir(parents=True)
-        for name, run in group.items():
-            results.write_text(GENERATED / folder / f"{name}.ipynb", page(run, origin(run)))
-    counted, beside = (report.experiments(group).get(PAPER, {}) for group in (main, aside))
-    draw(counted, "")
-    landing = [shown(counted, ""), summary(counted)]
-    section = [shown(counted, ""), table(counted, "")]
-    if beside:
-        draw(beside, "not-counted-")
-        landing.append(shown(beside, "not-counted-"))
-        section += [shown(beside, "not-counted-"), table(beside, "not-counted-")]
-    results.write_text(GENERATED / "landing.md", "\n".join(landing))
-    results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
-    results.write_text(GENERATED / "mutation.md", mutation())
+    GENERATED.mkdir(parents=True)
+    pages = write_pages(main, aside, own or {})
+    made = {file: [run] for file, run in pages.items()}
+    made |= draw(main, "") | draw(aside, ASIDE) | draw_values(main)
+    for run in main.values():
+        made |= save_pictures(run)
+    made |= fill_gaps(set(made))
+    passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})
+    write_fragments(main, aside)
     (GENERATED / "source").mkdir()
     for path in listings.paths():
         listing = GENERATED / "source" / f"{listings.page_name(path)}.md"
         results.write_text(listing, listings.page(path))
-    for run in main.values():
-        save_pictures(run)
+
+
+def write_pages(
+    main: Mapping[str, Run],
+    aside: Mapping[str, Run],
+    own: Mapping[str, tuple[Run, Run | None]],
+) -> dict[str, Run]:
+    """Write the executed notebooks; return which run stands in which file."""
+    pages = {f"notebooks/{name}.ipynb": run for name, run in main.items()}
+    pages |= {f"not-counted/{name}.ipynb": run for name, run in aside.items()}
+    for _, original in own.values():
+        if original and original.folder not in [run.folder for run in pages.values()]:
+            pages[f"forks/{original.name}.ipynb"] = original
+    file_of = {run.folder: file for file, run in pages.items()}
+    compared = {}
+    for name, (run, original) in own.items():
+        pages[f"forks/{name}.ipynb"] = run
+        if original:
+            link = f"../{file_of[original.folder]}"
+            compared[run.folder] = comparison.compare(run, original, link)
+    for folder in ("notebooks", "not-counted", "forks"):
+        (GENERATED / folder).mkdir()
+    for file, run in pages.items():
+        text = page(run, origin(run), compared.get(run.folder, ""))
+        results.write_text(GENERATED / file, text)
+    return pages
+
+
+def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
+    """Write what the pages include of the report, with the figures that belong to it."""
+    counted, beside = paper(main), paper(aside)
+    made = origin(first(counted))
+    landing = [shown(counted, ""), report.landing(main, made)]
+    section = [shown(counted, ""), report.section_5_3(main, made), seeds(counted, "")]
+    if beside:
+        landing.append(shown(beside, ASIDE))
+        section += [shown(beside, ASIDE), seeds(beside, ASIDE)]
+    results.write_text(GENERATED / "landing.md", "\n".join(landing))
+    results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
+    reference = results.load(report.REFERENCE)
+    results.write_text(GENERATED / "report.md", report.page(main, reference, made))
+    results.write_text(GENERATED / "mutation.md", mutation())
+
+
+def paper(group: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs of the experiment of Section 5.3 among others."""
+    return report.experiments(group).get(PAPER, {})
 
 
 def first(group: Mapping[str, Run]) -> Run:
@@ -102,33 +183,70 @@ def origin(run: Run) -> str:
     return "a run on the machine that built this book"
 
 
-def page(run: Run, made: str) -> str:
-    """The executed notebook as a page: its own title, and on top what it is and what made it."""
-    notebook = nbformat.read(run.folder / "notebook.ipynb", as_version=4)
-    cells = notebook.cells
-    if not (cells and cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")):
-        cells.insert(0, nbformat.v4.new_markdown_cell(id="title"))
-    rest = cells[0].source.partition("\n")[2]
+def page(run: Run, made: str, compared: str = "") -> str:
+    """The executed notebook as a page: its own title, and on top what it is.
+
+    Args:
+        run: The run; where its executed notebook is not kept, the page has no outputs.
+        made: Whose run it is, in words.
+        compared: What else to say on top.
+    """
+    path = run.folder / "notebook.ipynb"
+    if path.is_file():
+        notebook = nbformat.read(path, as_version=4)
+        what = f"This page is the executed notebook of {made}."
+    else:
+        notebook = passports.ready(run)
+        what = (
+            f"This page is the notebook of {made}, with its parameters but without its outputs, "
+            f"which were not kept. `{passports.command(run)}` makes them."
+        )
     warn = figures.warning(run.record)
     title = f"{warn.split(':')[0]}: {run.record['title']}" if warn else run.record["title"]
-    machine = run.record["machine"]
-    cells[0].source = (
-        f"# {title}\n\n```{{{'warning' if warn else 'note'}}}\n"
-        f"{warn + '. ' if warn else ''}This page is the executed notebook of {made}: commit "
-        f"{run.record['commit']}, {run.record['started']}, {run.record['seconds']:.0f} s on "
-        f"{machine['processor']} ({machine['threads']} thread, {machine['device']}).\n```\n{rest}"
-    )
+    cells.entitle(notebook, title)
+    head, _, rest = notebook.cells[0].source.partition("\n")
+    kind, what = ("warning", f"{warn}. {what}") if warn else ("note", what)
+    notebook.cells[0].source = f"{head}\n\n```{{{kind}}}\n{what}\n```\n\n{compared}\n{rest}"
     text: str = nbformat.writes(notebook)
     return text
 
 
-def save_pictures(run: Run) -> None:
+def draw(group: Mapping[str, Run], prefix: str) -> Made:
+    """Draw Figure 1 and the variances over all seeds, if their runs are there."""
+    group = paper(group)
+    if not group:
+        return {}
+    run, warn = first(group), report.warning(group)
+    figure = figures.figure_1(run.values, run.record, warn)
+    figures.save(figure, GENERATED / f"{prefix}figure-1.svg")
+    tables = {f"seed {report.seed(run)}": run.values for run in group.values()}
+    figures.save(figures.variance_ratios(tables, warn), GENERATED / f"{prefix}seeds.svg")
+    return {f"{prefix}figure-1.svg": [run], f"{prefix}seeds.svg": list(group.values())}
+
+
+def draw_values(main: Mapping[str, Run]) -> Made:
+    """Draw the other figures that come from tables: one per run, or one per experiment."""
+    made = {}
+    for experiment, group in report.experiments(main).items():
+        if experiment in LIKE_FIGURE_1:
+            for name, run in group.items():
+                figures.save(figures.figure_1(run.values, run.record), GENERATED / f"{name}.svg")
+                made[f"{name}.svg"] = [run]
+        if experiment in OVER_RUNS:
+            figure = OVER_RUNS[experiment](pd.concat(run.values for run in group.values()))
+            figures.save(figure, GENERATED / f"{experiment}.svg")
+            made[f"{experiment}.svg"] = list(group.values())
+    return made
+
+
+def save_pictures(run: Run) -> Made:
     """Write the picture of every cell that is tagged ``picture:NAME`` to ``NAME.svg``.
 
     Raises:
         BookError: the name does not suit a file or is taken, or the cell has not one SVG output.
     """
-    for name, drawn in pictures(run):
+    made = {}
+    for name, drawn in pictures(run.folder / "notebook.ipynb"):
         where, path = f"run {run.name}, tag {PICTURE}{name}", GENERATED / f"{name}.svg"
         if not re.fullmatch("[a-z0-9_-]+", name):
             raise BookError(f"{where}: use lower-case letters, digits, - and _ for the name.")
@@ -136,16 +254,35 @@ def save_pictures(run: Run) -> None:
             raise BookError(f"{where}: the cell has {len(drawn)} SVG outputs; let it show one.")
         if path.exists():
             raise BookError(f"{where}: another picture has this name; choose a new one.")
-        results.write_text(path, drawn[0])
+        results.write_text(path, figures.compact(drawn[0]))
+        made[path.name] = [run]
+    return made
 
 
-def pictures(run: Run) -> Iterator[tuple[str, list[str]]]:
-    """Name and SVG outputs of every cell of a run's notebook that is tagged ``picture:NAME``."""
-    for cell in nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells:
+def pictures(notebook: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and SVG outputs of every cell of a notebook that is tagged ``picture:NAME``."""
+    if not notebook.is_file():
+        return
+    for cell in nbformat.read(notebook, as_version=4).cells:
         data = [output.get("data", {}) for output in cell.get("outputs", [])]
-        for tag in cell.metadata.get("tags", []):
+        for tag in cells.tags(cell):
             if tag.startswith(PICTURE):
-                yield tag.removeprefix(PICTURE), [x[SVG] for x in data if SVG in x]
+                yield tag.removeprefix(PICTURE), [x[figures.SVG] for x in data if figures.SVG in x]
+
+
+def fill_gaps(made: set[str]) -> Made:
+    """Say "not run yet" in place of the figures of runs.yml that cannot be drawn yet."""
+    wanted = {}
+    for name, spec in runs.specs().items():
+        if spec.experiment in LIKE_FIGURE_1:
+            wanted[name] = name
+        if spec.experiment in OVER_RUNS:
+            wanted[spec.experiment] = spec.experiment
+        wanted |= {picture: name for picture, _ in pictures(spec.notebook)}
+    missing = {file: name for file, name in wanted.items() if f"{file}.svg" not in made}
+    for file, name in missing.items():
+        figures.save(figures.not_yet(name), GENERATED / f"{file}.svg")
+    return {f"{file}.svg": [] for file in missing}
 
 
 def mutation() -> str:
@@ -171,15 +308,6 @@ def mutation() -> str:
     return "\n".join([head, "", *table, "", fold])
 
 
-def draw(group: Mapping[str, Run], prefix: str) -> None:
-    """Figure 1 and the variances over all seeds."""
-    run, warn = first(group), report.warning(group)
-    figure = figures.figure_1(report.read(run), run.record, warn)
-    figures.save(figure, GENERATED / f"{prefix}figure-1.svg")
-    tables = {f"seed {report.seed(run)}": report.read(run) for run in group.values()}
-    figures.save(figures.variance_ratios(tables, warn), GENERATED / f"{prefix}seeds.svg")
-
-
 def shown(group: Mapping[str, Run], prefix: str) -> str:
     """Figure 1 with its caption."""
     run, warn = first(group), report.warning(group)
@@ -194,43 +322,19 @@ def shown(group: Mapping[str, Run], prefix: str) -> str:
     )
 
 
-def summary(group: Mapping[str, Run]) -> str:
-    """What was found, in a few lines for the landing page."""
-    rows = report.facts(group)
-    ours = {fact.statement: fact.ours for fact in rows}
-    return (
-        f"**What we find**, with {len(group)} seeds, from {origin(first(group))}:\n\n"
-        f"* *Do the bounds hold?* {ours[report.BOUNDS]}.\n"
-        f"* *The output layer:* V₂ there: {ours[report.VANISHES]}; V₁ is the largest of all "
-        f"layers in {ours[report.LARGEST]}.\n"
-        f"* *The hidden layers:* Î₁ has the smaller variance in {ours[report.SMALLER]}.\n"
-        f"* *How tight are the bounds?* In the hidden layers, UB/V₁: {ours[report.TIGHT_1]}; "
-        f"UB/V₂: {ours[report.TIGHT_2]}.\n"
-        f"* *What reproduced?* Of {report.tally(rows)}; the rules are in "
-        "[Section 5.3](section-5-3.md).\n"
-    )
-
-
-def table(group: Mapping[str, Run], prefix: str) -> str:
-    """What the runs say of the paper's statements, and the picture over all seeds."""
-    run, warn = first(group), report.warning(group)
-    head = (
-        f"**{warn}. None of the paper's statements is judged by these runs.**"
-        if warn
-        else f"All numbers below come from {origin(run)}: the experiment of Figure 1 with seeds "
-        f"{', '.join(str(report.seed(r)) for r in group.values())}, none dropped. {report.RULES}"
-    )
-    seeds = ", ".join(
+def seeds(group: Mapping[str, Run], prefix: str) -> str:
+    """The picture over all seeds, with links to their notebooks."""
+    warn = report.warning(group)
+    links = ", ".join(
         f"[{report.seed(r)}](_generated/{'not-counted' if warn else 'notebooks'}/{name}.ipynb)"
         for name, r in group.items()
     )
     return (
-        f"\n{head}\n\n{report.as_markdown(report.facts(group))}\n\n"
         f"```{{figure}} _generated/{prefix}seeds.svg\n:alt: Ratio of the two variances in each "
         f"hidden layer over the epochs, one line per seed\n:width: 100%\n\nRatio of the layers' "
         f"mean variances, one line per seed; below 1 the paper's V₁ < V₂ holds. "
-        f"{warn + '. ' if warn else ''}Settings as in the figure above. Executed notebooks by "
-        f"seed: {seeds}.\n```\n"
+        f"{warn + '. ' if warn else ''}Executed notebooks by seed: "
+        f"{links}.\n```\n"
     )
 
 
@@ -259,13 +363,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=BOOK, help="where _build will lie")
     arguments = parser.parse_args(argv)
     try:
-        main_runs, aside = sources(arguments.results.resolve(), smoke=arguments.smoke)
-        made = origin(first(report.experiments(main_runs)[PAPER]))
+        folder = arguments.results.resolve()
+        main_runs, aside = sources(folder, smoke=arguments.smoke)
+        own = forked(folder)
+        made = origin(first(paper(main_runs)))
         print(f"building the book with {made} …", flush=True)
         if aside:
             print(f"… and apart from it {report.warning(aside)}", flush=True)
+        if own:
+            print(f"… and with the forks {', '.join(own)}", flush=True)
         with runs.lock(BOOK, "build"):  # two builds would mix their pages
-            prepare(main_runs, aside)
+            prepare(main_runs, aside, own)
             index = build(arguments.output.resolve())
     except (BookError, ValueError, runs.RunError) as error:
         print(f"error: {error}", file=sys.stderr)

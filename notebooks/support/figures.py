@@ -6,7 +6,9 @@ vermilion throughout, the Fisher information green, as in the paper.
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from support import results
 from support.results import NETWORK
 
 GREEN, BLUE, SKY, VERMILION = "#009E73", "#0072B2", "#56B4E9", "#D55E00"
 GREY = "#666666"
+SVG = "image/svg+xml"
 COLORS = ["#000000", "#E69F00", "#56B4E9", "#CC79A7", "#666666"]
 DASHES: Any = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 STYLE: Any = {
@@ -171,33 +175,79 @@ def log_ratio(upper: pd.Series[float], value: pd.Series[float]) -> pd.Series[flo
 
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG whose bytes depend on the figure only."""
+    buffer = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(buffer, format="svg")
     plt.close(figure)
+    results.write_text(path, compact(buffer.getvalue()))
+
+
+def compact(svg: str) -> str:
+    r"""A picture of matplotlib in fewer bytes, looking the same; any other picture as it is.
+
+    Coordinates, in units of 1/72 inch, are rounded to two decimals. The date, the white space, and
+    groups that only bear a number are dropped.
+
+    >>> compact('<svg><g id="figure_1">\n <path d="M 1.23456 2 \nL 0.999 -0.001 "/></g></svg>')
+    '<svg><path d="M 1.23 2 L 1 0"/></svg>'
+    """
+    if '<g id="figure_1">' not in svg:
+        return svg
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<=\s)(?:d|x|y)="[^"]*"|translate\([^)]*\)', rounded, svg)
+    svg = re.sub(r">\s+<", "><", svg)
+    bare = []  # of the groups that are open: whether this one is dropped
+
+    def without_bare(tag: re.Match[str]) -> str:
+        if tag[0] != "</g>":
+            bare.append(re.fullmatch('<g id="[^"]*">|<g>', tag[0]) is not None)
+            return "" if bare[-1] else tag[0]
+        return "" if bare.pop() else tag[0]
+
+    return re.sub(r"<g(?: [^>]*)?>|</g>", without_bare, svg)
+
+
+def compacted(outputs: list[Any]) -> list[Any]:
+    """A cell's outputs with their SVG pictures made compact, in place."""
+    for output in outputs:
+        if SVG in output.get("data", {}):
+            output.data[SVG] = compact(output.data[SVG])
+    return outputs
+
+
+def rounded(attribute: re.Match[str]) -> str:
+    """Text with its numbers rounded to two decimals, and single spaces."""
+    text = " ".join(attribute[0].split()).replace(' "', '"')
+    number = r"-?\d+(?:\.\d+(?:e-?\d+)?|e-?\d+)"
+    return re.sub(number, lambda n: f"{round(float(n[0]), 2) + 0:.9g}", text)
 
 
 def warning(*records: Mapping[str, Any]) -> str:
     """What runs are if one of them does not count, for the top of figures; else nothing."""
     for record in records:
         if not record["counts"]:
-            if not record["data"]["is_mnist"]:
+            if not record["data"].get("is_mnist", True):
                 return f"NOT MNIST: {record['data']['title']}"
-            return f"SMOKE SIZE: only {record['parameters']['train_limit']} training images"
+            limit = record["parameters"].get("train_limit")
+            return "SMOKE SIZE: " + (f"only {limit} training images" if limit else "cut short")
     return ""
 
 
 def caption(record: Mapping[str, Any], warn: str = "") -> str:
-    """Data, seed, settings and machine of a run, in words, after a warning if it needs one."""
-    p, machine = record["parameters"], record["machine"]
+    """What a run's Figure 1 shows, after a warning if it needs one; its passport says the rest."""
     warn = warn or warning(record)
     return (
         f"{f'**{warn}.** ' if warn else ''}"
-        f"Data: {record['data']['title']} (SHA-256 {record['data']['digest'][:12]}…), test "
-        f"input {record['input_index']}; seed {p['seed']}; N = {p['num_samples']:,} labels; "
-        f"{record['network']}; {p['optimizer']}, learning rate {p['learning_rate']}, batches of "
-        f"{p['batch_size']}, {p['epochs']} epochs. Widths, dropout rate, optimiser, learning "
-        "rate, batch size and N are our choices. The solid variances are exact, not sampled. "
-        f"Made at commit {record['commit']} on {record['started'][:10]} in "
-        f"{record['seconds']:.0f} s ({machine['processor']}, {machine['threads']} thread, "
-        f"{machine['device']}, torch {record['versions']['torch']})."
+        f"Test input {record['input_index']}; N = {record['parameters']['num_samples']:,} labels; "
+        f"{record['network']}. Widths, dropout rate, optimiser, learning rate, batch size and N "
+        "are our choices. The solid variances are exact, not sampled."
     )
+
+
+def not_yet(name: str) -> Figure:
+    """In place of a figure whose runs are missing: says so."""
+    with mpl.rc_context(STYLE):
+        figure = plt.figure(figsize=(6.4, 1.2))
+        text = f"{name}: not run yet. make reproduce draws this figure."
+        figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
+    return figure

@@ -1,272 +1,51 @@
-"""What the runs say of the paper's statements: a table, from the values alone."""
+"""The report: every claim of the paper with its verdict, and what moved against the reference."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from support import figures, results, runs
+from support import claims, figures, results, runs
+from support.claims import Decision
 from support.results import Run
 
 REFERENCE = results.ROOT / "data" / "reference"
-TIGHT_2 = "UB/V₂ in the hidden layers"
-TIGHT_1 = "UB/V₁ in the hidden layers"
-SMALLER = "V₁ < V₂ in the hidden layers"
-LARGEST = "V₁ is largest in the last layer"
-VANISHES = "V₂ in the last layer"
-BOUNDS = "bounds of Theorem 4.1 hold"
-
-YES, PARTLY, NO = "reproduced", "in part", "not reproduced"
-SILENT, UNJUDGED = "–", "not judged"
-RULES = (
-    "The rules of the verdicts are ours, not the paper's, and were set after a first look at such "
-    "runs, so take them as a summary: what is said to hold always is "
-    "reproduced if it always does, and in part if in at least half of the cases; *about 50* and "
-    "*about 20* are reproduced if the median is within a factor of 2, in part if within 10; *close "
-    "to the scale of I* if the median of √V₁/I is within a factor of 3 at the N used, in part if "
-    "within 10; *almost "
-    "identical* if the median of |Î₁ − Î₂|/I is at most 0.1, in part if at most 1."
+STATEMENTS = "statements"  # the experiment that tries statements on made-up cases
+KEYS = ["run", "epoch", "layer", "quantity"]
+ROUNDING = 1e-6  # relative; what other versions may change where nothing is trained
+NUMERALS = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
+FIGURES = {"sigmoid-seed-0": "Figure 1"}
+FIGURES |= {f"sigmoid-seed-{k}": f"Figure {NUMERALS[k - 1]}" for k in range(1, 5)}
+FIGURES |= {f"log-sigmoid-seed-{k}": f"Figure {NUMERALS[k + 4]}" for k in range(5)}
+MARKS = {claims.YES: "✓", claims.PARTLY: "◐", claims.NO: "✗"}
+WIDTH = 100  # of a terminal
+RULE = (
+    "One rule for all claims, ours: a claim comes with a quantity that gives a number for every "
+    "case, and with the range in which it must be. If every number is in it the claim is "
+    "reproduced; if at least half of them are, in part; else not reproduced."
 )
-QUANTITIES = ["parameters", "I", "V1", "V2", "I1", "I2", "V1_upper", "V2_upper", "V1_certified"]
-VIOLATIONS = ["I_violations", "V1_violations", "V2_violations"]
 
 
-class Fact(NamedTuple):
-    """A statement of Section 5.3 beside what the runs show."""
-
-    claim: str  # its letter on the page on Section 5.3, if the paper makes it
-    statement: str
-    paper: str
-    ours: str
-    verdict: str = SILENT
+# What the runs are.
 
 
-def facts(group: Mapping[str, Run]) -> list[Fact]:
-    """The statements of Section 5.3 that this experiment can speak of.
-
-    A verdict is computed by the rules of ``always``, ``within`` and ``at_most``, which ``RULES``
-    puts into words; none is given by runs that do not count.
-
-    Args:
-        group: Runs of one experiment with different seeds.
-
-    Raises:
-        ValueError: the runs differ in more than their seed, or a table is damaged.
-    """
-    check_same_settings(group)
-    values = pd.concat([read(run).assign(run=name) for name, run in group.items()])
-    wide = figures.by_layer(values, ["run", "epoch", "layer"])
-    last = wide.index.get_level_values("layer").max()
-    output = pd.DataFrame(wide.xs(last, level="layer"))
-    hidden = wide.drop(index=last, level="layer")
-    accuracy = values[values.quantity == "test_accuracy"].sort_values("epoch")
-    num_samples = next(iter(group.values())).record["parameters"]["num_samples"]
-    found = [
-        accuracy_fact(accuracy.groupby("run").value.last()),
-        *output_facts(wide, output, hidden, num_samples),
-        *hidden_facts(hidden, num_samples),
-        Fact(
-            "",
-            "sample variance of Î₁ is 0 while V₁ > 0",
-            "not discussed",
-            share((wide.V1_sample == 0) & (wide.V1 > 0), "layer-epochs")
-            if "V1_sample" in wide
-            else "needs N > 1",
-        ),
-    ]
-    if all(run.counts for run in group.values()):
-        return found
-    return [f if f.verdict == SILENT else f._replace(verdict=UNJUDGED) for f in found]
-
-
-def accuracy_fact(accuracy: pd.Series[float]) -> Fact:
-    """How well the network learnt."""
-    ours = f"{accuracy.min():.2%} to {accuracy.max():.2%} over {len(accuracy)} seeds"
-    return Fact("", "test accuracy after training", "not printed", ours)
-
-
-def output_facts(
-    wide: pd.DataFrame, output: pd.DataFrame, hidden: pd.DataFrame, num_samples: int
-) -> list[Fact]:
-    """Statements on all layers, and on the last one."""
-    checks, violations = 3 * wide.parameters.sum(), wide[VIOLATIONS].to_numpy().sum()
-    largest = hidden.V1.groupby(["run", "epoch"]).max() < output.V1
-    scale = np.sqrt(output.V1) / output.I
-    ours = f"√V₁/I: {spread(scale)} at N = {num_samples:,}"
-    if num_samples > 1:
-        ours += f"; {spread(scale * num_samples**0.5)} at N = 1"
-    return [
-        Fact(
-            "a",
-            BOUNDS,
-            "always",
-            f"{violations:,.0f} violations in {checks:,.0f} checks (I, V₁, V₂ at every parameter, "
-            "epoch and seed)",
-            always(1 - violations / checks),
-        ),
-        Fact(
-            "d", VANISHES, "0", f"largest value {output.V2.max():g}",
-            always((output.V2 == 0).mean()),
-        ),
-        Fact("d", LARGEST, "yes", share(largest, "epochs"), always(largest.mean())),
-        Fact(
-            "d", "√V₁ against I in the last layer", "close to the scale of I", ours,
-            within(scale.median(), 1, yes=3, partly=10),
-        ),
-    ]  # fmt: skip
-
-
-def hidden_facts(hidden: pd.DataFrame, num_samples: int) -> list[Fact]:
-    """Statements on the layers before the last."""
-    smaller = hidden.V1 < hidden.V2
-    layers = smaller.groupby("layer").agg(["sum", "count"]).iterrows()
-    by_layer = ", ".join(f"layer {k}: {row['sum']} of {row['count']}" for k, row in layers)
-    tight_1, tight_2 = hidden.V1_upper / hidden.V1, hidden.V2_upper / hidden.V2
-    difference = (hidden.I1 - hidden.I2).abs() / hidden.I
-    return [
-        Fact(
-            "c", SMALLER, "in the first three layers",
-            f"{share(smaller, 'layer-epochs')}; {by_layer}", always(smaller.mean()),
-        ),
-        Fact(
-            "b", TIGHT_1, "about 50, layers not named", spread(tight_1),
-            within(tight_1.median(), 50, yes=2, partly=10),
-        ),
-        Fact(
-            "b", TIGHT_2, "about 20, layers not named", spread(tight_2),
-            within(tight_2.median(), 20, yes=2, partly=10),
-        ),
-        Fact(
-            "g", "|Î₁ − Î₂| / I in the hidden layers", "almost identical",
-            f"{spread(difference)} with N = {num_samples:,} labels",
-            at_most(difference.median(), yes=0.1, partly=1),
-        ),
-    ]  # fmt: skip
-
-
-def always(fraction: float) -> str:
-    """Verdict on what is said to hold always: reproduced if so, in part from half on."""
-    return YES if fraction == 1 else PARTLY if fraction >= 0.5 else NO
-
-
-def within(value: float, expected: float, *, yes: float, partly: float) -> str:
-    """Verdict on a positive number, by the factor between it and the paper's."""
-    if not 0 < value < math.inf:
-        return NO
-    return at_most(max(value / expected, expected / value), yes=yes, partly=partly)
-
-
-def at_most(value: float, *, yes: float, partly: float) -> str:
-    """Verdict on a number that should be small."""
-    return YES if value <= yes else PARTLY if value <= partly else NO
-
-
-def share(holds: pd.Series[bool], cases: str) -> str:
-    """How often something holds, as counts of what the cases are called."""
-    return f"{int(holds.sum())} of {len(holds)} {cases} ({holds.mean():.1%})"
-
-
-def spread(x: pd.Series[float]) -> str:
-    """Median and range over layers, epochs and seeds."""
-    return f"median {short(x.median())}, from {short(x.min())} to {short(x.max())}"
-
-
-def short(x: float) -> str:
-    """Two significant digits, without an exponent where that is easier to read."""
-    return f"{float(f'{x:.2g}'):g}"
-
-
-def tally(rows: list[Fact]) -> str:
-    """How many of the rows met which verdict, in a line."""
-    counts = Counter(fact.verdict for fact in rows)
-    kinds = [kind for kind in (YES, PARTLY, NO, UNJUDGED) if counts[kind]]
-    return f"{len(rows) - counts[SILENT]} rows with a verdict: " + ", ".join(
-        f"{counts[kind]} {kind}" for kind in kinds
-    )
-
-
-def read(run: Run) -> pd.DataFrame:
-    """A run's table of values.
-
-    Raises:
-        ValueError: the table cannot be read, or lacks quantities in some layer and epoch.
-    """
-    try:
-        values = run.values
-        wide = figures.by_layer(values, ["epoch", "layer"])
-        whole = not wide[QUANTITIES + VIOLATIONS].isna().any(axis=None)
-    except (OSError, ValueError, KeyError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{run.folder / 'values.csv'} is not whole: make that run again.")
-    return values
-
-
-def settings(run: Run) -> dict[str, Any]:
-    """The parameters of a run, but for the seed."""
-    return {k: v for k, v in run.record["parameters"].items() if k != "seed"}
-
-
-def differences(one: Run, other: Run) -> dict[str, str]:
-    """The settings in which two runs differ: "2 against 20" by name."""
-    a, b = settings(one), settings(other)
-    return {k: f"{a.get(k)} against {b.get(k)}" for k in (a | b) if a.get(k) != b.get(k)}
-
-
-def check_same_settings(group: Mapping[str, Run]) -> None:
-    """Raise a ValueError if runs of one experiment differ in more than their seed."""
-    first, *others = group.values()
-    names = sorted({name for run in others for name in differences(first, run)})
-    if names:
-        raise ValueError(
-            f"runs of experiment {first.record['experiment']!r} differ in {', '.join(names)}: make "
-            "them again, all with the same settings."
-        )
-
-
-def against_reference(group: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
-    """In a sentence: are the results those of the committed reference run, and if not how far."""
-    common = sorted(set(group) & set(reference))
-    if not common:
-        return "There is no reference run to compare with."
-    different: dict[str, str] = {}
-    for name in common:
-        different |= differences(group[name], reference[name])
-    if different:
-        listed = ", ".join(f"{name}: {values}" for name, values in different.items())
-        return f"Other settings than the reference run ({listed}): values are not compared."
-    here, there = ({n: read(side[n]) for n in common} for side in (group, reference))
-    if all(here[n].equals(there[n]) for n in common):
-        return f"All values of {len(common)} runs are identical to the reference run's."
-    keys = ["run", "epoch", "layer", "quantity"]
-    both = pd.concat(here.values()).merge(
-        pd.concat(there.values()), on=keys, suffixes=("", "_reference")
-    )
-    both = both[both.quantity.isin(["I", "V1", "V2"]) & (both.value > 0)]
-    moved = (both.value / both.value_reference).map(math.log10).abs()
-    return (
-        f"Against the reference run (other machine or versions; training drifts from the last bits "
-        f"on): I, V₁ and V₂ differ by a median factor of {10 ** moved.median():.2f}, at most "
-        f"{10 ** moved.max():.2g}."
-    )
-
-
-def experiments(found_runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
-    """The runs that have values, by the experiment that they repeat with another seed."""
-    found: dict[str, dict[str, Run]] = {}
-    for name, run in sorted(found_runs.items(), key=lambda item: seed(item[1])):
+def experiments(found: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
+    """The runs that have values, by the entry of runs.yml that they belong to."""
+    groups: dict[str, dict[str, Run]] = {}
+    for name, run in sorted(found.items(), key=lambda item: seed(item[1])):
         if (run.folder / "values.csv").is_file():
-            found.setdefault(run.record["experiment"], {})[name] = run
-    return found
+            groups.setdefault(run.record["experiment"], {})[name] = run
+    return groups
 
 
 def seed(run: Run) -> int:
@@ -279,23 +58,331 @@ def warning(group: Mapping[str, Run]) -> str:
     return figures.warning(*(run.record for run in group.values()))
 
 
-def as_text(rows: list[Fact]) -> str:
-    """The table for a terminal, and the tally."""
-    width = max(len(fact.statement) for fact in rows) + 6
-    lines = []
-    for claim, statement, paper, ours, verdict in rows:
-        lines.append(f"  {f'({claim}) ' if claim else '    '}{statement:<{width - 4}} {verdict}")
-        lines += [f"{'':{width + 3}}paper: {paper}", f"{'':{width + 3}}here:  {ours}"]
-    return "\n".join([*lines, tally(rows)])
+def settings(run: Run) -> dict[str, Any]:
+    """The parameters of a run, but for those in which the runs of its experiment differ."""
+    varied = run.record.get("varied", ["seed"])
+    return {k: v for k, v in run.record["parameters"].items() if k not in varied}
 
 
-def as_markdown(rows: list[Fact]) -> str:
-    """The table for the book."""
-    lines = ["| | statement | the paper | these runs | verdict |", "| --- " * 5 + "|"]
-    for row in rows:
-        cells = [text.replace("|", "\\|") for text in row]
-        lines.append(f"| {' | '.join([f'({cells[0]})' if row.claim else '', *cells[1:]])} |")
-    return "\n".join(lines)
+def differences(one: Run, other: Run) -> dict[str, str]:
+    """The settings in which two runs differ: "2 against 20" by name."""
+    a, b = settings(one), settings(other)
+    return {k: f"{a.get(k)} against {b.get(k)}" for k in (a | b) if a.get(k) != b.get(k)}
+
+
+def check_same_settings(group: Mapping[str, Run]) -> None:
+    """Raise a ValueError if runs of one experiment differ in more than they should."""
+    first, *others = group.values()
+    names = sorted({name for run in others for name in differences(first, run)})
+    if names:
+        raise ValueError(
+            f"runs of experiment {first.record['experiment']!r} differ in {', '.join(names)}: make "
+            "them again, all with the same settings."
+        )
+
+
+def decide(found: Mapping[str, Run]) -> list[Decision]:
+    """Every claim's decision by these runs.
+
+    Raises:
+        ValueError: runs of one experiment do not belong together, or a table is damaged.
+    """
+    groups = experiments(found)
+    for group in groups.values():
+        check_same_settings(group)
+    wanted: dict[str, list[str]] = {}
+    for name, spec in runs.specs().items():
+        wanted.setdefault(spec.experiment, []).append(name)
+    return claims.decide(groups, wanted)
+
+
+# The comparison with the committed reference results.
+
+
+class Comparison(NamedTuple):
+    """A run beside the reference run of its name.
+
+    Attributes:
+        figure: The paper's figure, or the run's name.
+        how: Which kind of comparison was made.
+        moved: Whether the values are others, by that kind's measure.
+        text: What was found.
+    """
+
+    figure: str
+    how: str
+    moved: bool
+    text: str
+
+
+def compare(found: Mapping[str, Run], reference: Mapping[str, Run]) -> list[Comparison]:
+    """Compare the runs of one's own with the reference runs of the same names."""
+    groups = experiments(reference)
+    return [
+        compare_one(run, groups[run.record["experiment"]])
+        for group in experiments(found).values()
+        for name, run in group.items()
+        if name in groups.get(run.record["experiment"], {})
+    ]
+
+
+def compare_one(run: Run, group: Mapping[str, Run]) -> Comparison:
+    """Compare a run with the reference run of its name.
+
+    On one machine, with the same versions, every difference counts. Elsewhere training drifts
+    from the last bits on, so values are compared on the log scale, and what two seeds of the
+    reference differ by says how much is nothing. Without other seeds, rounding is granted.
+
+    Args:
+        run: One's own run.
+        group: The reference runs of its experiment.
+    """
+    there, figure = group[run.name], FIGURES.get(run.name, run.name)
+    if other := differences(run, there):
+        text = ", ".join(f"{name}: {values}" for name, values in other.items())
+        return Comparison(figure, "none: other settings", moved=False, text=text)
+    ours, theirs = run.values, there.values
+    if ours.equals(theirs):
+        return Comparison(figure, "exact", moved=False, text="identical")
+    both = ours.merge(theirs, on=KEYS, how="outer", suffixes=("", "_reference"))
+    apart = decades(both.value, both.value_reference)
+    size = f"by a median factor of {10 ** apart.median():.3g}, at most {10 ** apart.max():.3g}"
+    if same_machine(run, there):
+        changed = both.value.ne(both.value_reference) & both[["value", "value_reference"]].any(
+            axis=1
+        )
+        return Comparison(
+            figure, "exact", moved=True, text=f"{changed.sum():,} of {len(both):,} values, {size}"
+        )
+    spread = between_seeds(there, group)
+    if spread:
+        text = f"{size}; two seeds of the reference differ by {10**spread:.3g}"
+        return Comparison(figure, "log scale, against the seeds", apart.median() > spread, text)
+    error = (both.value - both.value_reference).abs()
+    granted = ROUNDING * (1e-3 + both[["value", "value_reference"]].abs().max(axis=1))
+    beyond = (~(error <= granted)).sum()
+    return Comparison(
+        figure, f"up to {ROUNDING:g}", beyond > 0, f"{beyond:,} values beyond that; {size}"
+    )
+
+
+def decades(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
+    """|log₁₀(a/b)| where both are positive."""
+    ratio = (a / b)[(a > 0) & (b > 0)]
+    return ratio.map(math.log10).abs()
+
+
+def same_machine(one: Run, other: Run) -> bool:
+    """Whether two runs were made by the same kind of machine and the same versions."""
+    return all(one.record[key] == other.record[key] for key in ("machine", "versions"))
+
+
+def between_seeds(run: Run, group: Mapping[str, Run]) -> float:
+    """The median difference in decades between runs that differ from this one in the seed, or 0."""
+    others = {k: v for k, v in run.record["parameters"].items() if k != "seed"}
+    like = [
+        r.values.assign(run=lambda t: t.run.str.replace(r"-?seed-\d+", "", regex=True))
+        for r in group.values()
+        if {k: v for k, v in r.record["parameters"].items() if k != "seed"} == others
+    ]
+    pairs = [
+        decades(both.value, both.value_reference)
+        for a, b in itertools.combinations(like, 2)
+        for both in [a.merge(b, on=KEYS, suffixes=("", "_reference"))]
+    ]
+    return float(pd.concat(pairs).median()) if pairs else 0.0
+
+
+# In words.
+
+
+def short(x: float) -> str:
+    """Two significant digits, without an exponent where that is easier to read."""
+    return f"{float(f'{x:.2g}'):g}"
+
+
+def ours(decision: Decision) -> str:
+    """The numbers of a claim: the median and the range over its cells, and how many are within."""
+    cells = decision.cells
+    if cells.empty:
+        return "–"
+    if len(cells) == 1:
+        return short(cells.iloc[0])
+    low, middle, high = (short(x) for x in (cells.min(), cells.median(), cells.max()))
+    numbers = middle if low == high else f"{middle} ({low} to {high})"
+    return f"{numbers}, {decision.within} of {len(cells)} within"
+
+
+def tolerance(decision: Decision) -> str:
+    """The range in which a claim's numbers must be."""
+    low, high = decision.claim.low, decision.claim.high
+    if low == high:
+        return f"{low:g}"
+    if math.isinf(low) or math.isinf(high):
+        return f"≤ {high:.3g}" if math.isinf(low) else f"≥ {low:.3g}"
+    if f"{low:.3g}" == f"{high:.3g}":
+        return f"{(low + high) / 2:.3g} ± {(high - low) / 2:.0e}"
+    return f"{low:.3g} to {high:.3g}"
+
+
+def tally(decisions: Iterable[Decision]) -> str:
+    """How many claims met which verdict, in a line."""
+    counts = Counter(decision.verdict for decision in decisions)
+    kinds = [kind for kind in claims.VERDICTS if counts[kind]]
+    return f"{counts.total()} claims: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+
+
+def as_text(decisions: Iterable[Decision]) -> str:
+    """A line for every claim, for a terminal."""
+    lines = [(d.claim.id, ours(d), d.verdict) for d in decisions]
+    left, right = (max(len(line[k]) for line in lines) for k in (0, 2))
+    middle = WIDTH - left - right - 4
+    return "\n".join(f"{a:<{left}}  {b[:middle]:<{middle}}  {c}" for a, b, c in lines)
+
+
+# For the book.
+
+
+def landing(found: Mapping[str, Run], made: str) -> str:
+    """What was found, in a few lines for the first page.
+
+    Args:
+        found: The runs whose numbers the book tells.
+        made: Whose runs these are, in words.
+    """
+    decisions = decide(found)
+    by_id = {d.claim.id: d for d in decisions}
+    lines = [
+        ("Do the bounds hold?", "violations in a run:", "a"),
+        ("The output layer", "largest V₂ there:", "d-zero"),
+        ("The output layer", "its V₁ over the largest of the other layers:", "d-largest"),
+        ("The hidden layers", "V₁/V₂:", "c"),
+        ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1"),
+        ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2"),
+        ("Log-sigmoid", "Fisher information after epoch 5 over that at the start:", "f-i"),
+    ]
+    points = [
+        f"* *{topic}* {text} {ours(by_id[key])}. **{by_id[key].verdict}**\n"
+        for topic, text, key in lines
+    ]
+    return (
+        f"**What we find**, from {made}. Numbers are medians and ranges over all cases; behind "
+        "them stands how many agree with the paper, and the verdict.\n\n"
+        f"{''.join(points)}\n[The report](report.md) decides every claim of the paper that can be "
+        f"decided. Of its {tally(decisions)}.\n"
+    )
+
+
+def section_5_3(found: Mapping[str, Run], made: str) -> str:
+    """What the runs say of the claims of Section 5.3 and its figures: a table."""
+    here = [d for d in decide(found) if re.match("Section 5.3|Figure 1|Appendix E", d.claim.where)]
+    return (
+        f"All numbers below come from {made}. {RULE} The [report](report.md) shows all cases of "
+        f"every claim.\n\n{table(here)}\n"
+    )
+
+
+def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
+    """The whole report: all claims, all their cases, and the comparison with the reference."""
+    decisions = decide(found)
+    tried = [d for d in decisions if d.claim.experiments == (STATEMENTS,)]
+    silent = [d for d in decisions if not d.claim.quantity]
+    measured = [d for d in decisions if d not in tried and d not in silent]
+    return "\n".join(
+        [
+            f"All numbers below come from {made}.\n\n**{tally(decisions)}.**\n",
+            "## Against the reference results\n",
+            compared(found, reference),
+            "## Claims that experiments decide\n",
+            f"{tally(measured)}.\n\n{table(measured)}\n",
+            "### All cases\n",
+            *(all_cells(d) for d in measured if len(d.cells) > 1),
+            "## Statements, tried on many cases\n",
+            f"{tally(tried)}. The numbers are those of the [list of all "
+            f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{table(tried)}\n",
+            "## What cannot be decided\n",
+            *(f"* **{d.claim.where}.** {d.claim.claim} *{d.claim.note}*" for d in silent),
+            "",
+        ]
+    )
+
+
+def compared(found: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
+    """The comparison with the reference, for the page."""
+    if all(run.folder.parent == REFERENCE for run in found.values()):
+        return "These are the reference results themselves.\n"
+    rows = compare(found, reference)
+    moved = [row for row in rows if row.moved]
+    lines = ["| | kind of comparison | moved? | |", "| --- " * 4 + "|"]
+    lines += [
+        f"| {r.figure} | {r.how} | {'**yes**' if r.moved else 'no'} | {r.text} |" for r in rows
+    ]
+    return "\n".join([summary(rows, moved), "", *(lines if rows else []), ""])
+
+
+def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
+    """The comparison in a sentence or two."""
+    if not rows:
+        return "There is no reference run to compare with."
+    same = sum(row.text == "identical" for row in rows)
+    listed = f": {', '.join(row.figure for row in moved)}" if moved else ""
+    return (
+        f"Of {len(rows)} runs {same} are identical to the committed reference; {len(moved)} moved"
+        f"{listed}."
+    )
+
+
+def table(decisions: Iterable[Decision]) -> str:
+    """Claims with tolerance, our numbers, verdict and reason."""
+    lines = ["| claim | range | ours | verdict | how |", "| --- " * 5 + "|"]
+    for d in decisions:
+        dagger = " †" if d.claim.set == "after" else ""
+        mark = MARKS.get(d.verdict, "")
+        quantity = claims.QUANTITIES.get(d.claim.quantity)
+        how = f"{quantity.says if quantity else ''} {d.claim.note}".strip()
+        row = (
+            f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)",
+            f"{tolerance(d)}{dagger}" if d.claim.quantity else "–",
+            ours(d),
+            f"{mark} {d.verdict}{f': {d.reason}' if d.reason else ''}".strip(),
+            how,
+        )
+        lines.append(f"| {' | '.join(escaped(cell) for cell in row)} |")
+    return "\n".join([*lines, "", "† set after such runs had been looked at; all others before."])
+
+
+def all_cells(decision: Decision) -> str:
+    """Every case of a claim, folded."""
+    cells = decision.cells
+    numbers = cells.map(lambda x: short(x) if decision_holds(decision, x) else f"**{short(x)}**")
+    wide = numbers.unstack(-1) if numbers.index.nlevels > 1 else numbers.to_frame("")
+    names = [" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in wide.index]
+    titles = [f"{wide.columns.name or ''} {column}".strip() for column in wide.columns]
+    head = f"| {' / '.join(map(str, wide.index.names))} | {' | '.join(titles)} |"
+    rows = [
+        f"| {name} | {' | '.join('' if pd.isna(x) else x for x in row)} |"
+        for name, row in zip(names, wide.itertuples(index=False), strict=True)
+    ]
+    lines = [head, "| --- " * (len(wide.columns) + 1) + "|", *rows]
+    title = f"{decision.claim.id}: {ours(decision)}; range {tolerance(decision)}"
+    return (
+        f"::::{{dropdown}} {title}\n{escaped(decision.claim.claim)}\n\n"
+        + "\n".join(lines)
+        + "\n::::\n"
+    )
+
+
+def decision_holds(decision: Decision, x: float) -> bool:
+    """Whether a number is within a claim's tolerance."""
+    return decision.claim.low <= x <= decision.claim.high
+
+
+def escaped(text: str) -> str:
+    """A text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("(*)", "(\\*)")
+
+
+# For the terminal.
 
 
 def report(folder: Path) -> None:
@@ -304,24 +391,25 @@ def report(folder: Path) -> None:
     Raises:
         ValueError: there are none, they do not belong together, or a table is damaged.
     """
-    there = results.load(folder, runs.specs())
-    found = experiments(there)
-    if not found:
+    found, reference = results.load(folder, runs.specs()), results.load(REFERENCE)
+    groups = experiments(found)
+    if not groups:
         raise ValueError(f"no finished runs in {folder}: make reproduce")
-    reference = results.load(REFERENCE)
-    for name, group in found.items():
-        rows, warn = facts(group), warning(group)
-        missing = [n for n, s in runs.specs().items() if s.experiment == name and n not in there]
-        title = next(iter(group.values())).record["data"]["title"]
-        print(f"\nExperiment {name!r} on {title}, {len(group)} runs:")
-        if missing and not warn:
-            print(f"not finished: {', '.join(missing)}")
-        if warn:
-            print(f"*** {warn}. None of the paper's claims is judged by this. ***")
-        else:
-            print(against_reference(group, reference))
-            print(textwrap.fill(RULES.replace("*", ""), 100))
-        print(as_text(rows))
+    decisions = decide(found)
+    print(f"\nWhat the {len(found)} runs in {folder} say of the paper's claims:\n")
+    print(as_text(decisions))
+    missing = [name for name in runs.specs() if name not in found]
+    if missing:
+        print(textwrap.fill(f"\nnot finished: {', '.join(missing)}", WIDTH))
+    for name, group in groups.items():
+        if warn := warning(group):
+            print(f"*** {name}: {warn}. No claim is judged by this. ***")
+    rows = compare(found, reference)
+    moved = [row for row in rows if row.moved]
+    print(f"\n{textwrap.fill(summary(rows, moved), WIDTH)}")
+    for row in moved:
+        print(textwrap.fill(f"{row.figure} ({row.how}): {row.text}", WIDTH, subsequent_indent="  "))
+    print(f"{tally(decisions)}.")
 
 
 def main(argv: list[str] | None = None) -> int:

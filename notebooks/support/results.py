@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -96,6 +98,7 @@ def record(
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
+        "memory_mb": peak_memory(),
     }
 
 
@@ -140,11 +143,19 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in there}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    write(path, text.encode())
+
+
+def write(path: str | Path, content: bytes) -> None:
+    """Write a file under a temporary name, wait until it is on the disk, and rename it."""
+    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -186,3 +197,17 @@ def processor() -> str:
     return next(
         (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown"
     )
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in MB (10⁶ bytes)."""
+    try:  # Linux counts in resource the memory of the process that started this one, too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 // 10**6 for x in lines if x.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return megabytes(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def megabytes(usage: resource.struct_rusage) -> int:
+    """The peak memory that the system reports of processes, in MB (10⁶ bytes)."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) // 10**6

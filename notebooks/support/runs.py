@@ -2,22 +2,31 @@
 
 ``python -m support.runs NAME …`` makes the named runs of ``runs.yml``; a run is made in a folder
 of its own and gets its final name when it is finished. A finished run is kept as long as its
-notebook, its parameters, its data and fimlib are what they were and its files are whole.
+notebook, its parameters, its data and fimlib are what they were and its files are whole. A run that
+was interrupted goes on from its last checkpoint if all that, and the machine, are the same.
+
+A runner that is killed leaves its kernel behind for about a second. That does no harm: the kernel
+may still write what the next runner's kernel writes as well, since both compute the same, and every
+file appears whole; a run of other code or parameters has another folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import fcntl
 import functools
+import itertools
+import json
 import logging
 import os
 import re
+import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +38,7 @@ import torch
 import yaml
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
-from support import data, results
+from support import checkpoint, data, figures, results, speed
 
 NOTEBOOKS = results.ROOT / "notebooks"
 SUPPORT = NOTEBOOKS / "support"
@@ -37,10 +46,10 @@ FIMLIB = results.ROOT / "fimlib"
 # How the entries of runs.yml look.
 FORMS: dict[str, tuple[type, str]] = {
     "runs": (dict, "the runs by name"),
-    "smoke": (dict, "the seeds and parameters at smoke size"),
+    "smoke": (dict, "what is made, and with which parameters, at smoke size"),
     "title": (str, "a text"),
     "notebook": (str, "the name of a notebook beside runs.yml"),
-    "seeds": (list, "a list of whole numbers such as [0, 1]"),
+    "each": (dict, "lists of values by parameter, such as {seed: [0, 1]}"),
     "parameters": (dict, "a mapping such as {epochs: 5}, or left out"),
 }
 # Parameters that no run of runs.yml may set.
@@ -49,6 +58,12 @@ OURS = {
     "out": "chosen by the runner",
     "name": "chosen by the runner",
 }
+PLAIN = (int, float, str)  # what a value in `each:` may be
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+ATTEMPTS = "attempts.json"  # in the folder of an unfinished run: when it was begun, and how often
+POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class RunError(Exception):
@@ -63,7 +78,18 @@ class Spec:
     title: str
     notebook: Path
     parameters: dict[str, Any] = field(default_factory=dict)
-    experiment: str = ""  # what runs with different seeds have in common
+    experiment: str = ""  # what the runs of one entry of runs.yml have in common
+    varied: tuple[str, ...] = ()  # the parameters in which those differ
+
+
+@dataclass
+class Attempts:
+    """The attempts at a run, this one included; times in seconds since 1970."""
+
+    number: int
+    started: float  # the first one
+    latest: float  # this one
+    earlier: float = 0.0  # seconds that those before took, up to the checkpoint that is used
 
 
 def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[str, Spec]:
@@ -73,19 +99,29 @@ def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[s
         RunError: the file is not as it should be.
     """
     plan = read_plan(path)
-    found = {}
+    found: dict[str, Spec] = {}
     for name, run in plan["runs"].items():
-        parameters = dict(run.get("parameters", {}))
+        parameters, each = dict(run.get("parameters", {})), dict(run.get("each", {}))
         if smoke:
             parameters |= plan["smoke"]["parameters"].get(run["notebook"], {})
-        notebook = path.parent / run["notebook"]
-        if "seeds" not in run:
-            found[name] = Spec(name, run["title"], notebook, parameters, name)
-        for seed in run.get("seeds", []):
-            if not smoke or seed in plan["smoke"]["seeds"]:
-                title, key = run["title"].replace("{seed}", str(seed)), f"{name}-seed-{seed}"
-                found[key] = Spec(key, title, notebook, parameters | {"seed": seed}, name)
+            each = {k: fewer(v, plan["smoke"]["each"].get(k, v)) for k, v in each.items()}
+        for values in itertools.product(*each.values()):
+            chosen = dict(zip(each, values, strict=True))
+            key, title = name, run["title"]
+            for parameter, value in chosen.items():
+                key += f"-{parameter}-{value}".lower()
+                title = title.replace(f"{{{parameter}}}", str(value))
+            if key in found or not NAME.fullmatch(key):
+                why = "two runs have this name" if key in found else "it is no name for a folder"
+                raise RunError(f"{path.name}, run {name}: the run {key}: {why}.")
+            notebook = path.parent / run["notebook"]
+            found[key] = Spec(key, title, notebook, parameters | chosen, name, tuple(each))
     return found
+
+
+def fewer(values: list[Any], wanted: list[Any]) -> list[Any]:
+    """Those values that are wanted, or the first one: something of every run is tried."""
+    return [value for value in values if value in wanted] or values[:1]
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -95,17 +131,17 @@ def read_plan(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"{path.name} is not valid YAML: {error}") from error
     check_entry(plan, path.name, needed=("runs", "smoke"))
-    check_entry(plan["smoke"], f"{path.name}, smoke", needed=("seeds", "parameters"))
+    check_entry(plan["smoke"], f"{path.name}, smoke", needed=("each", "parameters"))
     for notebook, parameters in plan["smoke"]["parameters"].items():
         where = f"{path.name}, smoke, {notebook}"
         check_entry({"parameters": parameters}, where, needed=("parameters",))
     for name, run in plan["runs"].items():
         where = f"{path.name}, run {name}"
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise RunError(f"{where}: a name is a letter, then letters, digits or any of _ . -")
-        check_entry(run, where, needed=("title", "notebook"), optional=("seeds", "parameters"))
-        if "seeds" in run and "seed" in run.get("parameters", {}):
-            raise RunError(f"{where}: give seeds or the parameter seed, not both.")
+        check_entry(run, where, needed=("title", "notebook"), optional=("each", "parameters"))
+        if both := sorted(run.get("each", {}).keys() & run.get("parameters", {}).keys()):
+            raise RunError(f"{where}: {both[0]} is in `each:` and in `parameters:`; give one.")
     return dict(plan)
 
 
@@ -122,9 +158,10 @@ def check_entry(
         kind, form = FORMS[key]
         if not isinstance(value, kind) or not value:
             raise RunError(f"{where}: `{key}:` must be {form}, not {value!r}.")
-    if not all(type(seed) is int for seed in entry.get("seeds", [])):
-        raise RunError(f"{where}: `seeds:` must be {FORMS['seeds'][1]}, not {entry['seeds']!r}.")
-    for reserved in sorted(OURS.keys() & entry.get("parameters", {}).keys()):
+    for values in entry.get("each", {}).values():
+        if not isinstance(values, list) or not values or any(type(v) not in PLAIN for v in values):
+            raise RunError(f"{where}: `each:` must be {FORMS['each'][1]}, not {entry['each']!r}.")
+    for reserved in sorted(OURS.keys() & (entry.get("parameters", {}) | entry.get("each", {}))):
         raise RunError(f"{where}: the parameter {reserved} is {OURS[reserved]}; leave it out.")
 
 
@@ -144,15 +181,39 @@ def execute(spec: Spec, folder: Path, dataset: str) -> bool:
     with lock(folder, spec.name):
         if is_finished(spec, folder, dataset):
             return False
-        partial = folder / ".partial" / spec.name
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        digest = fingerprint(spec, dataset)
+        partial, attempts = begin(folder / ".partial" / spec.name, digest)
         ours = {"dataset": dataset, "out": os.path.relpath(partial, NOTEBOOKS), "name": spec.name}
         parameters = spec.parameters | {k: v for k, v in ours.items() if k in defaults}
-        digest, started = fingerprint(spec, dataset), time.time()
+        calibration = speed.calibration()
         run_notebook(spec, partial / "notebook.ipynb", parameters)
-        finish(partial, folder / spec.name, spec, digest, started)
+        finish(partial, folder / spec.name, spec, attempts, digest, calibration)
     return True
+
+
+def begin(folder: Path, digest: str) -> tuple[Path, Attempts]:
+    """The folder for an attempt at a run: the one of an interrupted attempt at the same, if any.
+
+    Args:
+        folder: Where the unfinished folders of the run lie; those of others than this are removed.
+        digest: Of what the run is made of. The machine counts, too: the last bits depend on it.
+    """
+    machine = (results.processor(), torch.__version__, str(torch.cuda.is_available()))
+    partial = folder / results.digest(x.encode() for x in (digest, *machine))[:12]
+    for other in folder.glob("*"):
+        if other != partial:
+            shutil.rmtree(other, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    attempts = Attempts(1, time.time(), time.time())
+    try:
+        old = Attempts(**json.loads((partial / ATTEMPTS).read_text()))
+        attempts.number, attempts.started = old.number + 1, old.started
+        saved = (partial / checkpoint.FILE).stat().st_mtime
+        attempts.earlier = old.earlier + max(0.0, saved - old.latest)
+    except (FileNotFoundError, ValueError, TypeError):
+        pass  # no attempt, or none that can be continued
+    results.write_text(partial / ATTEMPTS, json.dumps(vars(attempts)))
+    return partial, attempts
 
 
 def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
@@ -168,12 +229,18 @@ def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
     return False
 
 
-def fingerprint(spec: Spec, dataset: str) -> str:
-    """SHA-256 of what a run is made of: notebook, parameters, data, and the code that it calls."""
+def fingerprint(spec: Spec, dataset: str, digest: str = "") -> str:
+    """SHA-256 of what a run is made of: notebook, parameters, data, and the code that it calls.
+
+    Args:
+        spec: The run.
+        dataset: "mnist" or "digits".
+        digest: The data set's digest, where that is known; else the data are read.
+    """
     parts = [spec.notebook.read_bytes(), repr(sorted(spec.parameters.items())).encode()]
     parts += [path.read_bytes() for path in sources(spec.notebook)]
     if "dataset" in check_parameters(spec.notebook, spec.parameters):
-        parts.append(data_digest(dataset).encode())
+        parts.append((digest or data_digest(dataset)).encode())
     return results.digest(parts)
 
 
@@ -230,16 +297,23 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> set[str]:
 def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
     """Execute through papermill, its printed lines shown as they come."""
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's own kernel
+    # Whatever the notebook does, the threads are fixed: the last bits of sums depend on them.
+    os.environ.update(dict.fromkeys(POOLS, str(threads(spec.parameters))))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     say(spec.name, f"{spec.notebook.name} starts")
     try:
         papermill.execute_notebook(
             str(spec.notebook), str(output), parameters, kernel_name="python3",
             cwd=str(NOTEBOOKS), progress_bar=False, stdout_file=Lines(spec.name),
-            extra_arguments=["--log-level=CRITICAL"],  # no tracebacks of its own upon Ctrl-C
+            start_timeout=600,  # many runs at once may take long to start
+            # No tracebacks of its own upon Ctrl-C, no history in the home folder.
+            extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
             language="python",
         )  # fmt: skip
     except PapermillExecutionError as error:
+        if number := re.match(r"\[Errno (\d+)\] ", error.evalue):
+            what = f"{error.evalue} ({os.path.relpath(output.parent)})"
+            raise RunError(f"{spec.name}: {remedy(int(number[1]), what)}") from error
         raise RunError(
             f"{spec.name}: a cell of {spec.notebook.name} failed with "
             f"{error.ename}: {error.evalue}\nThe half-executed notebook, with the traceback, is "
@@ -249,7 +323,14 @@ def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
         raise RunError(f"{spec.name}: {spec.notebook.name} could not be run: {error}") from error
 
 
-def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) -> None:
+def threads(parameters: Mapping[str, Any]) -> int:
+    """CPU threads of a run: one, if its parameters do not say otherwise."""
+    return int(parameters.get("threads", 1))
+
+
+def finish(
+    partial: Path, final: Path, spec: Spec, attempts: Attempts, digest: str, calibration: float
+) -> None:
     """Clean the executed notebook, complete the record, give the folder its final name."""
     path = partial / "notebook.ipynb"
     notebook = nbformat.read(path, as_version=4)
@@ -260,14 +341,34 @@ def finish(partial: Path, final: Path, spec: Spec, digest: str, started: float) 
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         if "outputs" in cell:
-            cell.outputs = merge_lines(cell.outputs)
+            cell.outputs = figures.compacted(merge_lines(cell.outputs))
     results.write_text(path, nbformat.writes(notebook).replace(str(results.ROOT), "."))
     record = results.read_record(partial)  # the notebook's own, if it writes one
-    record = record or results.record(spec.parameters, {}, started, torch.device("cpu"))
-    ours = {"title": spec.title, "experiment": spec.experiment, "fingerprint": digest}
-    results.save(partial, None, record | ours | {"files": results.file_digests(partial)})
+    if record is None:
+        record = results.record(spec.parameters, {}, attempts.latest, torch.device("cpu"))
+        record["machine"]["threads"] = threads(spec.parameters)
+        record["memory_mb"] = results.megabytes(resource.getrusage(resource.RUSAGE_CHILDREN))
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(attempts.started))
+    record |= {
+        "title": spec.title,
+        "run": spec.name,
+        "notebook": spec.notebook.name,
+        "experiment": spec.experiment,
+        "varied": list(spec.varied),
+        "fingerprint": digest,
+        "started": started,
+        "seconds": round(record["seconds"] + attempts.earlier, 1),
+        "wall_seconds": round(time.time() - attempts.latest + attempts.earlier, 1),
+        "attempts": attempts.number,
+        "calibration": calibration,
+        "files": results.file_digests(partial),
+    }
+    results.save(partial, None, record)
+    for left in (partial / checkpoint.FILE, partial / ATTEMPTS, *partial.glob(".*")):
+        left.unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
+    shutil.rmtree(partial.parent, ignore_errors=True)
 
 
 def merge_lines(outputs: list[Any]) -> list[Any]:
@@ -286,8 +387,23 @@ def lock(folder: Path, name: str) -> Iterator[None]:
     """Let one process at a time make a run; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:  # across the nodes of a cluster, too, if their shared file system knows locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(name, "another process is making it: waits")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def remedy(number: int | None, what: str) -> str:
+    """What to do about an error of the operating system, by its number."""
+    if number in FULL:
+        problem, advice = "the disk is full", "Free some space"
+    elif number in CLOSED:
+        problem, advice = "no permission to write", "Make the folder writable"
+    else:
+        problem, advice = "the system reports", "Free some space or make the folder writable"
+    return f"{problem}: {what}\n{advice}, and run again: what is finished is kept."
 
 
 class Lines:
@@ -338,20 +454,19 @@ def main(argv: list[str] | None = None) -> int:
             start = time.monotonic()
             if execute(known[name], folder, dataset):
                 say(name, f"finished in {time.monotonic() - start:.0f} s")
+                if (figure := folder / name / "figure.svg").is_file():
+                    say(name, f"figure: {os.path.relpath(figure, results.ROOT)}")
             done = set(results.load(folder)) & set(known)
             print(f"notebooks done: {len(done)} of {len(known)}", flush=True)
     except (RunError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"error: {error.strerror or error} ({error.filename or arguments.results}). Free some "
-            "space or make the folder writable, and run again: finished runs are kept.",
-            file=sys.stderr,
-        )
+        where = error.filename or arguments.results
+        print(f"error: {remedy(error.errno, f'{error.strerror} ({where})')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: finished runs are kept, run again to continue.", file=sys.stderr)
+        print("\ninterrupted: what is finished is kept, run again to continue.", file=sys.stderr)
         return 130
     return 0
 

@@ -81,6 +81,7 @@ FINDINGS: tuple[CheckFunction, ...] = (
     findings.eq_30_is_not_always_tighter,
     findings.moments_are_not_cumulants,
     findings.relu_second_estimator_is_exact,
+    findings.relu_keeps_the_equality,
     findings.saturation_favours_the_first_estimator,
     findings.log_sigma_head_has_variance_in_its_last_layer,
     findings.trace_bounds_scale_alike,

@@ -9,6 +9,7 @@ import fimlib
 from fimlib import Categorical, Gaussian
 from support.checks import cases as make
 from support.checks.check import Check, equal, finding, together
+from support.checks.exact import oracle
 
 FAMILY = Categorical()
 
@@ -111,6 +112,15 @@ def relu_second_estimator_is_exact(_cases: int) -> Check:
     largest = max(float(v.max()) for v in fimlib.variance_i2(derivs, FAMILY).values())
     tried = sum(v.numel() for v in fimlib.variance_i2(derivs, FAMILY).values())
     return finding(largest == 0, largest, tried)
+
+
+def relu_keeps_the_equality(_cases: int) -> Check:
+    """4. ReLU away from kinks: E[∂ℓ ∂ℓᵀ] = −E[∂²ℓ] as ever. Shows the gap, relative."""
+    o = oracle(nn.ReLU)
+    outer = torch.einsum("xy,xyi,xyj->xij", o.p, o.gradients, o.gradients)
+    curvature = -torch.einsum("xy,xyij->xij", o.p, o.hessians)
+    both = equal(curvature, outer)
+    return finding(both.holds, both.worst, both.cases)
 
 
 def saturation_favours_the_first_estimator(_cases: int) -> Check:

@@ -1,0 +1,45 @@
+"""How fast this machine is, by a small fixed piece of the runs' own kind of work."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+import fimlib
+from support import training
+
+STEPS = 150  # of training
+REPEATS = 3
+
+
+@functools.cache
+def calibration() -> float:
+    """Seconds for a fixed piece of work on one CPU thread, about 0.3: the best of a few.
+
+    They are of processor time: what else goes on here at the moment does not count.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return round(min(workload() for _ in range(REPEATS)), 4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def workload() -> float:
+    """Processor time to train a network of Figure 1's size on noise, and to bound its variances."""
+    start = time.process_time()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = training.mlp([784, 128, 64, 32, 10], "Sigmoid")
+        x, y = torch.rand(STEPS, 128, 784), torch.randint(10, (STEPS, 128))
+    step = torch.optim.Adam(net.parameters())
+    for images, labels in zip(x, y, strict=True):
+        step.zero_grad()
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        step.step()
+    derivs = fimlib.differentiate(net.double().eval(), x[0, :1].double())
+    fimlib.theorem_4_1(derivs, fimlib.Categorical(), num_samples=1)
+    return time.process_time() - start

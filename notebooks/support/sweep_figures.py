@@ -1,0 +1,189 @@
+"""Figures over many networks at once, from the tables of several runs of the sweep."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from support import figures
+from support.results import NETWORK
+
+NAME = re.compile(
+    r"(?P<activation>[^-]+)-(?P<hidden>\d+(x\d+)*)-(?P<optimizer>[^-]+)-(?P<rate>.+)"
+    r"-seed-(?P<seed>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the name of a network in the sweep says.
+
+    Attributes:
+        activation: Of torch.nn.
+        hidden: Widths of the hidden layers.
+        optimizer: Of torch.optim.
+        learning_rate: Its learning rate.
+        seed: Of weights, shuffling, test images.
+    """
+
+    activation: str
+    hidden: tuple[int, ...]
+    optimizer: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def depth(self) -> int:
+        """Number of linear layers."""
+        return len(self.hidden) + 1
+
+
+def network(name: str) -> Network:
+    """Read the name of a network in the sweep.
+
+    Raises:
+        ValueError: it is no such name.
+
+    >>> network("Tanh-32x32-Adam-0.001-seed-1").depth
+    3
+    """
+    found = NAME.fullmatch(name)
+    if not found:
+        raise ValueError(f"{name!r} is no name like Tanh-32x32-Adam-0.001-seed-1.")
+    return Network(
+        found["activation"],
+        tuple(map(int, found["hidden"].split("x"))),
+        found["optimizer"],
+        float(found["rate"]),
+        int(found["seed"]),
+    )
+
+
+def validity(values: pd.DataFrame) -> Figure:
+    """How loose the upper bounds are by activation and depth, and how often one did not hold.
+
+    Per activation and number of layers: the median of UB/V over widths, seeds and the layers where
+    V is not 0, at the last epoch, and the range from the tightest to the loosest of them. Layers
+    are averaged before they are divided.
+
+    Args:
+        values: The tables of the runs of the sweep, one after another.
+    """
+    last = at_the_end(values)
+    activation_of = last.run.map(lambda run: network(run).activation)
+    activations = list(dict.fromkeys(activation_of))
+    with mpl.rc_context(figures.STYLE):
+        figure, axes = plt.subplots(
+            1, len(activations), figsize=(2.1 * len(activations) + 0.7, 3.9), sharex=True,
+            sharey=True, squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for ax, activation in zip(axes[0], activations, strict=True):
+            draw_looseness(ax, last[activation_of == activation], activation)
+            ax.set_xlabel("layers")
+        axes[0, 0].set_ylabel("upper bound / variance")
+        handles = [
+            Line2D([], [], color=figures.BLUE, marker="o", label="UB/$V_1$"),
+            Line2D([], [], color=figures.VERMILION, marker="s", label="UB/$V_2$"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_looseness(ax: Axes, data: pd.DataFrame, activation: str) -> None:
+    """One activation: UB/V over depth; in the title, checks of I, V₁ and V₂, and violations."""
+    totals = data.groupby("quantity").value.sum()
+    violations = totals[["I_violations", "V1_violations", "V2_violations"]].sum()
+    checks = f"{3 * totals['checks']:,.0f} checks"
+    ax.set_title(f"{activation}\n{checks}\n{violations:,.0f} violations", fontsize=10)
+    wide = data[data.layer != NETWORK].pivot(
+        index=["run", "layer"], columns="quantity", values="value"
+    )
+    depth = wide.index.get_level_values("run").map(lambda run: network(run).depth)
+    ax.set_yscale("log")
+    for shift, which, color, marker in (
+        (-0.12, "V1", figures.BLUE, "o"),
+        (0.12, "V2", figures.VERMILION, "s"),
+    ):
+        ratio = (wide[f"{which}_upper"] / wide[which].where(wide[which] > 0)).dropna()
+        groups = ratio.groupby(depth[wide.index.isin(ratio.index)])
+        if ratio.empty:
+            ax.text(0.97, 0.03, "$V_2 = 0$", transform=ax.transAxes, color=color, ha="right")
+            continue
+        low, middle, high = groups.min(), groups.median(), groups.max()
+        ax.vlines(middle.index + shift, low, high, color=color, alpha=0.5, linewidth=2)
+        ax.plot(middle.index + shift, middle, color=color, marker=marker, markersize=4)
+    ax.set_xticks(sorted(set(depth)))
+
+
+def decay(values: pd.DataFrame) -> Figure:
+    """I, V₁ and V₂ over the epochs in units of their values before training, one line per seed.
+
+    A layer's mean is divided by what it was at the start; lines are the geometric means of that
+    over the layers, of V₂ without the output layer, where it is 0. One panel per optimiser and
+    learning rate.
+
+    Args:
+        values: The tables of the runs that vary optimiser and seed, one after another.
+    """
+    runs = {run: network(run) for run in values.run.unique()}
+    cells = list(dict.fromkeys((n.optimizer, n.learning_rate) for n in runs.values()))
+    columns = min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    with mpl.rc_context(figures.STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3.4 * columns + 0.5, 2.6 * rows + 0.7), sharex=True,
+            sharey=True, squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for ax, (optimizer, rate) in zip(axes.flat, cells, strict=False):
+            ax.set_yscale("log")
+            ax.axhline(1, color=figures.GREY, linewidth=0.8)
+            for run, seen in runs.items():
+                if (seen.optimizer, seen.learning_rate) == (optimizer, rate):
+                    draw_decay(ax, values[values.run == run])
+            ax.set_title(f"{optimizer}, learning rate {rate:g}")
+        for ax in axes[-1]:
+            ax.set_xlabel("epoch")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("relative to epoch 0")
+        handles = [
+            Line2D([], [], color=color, label=label)
+            for color, label in (
+                (figures.GREEN, "Fisher information I"),
+                (figures.BLUE, "$V_1$"),
+                (figures.VERMILION, "$V_2$"),
+            )
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_decay(ax: Axes, data: pd.DataFrame) -> None:
+    """The three lines of one network."""
+    for which, color in (("I", figures.GREEN), ("V1", figures.BLUE), ("V2", figures.VERMILION)):
+        line = relative_to_start(data, which)
+        ax.plot(line.index, line, color=color, linewidth=1.1, alpha=0.8)
+
+
+def relative_to_start(data: pd.DataFrame, quantity: str) -> pd.Series[float]:
+    """Geometric mean over the layers of a quantity over that at epoch 0, by epoch.
+
+    Layers where it is 0 at the start, or ever becomes 0, are left out.
+    """
+    chosen = data[(data.quantity == quantity) & (data.layer != NETWORK)]
+    wide = chosen.pivot(index="epoch", columns="layer", values="value").sort_index()
+    wide = wide.loc[:, (wide > 0).all()]
+    line: pd.Series[float] = np.exp(np.log(wide / wide.iloc[0]).mean(axis=1))
+    return line
+
+
+def at_the_end(values: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every network's last epoch."""
+    return values[values.epoch == values.groupby("run").epoch.transform("max")]
