@@ -25,10 +25,11 @@ STATEMENTS = [
     "Theorem B.1", "Lemma B.2", "Corollary B.3", "Theorem C.1", "Theorem C.2", "Corollary F.1",
     "Corollary F.2", "Corollary Q.1",
 ]  # fmt: skip
-PICTURES = {"Table 1": "table-1", "Figure 1": "figure-1"} | dict.fromkeys(
-    ("Figures I–IV", "Figures V–IX"), "figures-i-ix"
-)
-OPEN = {"Figures V–IX"}
+PICTURES = {
+    "Table 1": "table-1", "Figure 1": "figure-1",
+    "Figures I–IV": "figures-i-iv", "Figures V–IX": "figures-v-ix",
+}  # fmt: skip
+OPEN: set[str] = set()
 
 GROUPS = paper_map.read(BOOK / "paper.yml")
 ITEMS = {number: item for items in GROUPS.values() for number, item in items.items()}

@@ -2,37 +2,21 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from support import book, data, results, runs
+from project import NOT_COPIED, copy, make
+from support import book, data, figures, results, runs
 
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
-NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "results", "mnist", "_build", "_generated", "build", "*.egg-info",
-    ".*_cache", "__pycache__", ".hypothesis", ".ipynb_checkpoints",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the project in a folder with a space, for this environment's Python."""
-    copy = tmp_path_factory.mktemp("copy") / "a project"
-    return shutil.copytree(results.ROOT, copy, ignore=NOT_COPIED)
-
-
-def make(project, *arguments, python=(f"PY={sys.executable}",), **environment):
-    ours = ("MNIST_DIR", "DATASET", "PY", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
-    kept = {k: v for k, v in os.environ.items() if k not in ours}
-    return subprocess.run(
-        ["make", *python, *arguments], cwd=project, capture_output=True, text=True,
-        env=kept | environment, check=False,
-    )  # fmt: skip
+    return copy(tmp_path_factory.mktemp("copy"))
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +118,10 @@ def test_pictures_come_from_tagged_cells(tmp_path, monkeypatch):
     [
         ([("picture:a", {"image/png": ""})], "run r, tag picture:a: the cell has 0 SVG outputs"),
         ([("picture:a",)], "has 0 SVG outputs; let it show one"),
-        ([("picture:a", {book.SVG: "1"}, {book.SVG: "2"})], "has 2 SVG outputs"),
-        ([("picture:a", {book.SVG: "1"})] * 2, "run r, tag picture:a: another picture has this"),
-        ([("picture:../a", {book.SVG: "1"})], "run r, tag picture:../a: use lower-case letters"),
-        ([("picture:", {book.SVG: "1"})], "use lower-case letters, digits"),
+        ([("picture:a", {figures.SVG: "1"}, {figures.SVG: "2"})], "has 2 SVG outputs"),
+        ([("picture:a", {figures.SVG: "1"})] * 2, "run r, tag picture:a: another picture has this"),
+        ([("picture:../a", {figures.SVG: "1"})], "run r, tag picture:../a: use lower-case letters"),
+        ([("picture:", {figures.SVG: "1"})], "use lower-case letters, digits"),
     ],
 )
 def test_a_picture_that_cannot_be_shown_is_named(tmp_path, monkeypatch, cells, message):
@@ -153,7 +137,7 @@ def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
     record = reference["sigmoid-seed-0"].record | {"counts": False, "experiment": "extra"}
     extra = {}
     for name, tag in (("new", "picture:new"), ("clash", "picture:seeds")):
-        folder = run_with(tmp_path / name, (tag, {book.SVG: "<svg/>"})).folder
+        folder = run_with(tmp_path / name, (tag, {figures.SVG: "<svg/>"})).folder
         extra[name] = results.Run(name, folder, record)
     book.prepare(reference, {"new": extra["new"]})
     assert not (tmp_path / "generated/new.svg").exists()
@@ -179,7 +163,7 @@ def test_a_second_call_keeps_what_is_finished(project, smoke):
         (["data", "DATASET=mnist"], "MNIST"),
         (["data", "MNIST_DIR=no/such/folder"], "no/such/folder"),
         (["data", "DATASET=cifar"], "cifar"),
-        (["run-nothing"], "no runs named nothing; there are: checks"),
+        (["run-nothing"], "no runs named nothing; there are: sigmoid-seed-0"),
         (["report", "RESULTS=nowhere"], "no finished runs"),
     ],
 )

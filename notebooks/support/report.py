@@ -28,6 +28,7 @@ FIGURES = {"sigmoid-seed-0": "Figure 1"}
 FIGURES |= {f"sigmoid-seed-{k}": f"Figure {NUMERALS[k - 1]}" for k in range(1, 5)}
 FIGURES |= {f"log-sigmoid-seed-{k}": f"Figure {NUMERALS[k + 4]}" for k in range(5)}
 MARKS = {claims.YES: "✓", claims.PARTLY: "◐", claims.NO: "✗"}
+OTHER = "none: other settings"
 WIDTH = 100  # of a terminal
 RULE = (
     "One rule for all claims, ours: a claim comes with a quantity that gives a number for every "
@@ -140,7 +141,7 @@ def compare_one(run: Run, group: Mapping[str, Run]) -> Comparison:
     there, figure = group[run.name], FIGURES.get(run.name, run.name)
     if other := differences(run, there):
         text = ", ".join(f"{name}: {values}" for name, values in other.items())
-        return Comparison(figure, "none: other settings", moved=False, text=text)
+        return Comparison(figure, OTHER, moved=False, text=text)
     ours, theirs = run.values, there.values
     if ours.equals(theirs):
         return Comparison(figure, "exact", moved=False, text="identical")
@@ -325,10 +326,12 @@ def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
     if not rows:
         return "There is no reference run to compare with."
     same = sum(row.text == "identical" for row in rows)
+    other = sum(row.how == OTHER for row in rows)
+    skipped = f" {other} have other settings and are not compared." if other else ""
     listed = f": {', '.join(row.figure for row in moved)}" if moved else ""
     return (
         f"Of {len(rows)} runs {same} are identical to the committed reference; {len(moved)} moved"
-        f"{listed}."
+        f"{listed}.{skipped}"
     )
 
 
@@ -400,7 +403,7 @@ def report(folder: Path) -> None:
     print(as_text(decisions))
     missing = [name for name in runs.specs() if name not in found]
     if missing:
-        print(textwrap.fill(f"\nnot finished: {', '.join(missing)}", WIDTH))
+        print("\n" + textwrap.fill(f"not finished: {', '.join(missing)}", WIDTH))
     for name, group in groups.items():
         if warn := warning(group):
             print(f"*** {name}: {warn}. No claim is judged by this. ***")
