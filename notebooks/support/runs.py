@@ -364,10 +364,10 @@ def finish(
         "files": results.file_digests(partial),
     }
     results.save(partial, None, record)
-    for left in (partial / checkpoint.FILE, partial / ATTEMPTS, *partial.glob(".*")):
-        left.unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
+    for left in (final / checkpoint.FILE, final / ATTEMPTS, *final.glob(".*")):
+        left.unlink(missing_ok=True)
     shutil.rmtree(partial.parent, ignore_errors=True)
 
 
