@@ -113,7 +113,10 @@ def prepare(
     pages = write_pages(main, aside, own or {})
     made = {file: [run] for file, run in pages.items()}
     made |= draw(main, "") | draw(aside, ASIDE) | draw_values(main)
-    for run in main.values():
+    of_experiment: dict[str, Run] = {}
+    for run in main.values():  # the first one speaks for all that differ in the seed
+        of_experiment.setdefault(run.record["experiment"], run)
+    for run in of_experiment.values():
         made |= save_pictures(run)
     made |= fill_gaps(set(made))
     passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})

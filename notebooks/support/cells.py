@@ -19,7 +19,7 @@ def parameters(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cell in notebook.cells:
         if "parameters" in tags(cell):
-            found = {name: ast.literal_eval(node) for name, node in assigned(cell.source).items()}
+            found = {name: evaluated(node) for name, node in assigned(cell.source).items()}
     return {name: value for name, value in found.items() if name not in ("name", "out")}
 
 
@@ -38,16 +38,23 @@ def assigned(code: str) -> dict[str, ast.expr]:
     return found
 
 
+def evaluated(node: ast.expr) -> Any:
+    """The value of a literal, or of an expression of literals such as ``[[8] * 2]``."""
+    return eval(compile(ast.Expression(node), "parameters", "eval"), {"__builtins__": {}})
+
+
 def with_values(code: str, values: Mapping[str, Any]) -> str:
     r"""A parameters cell with other values, its comments kept.
 
     >>> print(with_values("a = 1  # one\nb, c = [2], 'x'", {"b": [3, 4], "c": "y", "d": 5}))
     a = 1  # one
     b, c = [3, 4], "y"
+    >>> with_values("a = [[8] * 2]", {"a": [[8, 8]]})
+    'a = [[8] * 2]'
     """
     lines = code.encode().splitlines(keepends=True)  # columns are counted in bytes
     for name, node in reversed(assigned(code).items()):
-        if name in values and ast.literal_eval(node) != values[name]:
+        if name in values and evaluated(node) != values[name]:
             new = repr(values[name])
             new = new if '"' in new else new.replace("'", '"')
             first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1

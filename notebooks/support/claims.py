@@ -385,6 +385,12 @@ def stays_faded(t: pd.DataFrame, name: str) -> pd.Series[float]:
     return later[name].groupby(["run", "layer"]).max() / positive(at(t, "0")[name])
 
 
+@reads("{}")
+def falls_from_its_peak(t: pd.DataFrame, name: str) -> pd.Series[float]:
+    """A layer's mean after the last epoch over its largest mean at any epoch."""
+    return at(t, "last")[name] / positive(t[name].groupby(["run", "layer"]).max())
+
+
 @reads("I", "V1", "V2")
 def share_that_fades(t: pd.DataFrame) -> pd.Series[float]:
     """Share of layers and of I, V₁, V₂ that fall to 0.1 of their start by epoch 5, in a run."""
