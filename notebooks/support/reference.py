@@ -9,11 +9,12 @@ from pathlib import Path
 
 from support import report, results, runs
 
-FILES = ("values.csv", "record.json", "notebook.ipynb")
-
 
 def publish(folder: Path, target: Path) -> list[str]:
     """Copy all runs of ``runs.yml`` from ``folder``; return their names.
+
+    To stay small, only the first run of an experiment keeps its executed notebook: those of the
+    others differ in their parameters, and all values are kept.
 
     Raises:
         ValueError: a run is missing, one does not count, or runs of one experiment differ in more
@@ -29,11 +30,15 @@ def publish(folder: Path, target: Path) -> list[str]:
         report.check_same_settings(group)
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    for name in wanted:
+    first = {spec.experiment: name for name, spec in reversed(wanted.items())}
+    for name, spec in wanted.items():
+        shown = first[spec.experiment] == name
         (fresh / name).mkdir(parents=True)
-        for file in FILES:
+        for file in ("values.csv", "notebook.ipynb") if shown else ("values.csv",):
             if (found[name].folder / file).is_file():
                 shutil.copyfile(found[name].folder / file, fresh / name / file)
+        record = found[name].record | {"files": results.file_digests(fresh / name)}
+        results.save(fresh / name, None, record)
     shutil.rmtree(target, ignore_errors=True)
     fresh.replace(target)
     return list(wanted)

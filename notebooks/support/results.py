@@ -27,6 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "network"  # the layer column of values that belong to no single layer
+DIGITS = 12  # significant ones of a value in a table
 COLUMNS = ["run", "epoch", "layer", "quantity", "value"]
 FILES = ("values.csv", "notebook.ipynb")  # of a run: what its record vouches for, if it is there
 PACKAGES = ("fimlib", "numpy", "scipy", "pandas", "matplotlib", "papermill")
@@ -107,7 +108,7 @@ def save(folder: str | Path, values: pd.DataFrame | None, made_by: Mapping[str, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if values is not None:
-        write_text(folder / "values.csv", values.to_csv(index=False))
+        write_text(folder / "values.csv", values.to_csv(index=False, float_format=f"%.{DIGITS}g"))
     write_text(folder / "record.json", json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
 
 
