@@ -150,7 +150,7 @@ def test_the_pages_show_every_claim_and_every_case(tmp_path, monkeypatch):
     assert all(f"(`{key}`)" in page for key, d in by_id.items() if d.claim.quantity)
     assert all(d.claim.note in page for d in by_id.values() if not d.claim.quantity)
     rows = [line for line in page.splitlines() if line.startswith("| **")]
-    assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
+    assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
     folded = page[page.index("dropdown} c: ") :].split("::::")[0]
     assert folded.count("**3**") == 5  # layer 1, epoch 1, of every seed
     assert "no reference run" in page
@@ -322,7 +322,7 @@ def test_one_changed_number_of_the_reference_moves_exactly_its_figure(both):
     moved = [row for row in rows if row.moved]
     assert [row.figure for row in moved] == ["Figure II"]
     assert moved[0].text.startswith(
-        f"1 of {len(values)} values, by a median factor of 1, at most 2"
+        f"1 of {len(values)} values, by 0 of the value in the median, at most a factor of 2"
     )
     assert "Figure II." in report.summary(rows, moved)
 
@@ -448,6 +448,25 @@ def test_the_book_needs_a_reference_or_results(here, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "REFERENCE", tmp_path / "nowhere")
     with pytest.raises(book.BookError, match="no reference run"):
         book.sources(here)
+
+
+def test_the_sweep_is_counted_by_activation(tmp_path):
+    names = ("checks", "I_violations", "V1_violations", "V2_violations", "lower_positive")
+    shares = ("V1_vacuous", "V1_zero", "V2_vacuous", "V2_zero")
+    numbers = dict(zip(names + shares, (100, 1, 2, 4, 8, 10, 20, 30, 40), strict=True))
+    rows = [
+        (f"{activation}-8x8-SGD-0.1-seed-{seed}", 3, layer, name, number * (activation == "Tanh"))
+        for activation in ("Tanh", "ReLU") for seed in (0, 1) for layer in ("1", "2")
+        for name, number in numbers.items()
+    ]  # fmt: skip
+    rows = [(*r[:4], 100 if r[3] == "checks" else r[4]) for r in rows]
+    run = make(tmp_path, "s", pd.DataFrame(rows, columns=results.COLUMNS), experiment="sweep")
+    lines = report.sweep({"s": run}).splitlines()
+    assert lines[2:] == [
+        "| ReLU | 1,200 | 0 | 0 | 0.00% | 0.00% | 0.00% | 0.00% |",
+        "| Tanh | 1,200 | 28 | 32 | 10.00% | 20.00% | 30.00% | 40.00% |",
+    ]
+    assert "not been run" in report.sweep({})
 
 
 def test_publish(here, tmp_path):

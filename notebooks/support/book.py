@@ -166,6 +166,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
     reference = results.load(report.REFERENCE)
     results.write_text(GENERATED / "report.md", report.page(main, reference, made))
+    results.write_text(GENERATED / "sweep.md", report.sweep(main))
     results.write_text(GENERATED / "mutation.md", mutation())
 
 

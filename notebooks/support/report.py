@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from support import claims, figures, results, runs
+from support import claims, figures, results, runs, sweep_figures
 from support.claims import Decision
 from support.results import Run
 
@@ -147,7 +147,7 @@ def compare_one(run: Run, group: Mapping[str, Run]) -> Comparison:
         return Comparison(figure, "exact", moved=False, text="identical")
     both = ours.merge(theirs, on=KEYS, how="outer", suffixes=("", "_reference"))
     apart = decades(both.value, both.value_reference)
-    size = f"by a median factor of {10 ** apart.median():.3g}, at most {10 ** apart.max():.3g}"
+    size = f"by {factor(apart.median())} in the median, at most {factor(apart.max())}"
     if same_machine(run, there):
         changed = both.value.ne(both.value_reference) & both[["value", "value_reference"]].any(
             axis=1
@@ -157,7 +157,7 @@ def compare_one(run: Run, group: Mapping[str, Run]) -> Comparison:
         )
     spread = between_seeds(there, group)
     if spread:
-        text = f"{size}; two seeds of the reference differ by {10**spread:.3g}"
+        text = f"{size}; two seeds of the reference differ by {factor(spread)}"
         return Comparison(figure, "log scale, against the seeds", apart.median() > spread, text)
     error = (both.value - both.value_reference).abs()
     granted = ROUNDING * (1e-3 + both[["value", "value_reference"]].abs().max(axis=1))
@@ -171,6 +171,12 @@ def decades(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
     """|log₁₀(a/b)| where both are positive."""
     ratio = (a / b)[(a > 0) & (b > 0)]
     return ratio.map(math.log10).abs()
+
+
+def factor(apart: float) -> str:
+    """A difference in decades, in words."""
+    ratio = 10**apart
+    return f"a factor of {ratio:.3g}" if ratio >= 1.01 else f"{ratio - 1:.1g} of the value"
 
 
 def same_machine(one: Run, other: Run) -> bool:
@@ -283,6 +289,30 @@ def section_5_3(found: Mapping[str, Run], made: str) -> str:
     )
 
 
+def sweep(found: Mapping[str, Run]) -> str:
+    """How often the sweep's bounds failed, were vacuous, or had nothing to bound: a table."""
+    group = experiments(found).get("sweep", {})
+    if not group:
+        return "*The sweep has not been run yet.*\n"
+    values = pd.concat((run.values for run in group.values()), ignore_index=True)
+    layers = values[values.layer != results.NETWORK]
+    activation = layers.run.map(lambda run: sweep_figures.network(run).activation)
+    sums = layers.groupby([activation, "quantity"]).value.sum().unstack()
+    violations = sums.I_violations + sums.V1_violations + sums.V2_violations
+    shares = sums[["V1_vacuous", "V1_zero", "V2_vacuous", "V2_zero"]].div(sums.checks, axis=0)
+    lines = [
+        "| | bounds checked | violations | lower bounds above 0 | UB of V₁ vacuous | V₁: 0 = 0 "
+        "| UB of V₂ vacuous | V₂: 0 = 0 |",
+        "| --- " * 8 + "|",
+    ]
+    lines += [
+        f"| {name} | {3 * sums.checks[name]:,.0f} | {violations[name]:,.0f} | "
+        f"{sums.lower_positive[name]:,.0f} | {' | '.join(f'{x:.2%}' for x in shares.loc[name])} |"
+        for name in sums.index
+    ]
+    return "\n".join([*lines, ""])
+
+
 def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
     """The whole report: all claims, all their cases, and the comparison with the reference."""
     decisions = decide(found)
@@ -337,18 +367,18 @@ def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
 
 def table(decisions: Iterable[Decision]) -> str:
     """Claims with tolerance, our numbers, verdict and reason."""
-    lines = ["| claim | range | ours | verdict | how |", "| --- " * 5 + "|"]
+    lines = ["| claim | range | ours | verdict |", "| --- " * 4 + "|"]
     for d in decisions:
         dagger = " †" if d.claim.set == "after" else ""
         mark = MARKS.get(d.verdict, "")
         quantity = claims.QUANTITIES.get(d.claim.quantity)
         how = f"{quantity.says if quantity else ''} {d.claim.note}".strip()
         row = (
-            f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)",
+            f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)"
+            + (f"<br>*{how}*" if how else ""),
             f"{tolerance(d)}{dagger}" if d.claim.quantity else "–",
             ours(d),
             f"{mark} {d.verdict}{f': {d.reason}' if d.reason else ''}".strip(),
-            how,
         )
         lines.append(f"| {' | '.join(escaped(cell) for cell in row)} |")
     return "\n".join([*lines, "", "† set after such runs had been looked at; all others before."])
