@@ -21,7 +21,7 @@ CASES = {
     "sweep": [f"{a}-{w}-SGD-seed-0" for a in ("Sigmoid", "Tanh", "ReLU") for w in ("8", "8x8")],
     "saturation": ["Sigmoid", "Softplus"],
     "cost": [f"64x{w}x10" for w in ("8", "16", "32", "8^4", "8^8", "8^16")],
-    "empirical": ["true labels, train", "unknown noise, known q"],
+    "empirical": ["true labels, train", "noisy labels, known q", "unknown noise, known q"],
 }  # fmt: skip
 SEEDS = {"sigmoid": 2, "log-sigmoid": 2, "decay": 2}
 
@@ -141,11 +141,12 @@ def test_every_claim_of_section_5_3_is_there(letter):
         {"low": "3", "high": "2"},
         {"quantity": ""},
         {"experiment": ""},
+        {"whose": "theirs"},
     ],
 )
 def test_a_bad_row_is_told(tmp_path, row):
     good = {
-        "id": "x", "where": "here", "claim": "it is", "experiment": "sigmoid",
+        "id": "x", "where": "here", "claim": "it is", "whose": "paper", "experiment": "sigmoid",
         "quantity": "violations", "low": "0", "high": "", "set": "before", "note": "",
     }  # fmt: skip
     path = tmp_path / "claims.csv"

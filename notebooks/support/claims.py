@@ -36,6 +36,7 @@ class Claim(NamedTuple):
     id: str
     where: str  # in the paper
     claim: str
+    whose: str  # "paper", or "ours": a question that the paper does not answer
     experiments: tuple[str, ...]
     quantity: str  # a key of QUANTITIES; empty: not decidable
     arguments: tuple[str, ...]
@@ -112,17 +113,19 @@ def read(row: Mapping[str, str], path: Path) -> Claim:
     try:
         low, high = float(row["low"] or "-inf"), float(row["high"] or "inf")
         known = not quantity or quantity in QUANTITIES
-        if not known or low > high or bool(quantity) != bool(row["experiment"]):
+        told = row["whose"] in ("paper", "ours") and bool(quantity) == bool(row["experiment"])
+        if not (known and told and low <= high):
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"{path.name}, claim {row['id']!r}: low and high are numbers or empty, low ≤ high; the "
-            f"quantity is empty, and then so is the experiment, or one of {', '.join(QUANTITIES)}."
+            f"{path.name}, claim {row['id']!r}: whose is paper or ours; low and high are numbers or "
+            "empty, low ≤ high; the quantity is empty, and then so is the experiment, or one of "
+            f"{', '.join(QUANTITIES)}."
         ) from None
     experiments = tuple(filter(None, row["experiment"].split(", ")))
     return Claim(
-        row["id"], row["where"], row["claim"], experiments, quantity, tuple(arguments.split()),
-        low, high, row["set"], row["note"],
+        row["id"], row["where"], row["claim"], row["whose"], experiments, quantity,
+        tuple(arguments.split()), low, high, row["set"], row["note"],
     )  # fmt: skip
 
 
@@ -352,6 +355,12 @@ def root_v1_over_i_at_1(t: pd.DataFrame) -> pd.Series[float]:
 def root_variance_over_i(t: pd.DataFrame, name: str) -> pd.Series[float]:
     """√V/I of a layer's means at N = 1, median over the epochs."""
     return by_layer((positive(t[name]) * t.num_samples) ** 0.5 / positive(t.I))
+
+
+@reads("{}", "I")
+def root_variance_over_i_at_n(t: pd.DataFrame, name: str) -> pd.Series[float]:
+    """√V/I of a layer's means at the N of the run, median over the epochs."""
+    return by_layer(positive(t[name]) ** 0.5 / positive(t.I))
 
 
 @reads("V1", "V2")
@@ -584,27 +593,31 @@ def input_variance_over_its_bound(t: pd.DataFrame) -> pd.Series[float]:
 @reads("distance")
 def distance_at_the_end(t: pd.DataFrame) -> pd.Series[float]:
     """‖Ĩ − I‖/‖I‖ of a layer after the last epoch."""
-    return at(t, "last").distance
+    return at(of_case(t, "true labels|unknown noise"), "last").distance
 
 
 @reads("distance")
-def distance_end_over_start(t: pd.DataFrame) -> pd.Series[float]:
+def distance_end_over_start(t: pd.DataFrame, q: str) -> pd.Series[float]:
     """‖Ĩ − I‖/‖I‖ of a layer after the last epoch over that at random weights."""
-    own = trained_on(t)
+    own = of_case(t, LEARNT[q])
     return at(own, "last").distance / positive(at(own, "0").distance)
 
 
 @reads("cosine")
-def angle_end_over_start(t: pd.DataFrame) -> pd.Series[float]:
+def angle_end_over_start(t: pd.DataFrame, q: str) -> pd.Series[float]:
     """Angle between a layer's Ĩ and I after the last epoch over that at random weights."""
-    own = trained_on(t)
+    own = of_case(t, LEARNT[q])
     angle = np.arccos(own.cosine.clip(-1, 1)).to_frame("angle")
     return at(angle, "last").angle / positive(at(angle, "0").angle)
 
 
-def trained_on(t: pd.DataFrame) -> pd.DataFrame:
-    """The cases whose labels the network was trained on."""
-    return t[~t.index.get_level_values("run").str.contains("unknown noise")]
+# The cases of the notebook in which the network learnt from such labels, by what is known of q.
+LEARNT = {"known": "noisy labels, known q", "observed": ", (?:train|test)$"}
+
+
+def of_case(t: pd.DataFrame, pattern: str) -> pd.DataFrame:
+    """The rows of the cases whose name has the pattern."""
+    return t[t.index.get_level_values("run").str.contains(pattern)]
 
 
 @reads("crossing_labels_{}")

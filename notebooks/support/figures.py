@@ -190,12 +190,14 @@ def compact(svg: str) -> str:
 
     >>> compact('<svg><g id="figure_1">\n <path d="M 1.23456 2 \nL 0.999 -0.001 "/></g></svg>')
     '<svg><path d="M 1.23 2 L 1 0"/></svg>'
+    >>> compact('<svg><g id="figure_1"><g id="empty"/><g clip-path="url(#a)"/></g></svg>')
+    '<svg><g clip-path="url(#a)"/></svg>'
     """
     if '<g id="figure_1">' not in svg:
         return svg
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(?<=\s)(?:d|x|y)="[^"]*"|translate\([^)]*\)', rounded, svg)
-    svg = re.sub(r">\s+<", "><", svg)
+    svg = re.sub(r'<g id="[^"]*"/>', "", re.sub(r">\s+<", "><", svg))
     bare = []  # of the groups that are open: whether this one is dropped
 
     def without_bare(tag: re.Match[str]) -> str:
@@ -204,7 +206,7 @@ def compact(svg: str) -> str:
             return "" if bare[-1] else tag[0]
         return "" if bare.pop() else tag[0]
 
-    return re.sub(r"<g(?: [^>]*)?>|</g>", without_bare, svg)
+    return re.sub(r"<g(?: [^>]*)?(?<!/)>|</g>", without_bare, svg)
 
 
 def compacted(outputs: list[Any]) -> list[Any]:

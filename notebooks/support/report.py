@@ -233,8 +233,8 @@ def tolerance(decision: Decision) -> str:
 
 
 def tally(decisions: Iterable[Decision]) -> str:
-    """How many claims met which verdict, in a line."""
-    counts = Counter(decision.verdict for decision in decisions)
+    """How many of the paper's claims met which verdict, in a line; questions of ours left out."""
+    counts = Counter(d.verdict for d in decisions if d.claim.whose == "paper")
     kinds = [kind for kind in claims.VERDICTS if counts[kind]]
     return f"{counts.total()} claims: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
 
@@ -266,10 +266,10 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         ("The hidden layers", "V₁/V₂:", "c"),
         ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1"),
         ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2"),
-        ("Log-sigmoid", "Fisher information after epoch 5 over that at the start:", "f-i"),
+        ("Log-sigmoid", "share of what falls to a tenth within five epochs:", "f-most"),
     ]
     points = [
-        f"* *{topic}* {text} {ours(by_id[key])}. **{by_id[key].verdict}**\n"
+        f"* *{topic}* {text} {ours(by_id[key])} {tolerance(by_id[key])}. **{by_id[key].verdict}**\n"
         for topic, text, key in lines
     ]
     return (
@@ -319,13 +319,19 @@ def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> s
     tried = [d for d in decisions if d.claim.experiments == (STATEMENTS,)]
     silent = [d for d in decisions if not d.claim.quantity]
     measured = [d for d in decisions if d not in tried and d not in silent]
+    paper = [d for d in measured if d.claim.whose == "paper"]
+    before = sum(d.claim.set == "before" for d in paper)
     return "\n".join(
         [
             f"All numbers below come from {made}.\n\n**{tally(decisions)}.**\n",
             "## Against the reference results\n",
             compared(found, reference),
             "## Claims that experiments decide\n",
-            f"{tally(measured)}.\n\n{table(measured)}\n",
+            f"{tally(measured)}. Of their ranges {before} were set before, {len(paper) - before} "
+            f"after such runs had been looked at (†).\n\n{table(paper)}\n",
+            "## Questions of ours\n",
+            "Next to the paper's claims: other readings, and what a user may ask. They are in no "
+            f"count.\n\n{table(d for d in measured if d.claim.whose != 'paper')}\n",
             "### All cases\n",
             *(all_cells(d) for d in measured if len(d.cells) > 1),
             "## Statements, tried on many cases\n",

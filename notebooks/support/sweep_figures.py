@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from support import figures
 from support.results import NETWORK
@@ -89,6 +90,9 @@ def validity(values: pd.DataFrame) -> Figure:
             draw_looseness(ax, last[activation_of == activation], activation)
             ax.set_xlabel("layers")
         axes[0, 0].set_ylabel("upper bound / variance")
+        axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))  # the panels share it
+        axes[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes[0, 0].yaxis.set_minor_locator(NullLocator())
         handles = [
             Line2D([], [], color=figures.BLUE, marker="o", label="UB/$V_1$"),
             Line2D([], [], color=figures.VERMILION, marker="s", label="UB/$V_2$"),
