@@ -11,12 +11,14 @@ so one backward sweep that carries the rows ∂h^a and ∂s_u gives both J and S
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives
+from fimlib._trace import CapturedError, Uncaptured
+from fimlib.derivatives import Block, Derivatives, check_no_global_hooks, is_same, separate
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -40,9 +42,13 @@ class ElementwiseStep:
 
 def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
     """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``."""
-    modules = chain(model)
+    check_no_global_hooks()
+    own = separate(model)
+    # a parameter in a list of the copy is the copy's, in a closure it is the model's
+    parameters = {id(p): n for m in (model, own) for n, p in m.named_parameters()}
+    model = own
     with torch.no_grad():
-        outputs, steps = forward(modules, x.clone())
+        outputs, steps = forward(chain(model), x.clone(), parameters)
         blocks = backward(outputs, steps)
         expected = model(x)
     if not torch.isfinite(outputs).all():
@@ -77,9 +83,15 @@ def join(prefix: str, name: str) -> str:
 
 
 def forward(
-    modules: list[tuple[str, nn.Module]], x: Tensor
+    modules: list[tuple[str, nn.Module]], x: Tensor, parameters: Mapping[int, str]
 ) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
-    """The outputs, and what the backward sweep needs of every step."""
+    """The outputs, and what the backward sweep needs of every step.
+
+    Args:
+        modules: By name, in order.
+        x: The inputs.
+        parameters: The names of those that only ``Linear`` layers may use, by id.
+    """
     steps: list[LinearStep | ElementwiseStep] = []
     for name, module in modules:
         if type(module) is nn.Linear:
@@ -87,11 +99,13 @@ def forward(
             steps.append(LinearStep(name, module, x))
             x = module(x)
         elif not steps and next(module.parameters(), None) is None:
-            x = module(x)  # before the first parameter, whatever it is: part of the input
+            with Uncaptured(parameters, f"module {name!r} ({type(module).__name__})"):
+                x = preprocess(name, module, x)
         elif type(module) is nn.Flatten and module.start_dim == 1:
             x = module(x)
         elif type(module) not in TRANSPARENT:
-            x, step = elementwise(name, module, x)
+            with Uncaptured(parameters, f"module {name!r} ({type(module).__name__})"):
+                x, step = elementwise(name, module, x)
             steps.append(step)
     return x, steps
 
@@ -135,11 +149,40 @@ def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
             f"layer {name!r} (Linear) computes its weight or bias from other parameters: make it "
             "plain first (torch.nn.utils.prune.remove, remove_weight_norm and the like)."
         )
+    if z.ndim > 2 and z.shape[-1] == module.in_features:
+        raise NotImplementedError(
+            f"layer {name!r} (Linear) is applied to inputs of shape {list(z.shape)}, at several "
+            "positions: the layerwise engine takes [B, n]. engine='traced' takes both; where this "
+            "is not meant, put nn.Flatten() before the layer."
+        )
     if z.ndim != 2 or z.shape[1] != module.in_features:
         raise ValueError(
             f"layer {name!r} (Linear) expects inputs of shape [B, {module.in_features}], got "
             f"{list(z.shape)}. Check the shape of the input, or put nn.Flatten() before the layer."
         )
+
+
+def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """What a module makes of the inputs before the first parameter: anything, but one by one."""
+    parts = [part for part in (x[:1], x[1:]) if len(part)]
+    fresh = [separate(module) for _ in parts]  # which have kept nothing of the batch
+    z: Tensor = module(x.clone())
+    try:
+        alone = torch.cat([own(part.clone()) for own, part in zip(fresh, parts, strict=True)])
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+            raise
+        raise NotImplementedError(
+            f"module {name!r} ({type(module).__name__}) takes the batch, but not its parts, or "
+            f"makes no tensor of them: {error}"
+        ) from error
+    if not is_same(z, alone, z):
+        raise NotImplementedError(
+            f"module {name!r} ({type(module).__name__}) makes of one input what depends on the "
+            "others of the batch, on how often it was called, or on chance: make it a function of "
+            "each input alone."
+        )
+    return z
 
 
 def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
@@ -163,6 +206,8 @@ def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, Elemen
         if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
             raise ValueError(f"{kind} has no finite derivative at this input.")
         fits = acts_unit_by_unit(module, s) and is_twice_differentiable(module, s, second)
+    except CapturedError:
+        raise
     except (RuntimeError, AttributeError) as error:  # autograd, or the module, cannot
         raise refusal from error
     if not fits:

@@ -19,7 +19,7 @@ from fimlib._trace import Edge, Trace, kind
 
 Pull = Callable[[Tensor, int], Tensor]
 # Every number in the result is one number of the argument.
-VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "Unsqueeze", "Squeeze", "Expand")
+VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "Unsqueeze", "Squeeze")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,9 @@ def is_linear_layer(op: Node, i: int, views: list[Edge], size: int) -> bool:
         return False
     is_bias = kind(op) == "Addmm" and i == 0
     kinds = [kind(node) for node, _ in views[1:]]
-    return shape(views[-1]) == shape((op, 0))[1:] if is_bias else kinds == ["T"]
+    if is_bias:  # a view would give the left factors another shape than the parameter's
+        return not kinds and shape(views[0]) == shape((op, 0))[1:]
+    return kinds == ["T"]
 
 
 def right_factor(op: Any) -> Tensor:
@@ -104,7 +106,11 @@ def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
     Its argument 0 or 1 is a factor, or its argument is added, as ``PRODUCTS`` of the engine says.
     """
     name, out = kind(op), shape((op, 0))
-    if out[0] % size or (name == "Addmm" and (op._saved_alpha, op._saved_beta) != (1, 1)):
+    if (
+        not out
+        or out[0] % size
+        or (name == "Addmm" and (op._saved_alpha, op._saved_beta) != (1, 1))
+    ):
         return None
     if name in ("Addmm", "Mm") and i == len(op.next_functions) - 1:
         return matrix(right_factor(op), size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +20,27 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
+from fimlib.derivatives import separate, tensors
+
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
 
 REMEDY = (
     "This engine follows operations that are linear in each parameter, and elementwise functions; "
     "where such a network ends in a softmax, remove that: the outputs are natural parameters."
 )
-# These read the shape or the order of a tensor, not its values; autograd itself clears its hooks.
+# What is known of operations that are refused.
+HINTS = dict.fromkeys(
+    ("NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"),
+    "Or write it out: c = s - s.mean(...), then c / c.square().mean(...).add(eps).sqrt().",
+)
+# These read the shape or the order of their first argument, not its values.
 FORMS = re.compile(
-    r"(zeros|ones|full|empty|rand\w*)_like|new_\w+|arg(max|min|sort)|__iter__|_backward_hooks"
+    r"(zeros|ones|full|empty|rand\w*)_like|new_(zeros|ones|full|empty)\w*|arg(max|min|sort)"
 )
 # Nor do these read the values of any argument but the first.
 LIKE_ANOTHER = ("to", "type_as", "expand_as", "view_as", "reshape_as")
+# Autograd itself clears these, and cannot pass on what is raised there.
+SILENT = ("_backward_hooks",)
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,49 @@ class Trace:
     def refusal(self, node: Node, why: str) -> NotImplementedError:
         """The error that names a node by what the user wrote."""
         name = self.made.get(node, f"{node.name()}, of no function of torch")
-        return NotImplementedError(f"{name}: {why} {REMEDY}")
+        hint = HINTS.get(kind(node), "")
+        return NotImplementedError(f"{name}: {why} {REMEDY} {hint}".rstrip())
 
 
-class Watch(TorchFunctionMode):
+class CapturedError(NotImplementedError):
+    """A module uses a parameter that belongs to another."""
+
+
+class Uncaptured(TorchFunctionMode):
+    """Refuses parameters that a module reaches otherwise than by their names.
+
+    Attributes:
+        foreign: What must not be met, names by id.
+        place: Where it is looked for.
+    """
+
+    def __init__(self, foreign: Mapping[int, str], place: str = "the model") -> None:
+        super().__init__()
+        self.foreign, self.place = foreign, place
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the arguments, then call func."""
+        if name_of(func) not in SILENT:
+            self.look(tensors((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+    def look(self, arguments: Iterable[Tensor]) -> None:
+        """Raise a CapturedError if one is foreign."""
+        for name in (self.foreign[id(t)] for t in arguments if id(t) in self.foreign):
+            raise CapturedError(
+                f"{self.place} uses parameter {name!r}, not by its name in the module tree (but "
+                "out of a closure or a list): make it an attribute of the module that uses it."
+            )
+
+
+class Watch(Uncaptured):
     """Notes which function of which module made each node; refuses what cuts the graph."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, names: Mapping[Node, str], foreign: Mapping[int, str]) -> None:
+        super().__init__(foreign)
+        self.names = names
         self.made: dict[Node, str] = {}
         self.stack: list[str] = []
 
@@ -80,22 +124,62 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Call func; look at what depends on parameters before, and at what came of it."""
         name = name_of(func)
-        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs)
-        before = {get_gradient_edge(t).node for t in tensors(read) if t.requires_grad}
+        self.place = f"{name}() in {self.stack[-1] if self.stack else 'the model'}"
+        arguments = [] if name in SILENT else list(tensors((args, kwargs)))
+        self.check_arguments(arguments)
+        followed = [(t, t._version, made_by(t)) for t in arguments if t.requires_grad]
+        read = tensors(read_by(name, args, kwargs or {}))
+        before = {made_by(t) for t in read if t.requires_grad}
         result = func(*args, **(kwargs or {}))
-        if before and not FORMS.fullmatch(name) and not is_shape_or_condition(result):
-            place = f"{name}() in {self.stack[-1] if self.stack else 'the model'}"
-            if not before <= self.note(result, before, place):
-                raise NotImplementedError(
-                    f"{place} cuts the derivatives off or hides how they come about, as detach(), "
-                    ".data, .item(), torch.no_grad(), assignments into a tensor and your own "
-                    f"autograd.Function do: write it without. {REMEDY}"
-                )
-        return result
+        if name == "__iter__":
+            result = list(result)
+        is_cut = name == "data" or any(  # what is written there, autograd cannot know
+            t._version != version and t.requires_grad and made_by(t) == node
+            for t, version, node in followed
+        )
+        if before and not is_shape_or_condition(result):
+            is_cut |= not before <= self.note(result, before, self.place)
+        if is_cut:
+            raise NotImplementedError(
+                f"{self.place} cuts the derivatives off or hides how they come about, as detach(), "
+                ".data, .item(), torch.no_grad(), assignments into a tensor and your own "
+                f"autograd.Function do: write it without. {REMEDY}"
+            )
+        return iter(result) if name == "__iter__" else result
+
+    def check_arguments(self, arguments: list[Tensor]) -> None:
+        """Refuse what was not made under watch."""
+        self.look(arguments)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                f"{self.place} is called under torch.vmap or torch.func, where nothing shows what "
+                "cuts the derivatives off: write it for the whole batch."
+            )
+        for t in arguments:
+            if t.requires_grad:
+                self.check_known(made_by(t))
+
+    def check_known(self, node: Any) -> None:
+        """Refuse a node that appeared unseen: inside it, derivatives may have been cut off."""
+        is_leaf = hasattr(node, "variable")
+        if node in self.names or (node in self.made and not is_leaf):
+            return
+        if is_leaf:
+            name = self.foreign.get(id(node.variable))
+            self.look([node.variable] if name else [])
+            raise NotImplementedError(
+                f"{self.place} uses a tensor that requires grad and is no parameter of the model: "
+                "make it a parameter, or a buffer that does not."
+            )
+        raise NotImplementedError(
+            f"{node.name()}, of no function of torch: {self.place} uses what a script function, "
+            "your own autograd.Function or an earlier call has made, or a view of what was "
+            f"overwritten since. {REMEDY}"
+        )
 
     def note(self, result: Any, before: set[Node], place: str) -> set[Node]:
         """Name the nodes that were just made; return all that were met, those before included."""
-        stack: list[Node | None] = [t.grad_fn for t in tensors(result) if t.requires_grad]
+        stack: list[Node | None] = [made_by(t) for t in tensors(result) if t.requires_grad]
         met: set[Node] = set()
         while stack:
             node = stack.pop()
@@ -130,6 +214,11 @@ class Watch(TorchFunctionMode):
                 hook.remove()
 
 
+def made_by(t: Tensor) -> Node:
+    """The node whose output a tensor is; of a parameter, its leaf."""
+    return get_gradient_edge(t).node
+
+
 def name_of(func: Any) -> str:
     """What the user called: of a property its own name, e.g. ``data``."""
     name = getattr(func, "__name__", str(func))
@@ -137,13 +226,13 @@ def name_of(func: Any) -> str:
     return str(getattr(func.__self__, "__name__", name) if is_property else name)
 
 
-def tensors(values: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple | dict):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from tensors(value)
+def read_by(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments whose values a function reads."""
+    if name in LIKE_ANOTHER:
+        return args[:1]
+    if name in SILENT:
+        return ()
+    return (args[1:] if FORMS.fullmatch(name) else args, kwargs)
 
 
 def is_shape_or_condition(result: Any) -> bool:
@@ -156,25 +245,27 @@ def is_shape_or_condition(result: Any) -> bool:
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Run the model on a copy of its parameters and read the graph.
+    """Run a copy of the model and read the graph.
 
     Raises:
         ValueError: the input does not fit, or the outputs are not [B, T] and finite.
         NotImplementedError: the pass is random, cuts the graph, or leaves a parameter out.
     """
-    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    names = {get_gradient_edge(p).node: n for n, p in parameters.items()}
-    watch = Watch()
+    private = separate(model).requires_grad_()
+    names = {made_by(p): n for n, p in private.named_parameters()}
+    watch = Watch(names, {id(p): n for n, p in model.named_parameters()})
 
     def run() -> Tensor:
-        with torch.enable_grad(), watch.follow(model):
-            h: Tensor = torch.func.functional_call(model, {**parameters, **buffers}, (x.clone(),))
+        with torch.enable_grad(), watch.follow(private):
+            h: Tensor = private(x.clone())
         return h
 
     outputs = without_randomness(run, x)
     check_outputs(outputs, len(x))
     nodes, users = walk(outputs.grad_fn)
+    watch.place = "the end of the forward pass"
+    for node in (*nodes[-1:], *(n for n in nodes if hasattr(n, "variable"))):
+        watch.check_known(node)
     ancestors: dict[Node, frozenset[str]] = {}
     for node in nodes:
         below = (ancestors[n] for n, _ in node.next_functions if n is not None)
@@ -221,9 +312,11 @@ def without_randomness(run: Callable[[], Tensor], x: Tensor) -> Tensor:
         try:
             outputs = run()
         except RuntimeError as error:
-            if isinstance(error, NotImplementedError):
+            if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
                 raise
-            raise ValueError(f"the input {list(x.shape)} does not fit: {error}") from error
+            raise ValueError(
+                f"the forward pass fails on an input of shape {list(x.shape)}: {error}"
+            ) from error
         if not all(map(torch.equal, before, states())):
             raise NotImplementedError(
                 "the forward pass draws random numbers: make it deterministic, e.g. replace "

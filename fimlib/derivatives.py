@@ -9,11 +9,14 @@ what is kept; nothing of size outputs × parameters is built unless it is asked 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -95,7 +98,7 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
 
     S vanishes in a last layer that is linear (Remark 4.4); one layer before, it is
     ``w_out σ''(s) z²`` (Remark 4.5). The weights, the mode and ``requires_grad`` of the model are
-    left as they are; frozen parameters are reported like all others.
+    left as they are: only copies of it are called. Frozen parameters are reported like all others.
 
     Args:
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
@@ -112,7 +115,8 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
     Raises:
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
             shapes or dtypes do not fit; a parameter is tied; the engine is unknown.
-        NotImplementedError: no engine supports a module; the message names it.
+        NotImplementedError: no engine supports a module, or it cannot be copied; the message
+            names it. The outputs for one input depend on the others of the batch.
         ImportError: BackPACK is asked for and not installed.
 
     Cost: one forward pass, and one backward sweep that carries T + U rows for each of the B
@@ -129,10 +133,16 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
     """
     from fimlib import _backpack, _layerwise, _traced
 
+    def backpack(model: nn.Module, x: Tensor) -> Derivatives:
+        check_no_global_hooks()
+        derivs = _backpack.differentiate(separate(model), x)
+        check_alone(model, x, derivs.outputs)
+        return derivs
+
     engines = {
         "layerwise": _layerwise.differentiate,
         "traced": _traced.differentiate,
-        "backpack": _backpack.differentiate,
+        "backpack": backpack,
     }
     if engine not in ("auto", *engines):
         raise ValueError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(engines)}.")
@@ -148,7 +158,7 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
             return _traced.differentiate(model, x)
         except NotImplementedError as refusal:
             try:
-                return _backpack.differentiate(model, x)
+                return backpack(model, x)
             except (NotImplementedError, ImportError) as second:
                 raise NotImplementedError(f"{refusal} Nor does it: {second}") from refusal
 
@@ -156,7 +166,22 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
 def check_plain(model: nn.Module) -> None:
     """Refuse what the engines cannot see: hooks, replaced forward passes, tied parameters."""
     for name, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) spreads the batch over devices: pass "
+                "model.module, the network inside it."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) is a script module, which hides its "
+                "forward pass: pass the network as it was before torch.jit."
+            )
+        hooks = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
         if any(hooks) or "forward" in vars(module):
             raise NotImplementedError(
                 f"module {name!r} ({type(module).__name__}) has a hook or a replaced forward(), "
@@ -172,6 +197,128 @@ def check_plain(model: nn.Module) -> None:
             )
     if not seen:
         raise ValueError("the model has no parameters: there is nothing to differentiate in.")
+
+
+def check_no_global_hooks() -> None:
+    """Refuse hooks on all modules, for the engines that know modules by their types."""
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        raise NotImplementedError(
+            "a global forward hook (torch.nn.modules.module.register_module_forward_hook) may "
+            "change what every module computes: remove it, or take engine='traced'."
+        )
+
+
+def separate(model: nn.Module) -> nn.Module:
+    """A copy to be called, so that nothing that a call changes is the caller's.
+
+    Raises:
+        NotImplementedError: the model holds what cannot be copied.
+    """
+    # autograd forbids copies of what it has computed; where these are used, the copies show up as
+    # no parameters
+    kept = (t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None)
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in kept}
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every attribute may have its own
+        holders = (n for n, m in model.named_modules() if not is_copyable(m, dict(memo)))
+        name = next(holders, "")
+        raise NotImplementedError(
+            f"module {name!r} ({type(model.get_submodule(name)).__name__}) cannot be copied, which "
+            f"keeps yours as it is: {error}. Remove the attribute that cannot, or give the class a "
+            "__deepcopy__."
+        ) from error
+
+
+def is_copyable(module: nn.Module, memo: dict[int, Any]) -> bool:
+    """Whether the module's own attributes can be copied, those inside it left out."""
+    try:
+        copy.deepcopy({k: v for k, v in vars(module).items() if k != "_modules"}, memo)
+    except Exception:  # the one that is being explained
+        return False
+    return True
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors(value)
+
+
+def check_alone(model: nn.Module, x: Tensor, outputs: Tensor) -> None:
+    """Refuse a model whose outputs for one input are not a function of that input alone.
+
+    It is called on the whole batch again, and on parts of it; at its weights, and at others, since
+    weights of 0 hide what is before them. Every part meets a fresh copy, which has kept nothing.
+
+    Raises:
+        NotImplementedError: the outputs differ.
+    """
+    for strength in (0.0, 0.5):
+        first, *others = calls(model, x, strength)
+        expected = first if strength else outputs
+        if strength and any(h is None for h in (first, *others)):
+            continue  # other weights may be none that the model was made for
+        halves = [half for half in (expected[:1], expected[1:]) if len(half)]
+        pairs = zip((expected, expected, *halves), (first, *others), strict=True)
+        if not all(h is not None and is_same(h, e, expected) for e, h in pairs):
+            raise NotImplementedError(
+                "the outputs for one input depend on the others of the batch, on how often the "
+                "model was called, or on chance: make forward() a function of each input alone. "
+                f"If it is one, and {x.dtype} rounds too much for that to show, call .double() on "
+                "the model and on the inputs."
+            )
+
+
+def calls(model: nn.Module, x: Tensor, strength: float) -> list[Any]:
+    """Outputs at perturbed weights, None where there are none: of x, x again, x[:1] and x[1:].
+
+    Each part meets a fresh copy, the whole batch the same one twice.
+    """
+    found: list[Any] = []
+    own = model
+    for i, batch in enumerate(batch for batch in (x, x, x[:1], x[1:]) if len(batch)):
+        if i != 1:
+            own = separate(model)
+            perturb(own, strength)
+        try:
+            with torch.no_grad():
+                h = own(batch.clone())
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a module raises at a batch, or at weights, that it rejects
+            h = None
+        is_usable = isinstance(h, Tensor) and bool(torch.isfinite(h).all())
+        found.append(h if is_usable else None)
+    return found
+
+
+def perturb(model: nn.Module, strength: float) -> None:
+    """Move all weights at random, by so much of their size, those that are 0 as well."""
+    generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
+    for parameter in model.parameters():
+        size = parameter.detach().square().mean().sqrt()
+        fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
+        parameter.data += strength * (size if size > 0 else fallback) * noise
+
+
+def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:
+    """Whether two tensors agree up to rounding, which grows with the largest number of the whole.
+
+    How the numbers of one input are rounded depends on the size of its batch.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() or not whole.numel():
+        return torch.equal(a, b)
+    tolerance = 4 * torch.finfo(a.dtype).eps ** 0.5 * float(whole.detach().abs().max())
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance)
 
 
 def check_model(model: nn.Module, x: Tensor) -> None:
@@ -193,6 +340,10 @@ def check_model(model: nn.Module, x: Tensor) -> None:
             raise ValueError(
                 f"parameter {name!r} is {parameter.dtype}; derivatives need float32 or float64: "
                 "call model.double() or model.float()."
+            )
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(
+                f"parameter {name!r} has no values yet: call the model once on an input first."
             )
         if not torch.isfinite(parameter.detach()).all():
             raise ValueError(

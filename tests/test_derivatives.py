@@ -138,6 +138,43 @@ class BatchLeak(nn.Module):
         return s.tanh() + 1e-9 * s.mean(0, keepdim=True)
 
 
+class BatchCentre(nn.Module):
+    def forward(self, s):
+        return s - s.mean(0)
+
+
+class Captures(nn.Module):
+    """Uses a weight that belongs to another module."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weights = [weight]
+
+    def forward(self, s):
+        return s * self.weights[0].sum()
+
+
+class CapturesApart(Captures):
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, s, weight):
+            ctx.factor = weight.sum()
+            return s * ctx.factor
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.factor, None
+
+    def forward(self, s):
+        return self.Product.apply(s, self.weights[0])
+
+
+def captures(index, kind=Captures):
+    net = in_the_middle(nn.Tanh())
+    net.insert(index, kind(net[0].weight))
+    return net
+
+
 class Flip(nn.Module):
     def forward(self, s):
         return s.flip(1)
@@ -210,6 +247,19 @@ UNSUPPORTED = {
     "mixes by its curvature only": (lambda: at_zero(Gate()), r"'1' \(Gate\)"),
     "mixes a little": (lambda: in_the_middle(Leak()), r"'1' \(Leak\)"),
     "mixes the batch": (lambda: in_the_middle(BatchLeak()), r"'1' \(BatchLeak\)"),
+    "mixes the batch before the first layer": (
+        lambda: nn.Sequential(BatchCentre(), *in_the_middle(nn.Tanh())),
+        r"'0' \(BatchCentre\).*batch",
+    ),
+    "captures a weight": (lambda: captures(2), r"'2' \(Captures\).*'0.weight'"),
+    "captures a weight in its own function": (
+        lambda: captures(2, CapturesApart),
+        r"'2' \(CapturesApart\).*'0.weight'",
+    ),
+    "captures a weight, before the first layer": (
+        lambda: captures(0),
+        r"'0' \(Captures\).*'1.weight'",
+    ),
     "swaps": (lambda: in_the_middle(Flip()), r"'1' \(Flip\)"),
     "a tuple": (lambda: in_the_middle(Pair()), r"'1' \(Pair\)"),
     "random": (lambda: in_the_middle(Noise()), "random"),
@@ -239,15 +289,31 @@ def test_hooks_and_replaced_forwards_are_refused(engine, where):
         module = net.get_submodule(where)
         if kind == "hook":
             module.register_forward_hook(lambda _module, _args, out: 2 * out)
+        elif kind == "backward pre-hook":
+            module.register_full_backward_pre_hook(lambda _module, grads: (2 * grads[0],))
         elif kind == "pre-hook":
             module.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
         else:
             module.forward = lambda x: x.tanh()
         return net
 
-    for kind in ("hook", "pre-hook", "replaced"):
+    for kind in ("hook", "pre-hook", "backward pre-hook", "replaced"):
         with pytest.raises(NotImplementedError, match=r"hook or a replaced forward\(\)"):
             differentiate(changed(kind), inputs(1, 3), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "layerwise", "traced"])
+def test_mixing_before_the_first_layer_is_refused_by_all(engine):
+    net = nn.Sequential(BatchCentre(), nn.Linear(3, 2)).double()
+    nn.init.zeros_(net[1].weight)
+    with pytest.raises(NotImplementedError, match="batch"):
+        differentiate(net, inputs(2, 3), engine=engine)
+
+
+def test_mixing_before_the_first_layer_is_refused_by_backpack():
+    net = nn.Sequential(nn.Softmax(0), nn.Linear(3, 2)).double()
+    with pytest.raises(NotImplementedError, match="batch"):
+        differentiate(net, inputs(2, 3), engine="backpack")
 
 
 @pytest.mark.parametrize("engine", ["auto", "layerwise", "backpack"])
@@ -259,6 +325,30 @@ def test_tied_parameters_are_refused(engine):
     twice = nn.Linear(3, 3).double()
     with pytest.raises(ValueError, match="tied"):
         differentiate(nn.Sequential(twice, nn.Tanh(), twice), inputs(1, 3), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "traced", "backpack"])
+def test_hooks_on_all_modules_are_refused_or_followed(engine):
+    def double(module, _args, out):
+        return 2 * out if isinstance(module, nn.Linear) else None
+
+    net = mlp([3, 4, 2], nn.Tanh)
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        if engine == "traced":
+            J, _ = reference.derivatives(net, inputs(1, 3))
+            ours = differentiate(net, inputs(1, 3), engine=engine).jacobian("0.weight")[0]
+            assert relative(ours, J["0.weight"]) < 1e-10
+            return
+        with pytest.raises(NotImplementedError, match="global forward hook"):
+            differentiate(net, inputs(1, 3), engine=engine)
+    finally:
+        handle.remove()
+
+
+def test_parameters_without_values_are_refused():
+    with pytest.raises(ValueError, match=r"'0.weight' has no values yet: call the model once"):
+        differentiate(nn.Sequential(nn.LazyLinear(3)), inputs(1, 3).float())
 
 
 def test_a_shared_activation_is_no_tie():

@@ -1,6 +1,7 @@
 """The engine that follows autograd's graph: against the oracle, and what it must refuse."""
 
 import copy
+import warnings
 
 import pytest
 import reference
@@ -141,6 +142,16 @@ def odds_and_ends(self, x):
     return self.last(z - z.max(1, keepdim=True).values) + torch.zeros_like(z[:, :2])
 
 
+def listed():
+    net = Call(lambda self, x: self.b(torch.tanh(self.a(x) * self.more[0])), **linear_pair())
+    net.more = [net.a.bias]
+    return net
+
+
+def linear_pair():
+    return {"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}
+
+
 IMAGES = {
     "lenet": lambda: chain(
         nn.Conv2d(1, 3, 3, padding=1),
@@ -263,6 +274,40 @@ VECTORS = {
         log_weight=parameter(4, 3),
         head=nn.Linear(4, 2),
     ),
+    "expanded factor": lambda: Call(
+        lambda self, x: self.head(torch.exp(x @ self.v.expand(3, 2))),
+        v=parameter(1, 1),
+        head=nn.Linear(2, 2),
+    ),
+    "expanded bias": lambda: Call(
+        lambda self, x: self.head(torch.tanh(F.linear(x, self.w, self.v.expand(4)))),
+        w=parameter(4, 3),
+        v=parameter(1),
+        head=nn.Linear(4, 2),
+    ),
+    "viewed bias": lambda: Call(
+        lambda self, x: self.head(torch.tanh(F.linear(x, self.w, self.v.view(4)))),
+        w=parameter(4, 3),
+        v=parameter(2, 2),
+        head=nn.Linear(4, 2),
+    ),
+    "nothing is done to a parameter": lambda: Call(
+        lambda self, x: torch.tanh(x @ self.w.to(x.dtype).contiguous()) @ self.v.double(),
+        w=parameter(3, 4),
+        v=parameter(4, 2),
+    ),
+    "dot": lambda: Call(
+        lambda self, x: torch.stack([z.dot(self.v).sin() for z in x])[:, None], v=parameter(3)
+    ),
+    "rows of a tensor": lambda: Call(
+        lambda self, x: torch.stack([self.b(row.tanh()) for row in self.a(x)]),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 2),
+    ),
+    "parameter in a list, too": listed,
+    "rounded quotient": lambda: elementwise(
+        lambda s: s.tanh() + torch.div(9 * s, 1 + s * s, rounding_mode="floor")
+    ),
     "odds and ends": lambda: Call(odds_and_ends, first=nn.Linear(3, 4), last=nn.Linear(3, 2)),
     "softmax and norms, written out": lambda: Call(
         lambda self, x: self.head(by_hand(self.second(by_hand(self.first(x))))),
@@ -285,7 +330,7 @@ FUNCTIONS = [
     torch.sigmoid, torch.tanh, F.softplus, F.logsigmoid, F.gelu, F.silu, F.mish, F.elu, F.selu,
     F.celu, F.softsign, F.tanhshrink, F.relu, F.relu6, F.leaky_relu, F.hardtanh,
     F.softshrink, F.hardshrink, F.hardswish, torch.exp, torch.expm1, torch.exp2, torch.sin,
-    torch.cos, torch.atan, torch.asinh, torch.sinh, torch.erf, torch.square, torch.sinc, torch.abs,
+    torch.cos, torch.atan, torch.asinh, torch.sinh, torch.erf, torch.square, torch.abs,
     torch.reciprocal, lambda s: s**3, lambda s: s.square().add(1).sqrt(), lambda s: s * s * s,
     lambda s: (s * s + 1).log(), lambda s: 2.0 ** (1 - s), lambda s: s * F.sigmoid(s), torch.cosh,
     lambda s: torch.rsqrt(1 + s**2), lambda s: F.gelu(s, approximate="tanh"), F.relu_,
@@ -464,6 +509,100 @@ def overwrite(s):
     return z
 
 
+def scaled_unseen(s):
+    z = s.clone()
+    with torch.no_grad():
+        z.mul_(10)
+    return z
+
+
+def clamped(self, x):
+    with torch.no_grad():
+        self.a.weight.clamp_(-0.1, 0.1)
+    return self.b(self.a(x))
+
+
+def through_data(self, x):
+    """Overwrites what the layer has kept for its derivatives, unseen by autograd."""
+    z = self.a(x)
+    x.data.add_(1)
+    return self.b(z)
+
+
+def captured(is_frozen, view=lambda w: w):
+    """A weight that is used once by its name and once out of a closure."""
+
+    def build():
+        net = Call(lambda self, x: self.b(torch.tanh(self.a(x) * also[0])), **linear_pair())
+        net.a.bias.requires_grad_(not is_frozen)
+        also = [view(net.a.bias)]
+        return net
+
+    return build
+
+
+def saved_and_changed(s):
+    z = s.clone()
+    y = z * s.sin()
+    z.add_(1)
+    return y + z
+
+
+LEAF = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+
+def new_tensor(s):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises against it
+        return s * s.new_tensor(s)
+
+
+def scripted_product():
+    @torch.jit.script
+    def product(z):
+        return z * z.detach()
+
+    return product
+
+
+def script_module():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to remove it
+        return torch.jit.trace(net, inputs(3, 3))
+
+
+def by_sign(self, x):
+    """A factor in one input, used twice in another."""
+    return torch.cat(
+        [self.a(z) if z.sum() > 0 else self.a(z) + self.a(z.sin()) for z in x.split(1)]
+    )
+
+
+def zero_start():
+    net = Call(lambda self, x: self.b(x - x.mean(0)), b=nn.Linear(3, 2))
+    nn.init.zeros_(net.b.weight)
+    return net
+
+
+class KeepFirst(nn.Module):
+    """Keeps for later what it saw in the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = None
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.mean(0)
+        return self.layer(x - self.mean)
+
+
+def wrong_argument(_self, _x):
+    raise KeyError("my own key")
+
+
 def attention(self, x):
     z = self.embed(x).view(len(x), 2, 4)
     return self.head(self.attend(z, z, z, need_weights=False)[0].flatten(1))
@@ -581,6 +720,43 @@ TRAPS = {
     "other precision": (between(lambda s: s.float().double()), "torch.float32"),
     "complex numbers": (between(lambda s: s.to(torch.complex128).abs()), "torch.complex128"),
     "interpolation by activations": (between(lambda s: torch.lerp(s, -s, s.exp())), "Lerp"),
+    "new tensor": (between(new_tensor), r"new_tensor\(\)"),
+    "filled with a value": (
+        between(lambda s: s + torch.full_like(s, s.max().detach())),
+        r"detach\(\)|full_like",
+    ),
+    "filled with a maximum": (between(lambda s: s + torch.full_like(s, s.max())), "full_like"),
+    "input's data": (linears(through_data), r"data\(\) .*cuts"),
+    "changed without a trace": (between(scaled_unseen), r"mul_\(\) .*no_grad"),
+    "weight changed without a trace": (linears(clamped), r"clamp_\(\) .*no_grad"),
+    "captured": (captured(False), "'a.bias'.*not by its name"),
+    "captured, frozen": (captured(True), "'a.bias'.*not by its name"),
+    "captured view": (captured(False, lambda w: w.view(1, 4)), "of no function of torch"),
+    "foreign leaf": (
+        linears(lambda self, x: self.b(self.a(x) * LEAF)),
+        "a tensor that requires grad",
+    ),
+    "vmap": (between(torch.vmap(lambda s: s * s.detach())), r"torch.vmap"),
+    "script function": (between(lambda s: scripted_product()(s)), "of no function of torch"),
+    "script module": (script_module, "before torch.jit"),
+    "DataParallel": (lambda: nn.DataParallel(chain(nn.Linear(3, 2))), "model.module"),
+    "sinc": (between(torch.sinc), r"sinc\(\)"),
+    "saved, then changed": (between(saved_and_changed), r"Call.*modified by an inplace"),
+    "factored in one input only": (
+        lambda: Call(by_sign, a=nn.Linear(3, 2, bias=False)),
+        "differently at different inputs",
+    ),
+    "mixes the inputs behind zeros": (zero_start, "depend on the others of the batch"),
+    "small outputs": (
+        linears(lambda self, x: 1e-9 * self.b(torch.tanh(self.a(x - x.mean(0))))),
+        "depend on the others of the batch",
+    ),
+    "keeps the first batch": (lambda: KeepFirst().double(), "depend on the others of the batch"),
+    "layer norm, remedy": (
+        lambda: chain(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)),
+        "write it out",
+    ),
+    "key error": (linears(wrong_argument), "my own key"),
     "no rule": (
         between(
             lambda s: F.grid_sample(
@@ -611,9 +787,14 @@ def test_tied_parameters_are_refused():
         differentiate(net, inputs(1, 3))
 
 
+def own_error(_s):
+    raise RuntimeError("my own words")
+
+
 BAD = {
     "dropout": (lambda: chain(nn.Linear(3, 2), nn.Dropout()).train(), r"model.eval\(\)"),
-    "width": (lambda: chain(nn.Linear(4, 2)), "does not fit"),
+    "width": (lambda: chain(nn.Linear(4, 2)), r"fails on an input of shape \[3, 3\]"),
+    "own error": (between(own_error), r"^(?!.*not fit).*my own words"),
     "no finite derivative": (between(lambda s: (s * 0).sqrt()), r"sqrt\(\).* no finite derivative"),
     "overflow": (between(lambda s: (1e4 * s.abs()).exp()), "weights are too large"),
     "not [B, T]": (linears(lambda self, x: self.b(self.a(x))[:, None]), r"\[B, T\].*\[3, 1, 2\]"),
@@ -631,6 +812,66 @@ def test_bad_input_is_refused_with_a_remedy(case):
     build, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         differentiate(build(), inputs(3, 3), engine="traced")
+
+
+def test_float32_networks_are_not_refused_for_rounding():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten())
+        net = nn.Sequential(*net, nn.Linear(1024, 10))
+        for p in net.parameters():
+            p.data *= 2
+        differentiate(net, torch.randn(16, 1, 8, 8), engine="traced")
+
+
+class Keeps(nn.Module):
+    def forward(self, x):
+        self.last = x
+        return x
+
+
+class Counter(nn.Module):
+    """Changes what no state_dict shows, and what one shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.last = [], None
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        self.calls.append(len(x))
+        self.last = x
+        return x
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "traced"])
+def test_the_model_itself_is_never_called(engine):
+    net = nn.Sequential(Counter(), nn.Linear(3, 2)).double()
+    differentiate(net, inputs(2, 3), engine=engine)
+    assert not net[0].calls
+    assert net[0].last is None
+    assert not net[0].mean.any()
+
+
+def test_a_model_that_keeps_its_activations_is_no_reason_to_refuse():
+    net = nn.Sequential(nn.Linear(3, 3), Keeps(), nn.Linear(3, 2)).double()
+    net(inputs(2, 3))
+    assert net[1].last.grad_fn is not None
+    differentiate(net, inputs(2, 3), engine="traced")
+
+
+def test_what_cannot_be_copied_is_refused():
+    net = elementwise(torch.tanh)
+    net.lines = (line for line in "ab")
+    with pytest.raises(NotImplementedError, match=r"'' \(Call\) cannot be copied"):
+        differentiate(net, inputs(1, 3), engine="traced")
+
+
+def test_auto_reaches_inputs_with_positions():
+    net = chain(nn.Unflatten(1, (2, 3)), nn.Linear(3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2))
+    net, x = net.net, inputs(2, 6)
+    assert errors(net, x, differentiate(net, x)) < 1e-10
 
 
 def test_zero_curvature_is_exactly_zero():

@@ -118,7 +118,7 @@ def read(row: Mapping[str, str], path: Path) -> Claim:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"{path.name}, claim {row['id']!r}: whose is paper or ours; low and high are numbers or "
+            f"{path.name}, claim {row['id']!r}: whose is paper or ours; low, high are numbers or "
             "empty, low ≤ high; the quantity is empty, and then so is the experiment, or one of "
             f"{', '.join(QUANTITIES)}."
         ) from None
