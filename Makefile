@@ -48,7 +48,7 @@ RUNS = $(RESULTS)/$(CHOSEN)
 TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
 RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full mutants gpu-check clean
+.PHONY: help env data quote check-run experiments report book reproduce smoke fork run reference lint test test-full mutants gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -72,9 +72,11 @@ data: $(ENV) ## find or download MNIST, or fall back to the stand-in
 	@mkdir -p "$(RESULTS)"
 	@"$(PY)" -m support.data --dataset "$(DATASET)" --print-choice-to "$(CHOICE)"
 
-experiments: data ## run all notebooks that are not finished yet (make -j2: two at a time)
+check-run:
 	@command -v $(firstword $(RUN) true) >/dev/null || \
 	  { echo "error: RUN starts with $(firstword $(RUN)), which is no command here." >&2; exit 1; }
+
+experiments: check-run data ## run all notebooks that are not finished yet (make -j2: two at a time)
 	@$(RUNNER) --todo "$(TODO)"
 	@todo=$$(sed 's/^/run-/' "$(TODO)") && rm -f "$(TODO)" && if [ -n "$$todo" ]; then $(MAKE) $$todo; fi
 
@@ -88,20 +90,20 @@ book: $(ENV) ## build the book: from results on the last data set chosen, else d
 	@"$(PY)" -m support.book $(SIZE) --results "$(RUNS)" --output "$(BOOK_OUTPUT)"
 
 report: $(ENV) ## print what the runs on the last data set chosen say of the paper's statements
-	@"$(PY)" -m support.report --results "$(RUNS)"
+	@"$(PY)" -m support.report $(SIZE) --results "$(RUNS)"
 
 reproduce: experiments ## the main command: data, experiments, book, and what reproduced
 	@$(MAKE) book
 	@$(MAKE) report
 	@echo "the book's first page: $(BOOK_OUTPUT)/_build/html/index.html"
 
-smoke: ## the whole path at a tiny size, in a minute or two; its results never count
+smoke: ## the whole path at a tiny size, in some minutes; it judges nothing
 	@$(MAKE) reproduce SMOKE=1
 
 fork: $(ENV) ## copy a notebook, to change it: make fork NAME=mynet FROM=mnist
 	@"$(PY)" -m support.forks new "$(NAME)" --source "$(FROM)"
 
-run: data ## run a fork, or a run: make run NAME=mynet PARAMS="activation=tanh epochs=5"
+run: check-run data ## run a fork, or a run: make run NAME=mynet PARAMS="activation=tanh epochs=5"
 	@SLURM_JOB_NAME="$(NAME)" $(RUN) "$(PY)" -m support.forks run "$(NAME)" $(SIZE) \
 	  --parameters "$$PARAMS" --dataset "$(CHOSEN)" --results "$(RUNS)"
 	@$(MAKE) book

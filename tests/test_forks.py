@@ -109,6 +109,8 @@ def test_what_cannot_be_forked(notebooks, capsys, name, source, message):
         ("mynet", "epochs=", "PARAMS: 'epochs=' does not read name=value"),
         ("mynet", "epochs=many", "PARAMS: epochs is 20 in the notebook; 'many' does not suit"),
         ("mynet", "hidden=[3, 4", "does not read name=value"),
+        ("mynet", "epochs=1 epochs=2", "PARAMS: epochs is given twice"),
+        ("mynet", "epochs=-1", "PARAMS: epochs must not be negative, but is -1"),
         ("mynet", "dataset=digits", "the parameter dataset is chosen by `make … DATASET=`"),
         ("first", "epochs=5", "first is a run of runs.yml"),
     ],
@@ -124,6 +126,19 @@ def test_what_cannot_be_run(notebooks, tmp_path, capsys, name, parameters, messa
 
 
 @pytest.mark.usefixtures("notebooks")
+def test_a_failed_fork_names_the_parameters_that_it_keeps(tmp_path, monkeypatch):
+    def fail(spec, *_):
+        raise runs.RunError(f"{spec.name}: a cell failed")
+
+    forks.new("mynet", "mnist")
+    forks.set_parameters("mynet", "activation=Tanhh")
+    monkeypatch.setattr(runs, "execute", fail)
+    with pytest.raises(runs.RunError, match="failed\nmynet keeps .* them: activation=Tanhh"):
+        forks.run("mynet", tmp_path, "digits")
+    with pytest.raises(runs.RunError, match="failed$"):
+        forks.run("first", tmp_path, "digits")
+
+
 def test_parameters_are_kept():
     forks.new("mynet", "mnist")
     forks.set_parameters("mynet", "activation=tanh  hidden=[64, 32] learning_rate=1e-2 seed=0")

@@ -454,6 +454,15 @@ def test_the_book_needs_a_reference_or_results(here, monkeypatch, tmp_path):
         book.sources(here)
 
 
+def test_nothing_is_judged_at_smoke_size(here, capsys):
+    make_all(here, PAPER)
+    assert report.main(["--results", str(here)]) == 0
+    assert claims.YES in capsys.readouterr().out.split("claims:")[-1]
+    assert report.main(["--results", str(here), "--smoke"]) == 0
+    tally = capsys.readouterr().out.split("claims: ")[-1]
+    assert not any(verdict in tally for verdict in (claims.YES, claims.PARTLY, claims.NO))
+
+
 def test_the_sweep_is_counted_by_activation(tmp_path):
     names = ("checks", "I_violations", "V1_violations", "V2_violations", "lower_positive")
     shares = ("V1_vacuous", "V1_zero", "V2_vacuous", "V2_zero")

@@ -76,7 +76,7 @@ def new(name: str, source: str) -> Path:
     Raises:
         RunError: the name does not suit or is taken, or there is no such notebook.
     """
-    original = NOTEBOOKS / f"{source.removesuffix('.ipynb')}.ipynb"
+    original = NOTEBOOKS / f"{Path(source).name.removesuffix('.ipynb')}.ipynb"
     runs.check_parameters(original, {})
     if not NAME.fullmatch(name):
         raise RunError(
@@ -123,8 +123,13 @@ def set_parameters(name: str, text: str) -> None:
     given = parse(text)
     for reserved in sorted(OURS.keys() & given.keys()):
         raise RunError(f"the parameter {reserved} is {OURS[reserved]}; leave it out of PARAMS.")
-    runs.check_parameters(path, given)
+    runs.check_parameters(path, {})
     defaults = cells.parameters(nbformat.read(path, as_version=4))
+    if unknown := sorted(given.keys() - defaults.keys()):
+        there = ", ".join(sorted(defaults.keys() - OURS.keys()))
+        raise RunError(
+            f"PARAMS: {path.name} has no parameter {', '.join(unknown)}; there are: {there}."
+        )
     changed = fork["parameters"] | {k: suited(k, v, defaults[k]) for k, v in given.items()}
     fork["parameters"] = {k: v for k, v in changed.items() if v != defaults.get(k)}
     save(forks)
@@ -142,6 +147,8 @@ def parse(text: str) -> dict[str, Any]:
     found = {}
     for item in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()):
         name, sign, value = item.partition("=")
+        if name in found:
+            raise RunError(f"PARAMS: {name} is given twice.")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -158,8 +165,11 @@ def suited(name: str, value: Any, default: Any) -> Any:
     """A value of the kind of the notebook's own; text may stand where a number may.
 
     Raises:
-        RunError: it is of another kind.
+        RunError: it is of another kind, or negative where the notebook's own is not.
     """
+    numbers = all(type(x) in (int, float) for x in (value, default))
+    if numbers and value < 0 <= default:
+        raise RunError(f"PARAMS: {name} must not be negative, but is {value}.")
     if type(default) is float and type(value) is int:
         return float(value)
     if type(value) is not type(default) and not (type(default) is str and type(value) is int):
@@ -173,9 +183,17 @@ def run(name: str, folder: Path, dataset: str, *, smoke: bool = False) -> None:
     Raises:
         RunError: there is none of this name, or it failed.
     """
-    start = time.monotonic()
-    if runs.execute(known(smoke=smoke)[name], folder, dataset):
-        runs.say(name, f"finished in {time.monotonic() - start:.0f} s")
+    start, spec = time.monotonic(), known(smoke=smoke)[name]
+    kept = ", ".join(f"{key}={value}" for key, value in spec.parameters.items())
+    try:
+        if runs.execute(spec, folder, dataset):
+            runs.say(name, f"finished in {time.monotonic() - start:.0f} s")
+    except RunError as error:
+        if name in read() and kept:
+            raise RunError(
+                f"{error}\n{name} keeps these parameters until PARAMS changes them: {kept}"
+            ) from error
+        raise
 
 
 def known(*, smoke: bool = False) -> dict[str, Spec]:
@@ -200,9 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "new":
             path = new(arguments.name, arguments.source)
+            has_model = MARK.strip() in path.read_text(encoding="utf-8")
+            cell = f"its cell {MODEL[4:-1]} (or any other)" if has_model else "what you like"
             print(
                 f"notebooks/{path.name} is a copy of {arguments.source}, noted in notebooks/{FILE}."
-                f" Change its cell {MODEL[4:-1]} (or any other), then: make run NAME={path.stem}"
+                f" Change {cell}, then: make run NAME={path.stem}"
             )
             return 0
         if arguments.name not in known():

@@ -424,20 +424,23 @@ def escaped(text: str) -> str:
 # For the terminal.
 
 
-def report(folder: Path) -> None:
-    """Print what reproduced, from the finished runs in a folder.
+def report(folder: Path, *, smoke: bool = False) -> None:
+    """Print what reproduced, from the finished runs in a folder; at smoke size nothing is judged.
 
     Raises:
         ValueError: there are none, they do not belong together, or a table is damaged.
     """
-    found, reference = results.load(folder, runs.specs()), results.load(REFERENCE)
+    wanted, reference = runs.specs(smoke=smoke), results.load(REFERENCE)
+    found = results.load(folder, wanted)
+    if smoke:
+        found = {n: Run(n, r.folder, r.record | {"counts": False}) for n, r in found.items()}
     groups = experiments(found)
     if not groups:
         raise ValueError(f"no finished runs in {folder}: make reproduce")
     decisions = decide(found)
     print(f"\nWhat the {len(found)} runs in {folder} say of the paper's claims:\n")
     print(as_text(decisions))
-    missing = [name for name in runs.specs() if name not in found]
+    missing = [name for name in wanted if name not in found]
     if missing:
         print("\n" + textwrap.fill(f"not finished: {', '.join(missing)}", WIDTH))
     for name, group in groups.items():
@@ -455,8 +458,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print what reproduced; see the module."""
     parser = argparse.ArgumentParser(prog="support.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    parser.add_argument("--smoke", action="store_true", help="the results are at smoke size")
+    arguments = parser.parse_args(argv)
     try:
-        report(parser.parse_args(argv).results)
+        report(arguments.results, smoke=arguments.smoke)
     except (ValueError, OSError, runs.RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
