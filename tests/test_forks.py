@@ -139,6 +139,7 @@ def test_a_failed_fork_names_the_parameters_that_it_keeps(tmp_path, monkeypatch)
         forks.run("first", tmp_path, "digits")
 
 
+@pytest.mark.usefixtures("notebooks")
 def test_parameters_are_kept():
     forks.new("mynet", "mnist")
     forks.set_parameters("mynet", "activation=tanh  hidden=[64, 32] learning_rate=1e-2 seed=0")

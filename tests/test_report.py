@@ -1,6 +1,7 @@
 """Report, figures and the book's choice of runs, on a table whose answers are known."""
 
 import json
+from xml.etree import ElementTree
 
 import nbformat
 import numpy as np
@@ -452,6 +453,19 @@ def test_the_book_needs_a_reference_or_results(here, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "REFERENCE", tmp_path / "nowhere")
     with pytest.raises(book.BookError, match="no reference run"):
         book.sources(here)
+
+
+def test_every_picture_of_the_reference_is_whole():
+    drawn = [
+        svg
+        for notebook in report.REFERENCE.glob("*/notebook.ipynb")
+        for cell in nbformat.read(notebook, as_version=4).cells
+        for output in cell.get("outputs", [])
+        if (svg := output.get("data", {}).get(figures.SVG))
+    ]
+    assert drawn
+    for svg in drawn:
+        ElementTree.fromstring(svg)  # raises unless its tags match
 
 
 def test_nothing_is_judged_at_smoke_size(here, capsys):
