@@ -40,9 +40,11 @@ def test_the_whole_path(project, smoke):
     planned = set(runs.specs(smoke=True))
     assert f"notebooks done: {len(planned)} of {len(planned)}" in done.stdout
     assert "epoch  1/1  loss" in done.stdout
-    assert "None of the paper's claims is judged by this" in done.stdout
+    assert "No claim is judged by this" in done.stdout
     assert "the book's first page: results/smoke/_build/html/index.html" in done.stdout
-    assert "8 rows with a verdict: 8 not judged" in done.stdout
+    assert re.search(
+        r"^\d+ claims: \d+ not decidable, \d+ not judged\.$", done.stdout, re.MULTILINE
+    )
     assert set(results.load(project / "results/smoke" / chosen)) == planned
 
 
