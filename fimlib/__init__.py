@@ -14,6 +14,9 @@ Example: how far can one trust Î₁ and Î₂ of a classifier, given one input 
     0.0
 """
 
+# Diagonal approximations of the Hessian by others, to compare with.
+from fimlib._approximate import hessian_diagonal_approximation
+
 # Section 4, Appendices B and C: bounds.
 from fimlib.bounds import (
     Bounds,
@@ -67,8 +70,14 @@ from fimlib.fisher import (
 )
 from fimlib.gaussian import Gaussian, GaussianHead
 
+# Section 3, where there is no exact S: an estimate of V₂.
+from fimlib.hutchinson import HutchinsonEstimate, hutchinson_variance_i2
+
 # Section 4.1: random inputs and labels.
 from fimlib.joint import Joint, JointBounds, JointInterval, joint_covariance
+
+# Engines: which takes a network, and its cost.
+from fimlib.plan import Plan, plan
 
 # Section 3's remark on Chebyshev: how many labels, and which estimator.
 from fimlib.precision import Comparison, compare_estimators, num_samples_needed
@@ -87,6 +96,9 @@ from fimlib.spectra import (
     shifted_power_method,
     spectrum,
 )
+
+# Section 4.1 at scale: a data set in batches, over processes.
+from fimlib.streaming import accumulate, all_reduce
 from fimlib.trace_bounds import (
     TraceBound,
     TraceBounds,
@@ -109,6 +121,7 @@ __all__ = [
     "Family",
     "Gaussian",
     "GaussianHead",
+    "HutchinsonEstimate",
     "Independent",
     "Interval",
     "Joint",
@@ -117,6 +130,7 @@ __all__ = [
     "Labels",
     "OffDiagonalBounds",
     "OuterBounds",
+    "Plan",
     "Poisson",
     "SoftmaxBounds",
     "Spectrum",
@@ -124,6 +138,8 @@ __all__ = [
     "TraceBounds",
     "TraceInterval",
     "TraceIntervals",
+    "accumulate",
+    "all_reduce",
     "compare_estimators",
     "corollary_4_2",
     "corollary_4_6",
@@ -142,6 +158,8 @@ __all__ = [
     "fisher_information",
     "fisher_matrix",
     "fourth_moment_spectrum",
+    "hessian_diagonal_approximation",
+    "hutchinson_variance_i2",
     "joint_covariance",
     "kl_gradient",
     "lambda_max",
@@ -154,6 +172,7 @@ __all__ = [
     "lemma_b_2",
     "num_samples_needed",
     "off_diagonal",
+    "plan",
     "proposition_4_3",
     "reparameterise",
     "sample_variance_i1",

@@ -7,17 +7,26 @@ BackPACK differentiates losses, so output a is wrapped into one whose residual i
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Block, Derivatives, check_alone, check_no_global_hooks, separate
 
 
-def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
+def differentiate(
+    model: nn.Module, x: Tensor, *, order: int = 2, wanted: frozenset[str] | None = None
+) -> Derivatives:
     """J and S by T passes of BackPACK over a copy of the model; see ``fimlib.differentiate``."""
+    check_no_global_hooks()
+    derivs = passes(separate(model), x, order, wanted)
+    check_alone(model, x, derivs.outputs)
+    return derivs
+
+
+def passes(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None) -> Derivatives:
+    """One backward pass for each of the T outputs, over a model that nobody else has."""
     try:
         import backpack
         from backpack.extensions import BatchDiagHessian, BatchGrad
@@ -28,18 +37,20 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
         ) from error
     check_modules(model)
     num_outputs = check_outputs(model, x)
-    model = copy.deepcopy(model).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted is None or name in wanted)
     for module in model.modules():
         if hasattr(module, "inplace"):
             vars(module)["inplace"] = False  # BackPACK's hooks cannot follow it
     net, loss = backpack.extend(model), backpack.extend(nn.MSELoss(reduction="sum"))
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradients: dict[str, list[Tensor]] = {name: [] for name in names}
     hessians: dict[str, list[Tensor]] = {name: [] for name in names}
+    extensions = (BatchGrad(), BatchDiagHessian())[:order]
     for a in range(num_outputs):
         with (
             torch.enable_grad(),
-            backpack.backpack(BatchGrad(), BatchDiagHessian()),
+            backpack.backpack(*extensions),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # torch's and BackPACK's own notices on hooks
@@ -53,13 +64,17 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
                 raise NotImplementedError(
                     f"BackPACK cannot differentiate one of the modules {known}: {error}"
                 ) from error
-        for name, parameter in model.named_parameters():
-            gradients[name].append(parameter.__dict__.pop("grad_batch"))
-            hessians[name].append(parameter.__dict__.pop("diag_h_batch"))
+        for name in names:
+            found = model.get_parameter(name).__dict__
+            gradients[name].append(found.pop("grad_batch"))
+            if order == 2:
+                hessians[name].append(found.pop("diag_h_batch"))
     blocks = []
     for name in names:
         J = torch.stack(gradients[name], dim=1).detach()
-        S = torch.stack(hessians[name], dim=1).detach() - 2 * J.square().sum(1, keepdim=True)
+        S = None
+        if order == 2:
+            S = torch.stack(hessians[name], dim=1).detach() - 2 * J.square().sum(1, keepdim=True)
         blocks.append(Block(name.rpartition(".")[0], J, S, {name: None}))
     return Derivatives(outputs.detach(), tuple(blocks))
 

@@ -11,7 +11,7 @@ so one backward sweep that carries the rows ∂h^a and ∂s_u gives both J and S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,21 @@ from fimlib._trace import CapturedError, Uncaptured
 from fimlib.derivatives import Block, Derivatives, check_no_global_hooks, is_same, separate
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
+CURVED = (
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.LogSigmoid,
+    nn.Softplus,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+)
+# Modules whose code is torch's own: they may be run without a copy, and be believed.
+KNOWN = (nn.Sequential, nn.Linear, nn.Flatten, *TRANSPARENT, *PIECEWISE_LINEAR, *CURVED)
 
 
 @dataclass(frozen=True)
@@ -34,23 +49,53 @@ class LinearStep:
 
 @dataclass(frozen=True)
 class ElementwiseStep:
-    """σ'(s) and σ''(s) of an elementwise nonlinearity, [B, n]."""
+    """σ'(s) and σ''(s) of an elementwise nonlinearity, [B, n]; None for σ'' = 0 everywhere."""
 
     first: Tensor
-    second: Tensor
+    second: Tensor | None
 
 
-def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
-    """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``."""
+def differentiate(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    order: int = 2,
+    wanted: frozenset[str] | None = None,
+    seeds: Callable[[Tensor], Tensor | None] | None = None,
+) -> Derivatives:
+    """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``.
+
+    All rows at the outputs are as good as those of the outputs themselves: see ``prepare`` for
+    ``seeds``.
+    """
     check_no_global_hooks()
+    with torch.no_grad():
+        if all(type(module) in KNOWN for module in model.modules()):
+            outputs, steps = forward(chain(model), x, {})
+        else:
+            outputs, steps = forward_of_copy(model, x)
+        check_parameters(model, steps)
+        directions = None if seeds is None else seeds(outputs)
+        rows = identity(outputs) if directions is None else directions.to(outputs)
+        blocks = backward(rows, steps, order, wanted)
+        return Derivatives(outputs, blocks, "layerwise", projected=directions is not None)
+
+
+def identity(outputs: Tensor) -> Tensor:
+    """The derivatives of the outputs at themselves, [B, T, T]."""
+    eye = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+    return eye.expand(len(outputs), -1, -1)
+
+
+def forward_of_copy(
+    model: nn.Module, x: Tensor
+) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
+    """As ``forward``, of a model with modules that may do anything: they do it to a copy."""
     own = separate(model)
     # a parameter in a list of the copy is the copy's, in a closure it is the model's
     parameters = {id(p): n for m in (model, own) for n, p in m.named_parameters()}
-    model = own
-    with torch.no_grad():
-        outputs, steps = forward(chain(model), x.clone(), parameters)
-        blocks = backward(outputs, steps)
-        expected = model(x)
+    outputs, steps = forward(chain(own), x.clone(), parameters)
+    expected = own(x)
     if not torch.isfinite(outputs).all():
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     if outputs.shape != expected.shape or not torch.allclose(outputs, expected):
@@ -58,11 +103,20 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
             "the model's forward pass is random or does more than its modules in a row: write the "
             "network as a plain, deterministic nn.Sequential."
         )
-    known = {name for block in blocks for name in block.inputs}
+    return outputs, steps
+
+
+def check_parameters(model: nn.Module, steps: list[LinearStep | ElementwiseStep]) -> None:
+    """Refuse parameters that belong to no linear layer of the chain."""
+    known = {name for s in steps if isinstance(s, LinearStep) for name in names(s)}
     for name, _ in model.named_parameters():
         if name not in known:
             raise NotImplementedError(f"parameter {name!r} belongs to no Linear layer: remove it.")
-    return Derivatives(outputs, blocks)
+
+
+def names(step: LinearStep) -> dict[str, str]:
+    """The layer's parameters, "weight" and "bias", by their full names."""
+    return {join(step.name, n): n for n, _ in step.module.named_parameters()}
 
 
 def chain(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
@@ -98,48 +152,91 @@ def forward(
             check_linear(name, module, x)
             steps.append(LinearStep(name, module, x))
             x = module(x)
+        elif type(module) is nn.Flatten and module.start_dim == 1:
+            x = module(x)
+        elif type(module) in TRANSPARENT:
+            continue
         elif not steps and next(module.parameters(), None) is None:
             with Uncaptured(parameters, f"module {name!r} ({type(module).__name__})"):
                 x = preprocess(name, module, x)
-        elif type(module) is nn.Flatten and module.start_dim == 1:
-            x = module(x)
-        elif type(module) not in TRANSPARENT:
+        else:
             with Uncaptured(parameters, f"module {name!r} ({type(module).__name__})"):
                 x, step = elementwise(name, module, x)
             steps.append(step)
     return x, steps
 
 
-def backward(outputs: Tensor, steps: list[LinearStep | ElementwiseStep]) -> tuple[Block, ...]:
-    """Carry derivatives back to the first layer, at every place with respect to its n values.
+def backward(
+    J: Tensor,
+    steps: list[LinearStep | ElementwiseStep],
+    order: int = 2,
+    wanted: frozenset[str] | None = None,
+) -> tuple[Block, ...]:
+    """Carry rows J at the outputs, [B, T, T], back to the first wanted layer.
 
-    R, [B, T + U, n], holds the Jacobian of the T outputs and of the U pre-activations behind the
-    next linear layer; curvature, [B, T, U], holds σ''(s_u) ∂h^a/∂z_u of those. Units before that
-    layer still act on h one by one: bend, [B, T, n], is what they add to the second derivatives.
+    At every place J and S, [B, T, n], are derivatives by the n values there. ``own``, [B, T, n], is
+    the part of S that acts value by value: that of the units before the layer that comes next on
+    the way forward. ``units`` are those behind it that are curved: their weights
+    V = σ''(s_u) ∂h^a/∂z_u, [B, T, U], and their rows ∂s_u, [B, U, n].
     """
-    size, num_outputs = outputs.shape
-    R = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).expand(size, -1, -1)
-    bend = torch.zeros_like(R)
-    curvature = R[:, :, :0]
+    S: Tensor | None = None
+    own: Tensor | None = None
+    units: tuple[Tensor, Tensor] | None = None
     blocks: list[Block] = []
-    for i, step in reversed(list(enumerate(steps))):
-        J = R[:, :num_outputs]
+    at = [i for i, step in enumerate(steps) if right_factors(step, None)]
+    first = min(i for i in at if right_factors(steps[i], wanted))
+    for i, step in reversed(list(enumerate(steps[first:], first))):
         if isinstance(step, ElementwiseStep):
-            bend = bend * step.first.square()[:, None] + J * step.second[:, None]
-            R = R * step.first[:, None]
+            if order == 2:
+                bent = None if step.second is None else J * step.second[:, None]
+                S, own = (bend(D, step.first.square()[:, None], bent) for D in (S, own))
+                units = None if units is None else (units[0], units[1] * step.first[:, None])
+            J = J * step.first[:, None] if i == len(steps) - 1 else J.mul_(step.first[:, None])
             continue
-        S = curvature @ R[:, num_outputs:].square() + bend
-        factors = {"weight": step.z, "bias": None}
-        inputs = {join(step.name, n): factors[n] for n, _ in step.module.named_parameters()}
-        blocks.append(Block(step.name, J, S, inputs))
-        if i > 0:  # before the first linear layer there is nothing left to differentiate
-            weight = step.module.weight
-            R = R @ weight
-            if bend.any():  # piecewise linear units have no curvature to carry
-                curvature = torch.cat([curvature, bend], dim=2)
-                R = torch.cat([R, weight.expand(size, -1, -1)], dim=1)
-            bend = torch.zeros_like(R[:, :num_outputs])
+        inputs = right_factors(step, wanted)
+        if inputs:
+            zero = J.new_zeros(()).expand_as(J) if order == 2 else None  # nothing is curved
+            blocks.append(Block(step.name, J, zero if S is None else S, inputs))
+        if i == first:
+            break
+        deeper = at[at.index(i) - 1] > first  # a layer further down needs the units one by one
+        weight = step.module.weight
+        J, S = J @ weight, None if own is None else own @ weight.square()
+        if units is not None:
+            V, rows = units[0], units[1] @ weight
+            units = (V, rows) if deeper else None
+            squares = rows.square() if deeper else rows.square_()
+            S = V @ squares if S is None else torch.baddbmm(S, V, squares)
+        if deeper and own is not None:
+            fresh = (own, weight.expand(len(J), -1, -1))
+            units = fresh if units is None else joined(units, fresh)
+        own = None
     return tuple(reversed(blocks))
+
+
+def bend(D: Tensor | None, squared: Tensor, bent: Tensor | None) -> Tensor | None:
+    """Second derivatives before a nonlinearity: D σ'² + J σ'', either of which may be missing."""
+    if D is None:
+        return bent
+    return D * squared if bent is None else torch.addcmul(bent, D, squared)
+
+
+def joined(units: tuple[Tensor, Tensor], fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights [B, T, U] and rows [B, U, n] of two sets of units in one."""
+    return torch.cat([units[0], fresh[0]], dim=2), torch.cat([units[1], fresh[1]], dim=1)
+
+
+def right_factors(
+    step: LinearStep | ElementwiseStep, wanted: frozenset[str] | None
+) -> dict[str, Tensor | None]:
+    """What multiplies the left factors of a layer's wanted parameters: z, or 1 for the bias."""
+    if isinstance(step, ElementwiseStep):
+        return {}
+    return {
+        full: step.z if n == "weight" else None
+        for full, n in names(step).items()
+        if wanted is None or full in wanted
+    }
 
 
 def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
@@ -186,12 +283,16 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
-    """Values z = σ(s), σ' and σ'' by autograd, for any module that acts unit by unit.
+    """Values z = σ(s), σ' and σ'', for any module that acts unit by unit.
+
+    Of torch's own modules that is known; of all others it is found out.
 
     Raises:
         NotImplementedError: it does not, or autograd cannot differentiate it twice.
         ValueError: a derivative is NaN or infinite at s.
     """
+    if type(module) in (*PIECEWISE_LINEAR, *CURVED):
+        return known(module, s)
     kind = f"module {name!r} ({type(module).__name__})"
     refusal = NotImplementedError(
         f"{kind} is not supported by the layerwise engine, which knows nn.Sequential of Linear, "
@@ -212,7 +313,26 @@ def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, Elemen
         raise refusal from error
     if not fits:
         raise refusal
-    return z, ElementwiseStep(first, second)
+    return z, ElementwiseStep(first, second if second.any() else None)
+
+
+def known(module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
+    """Values, σ' and σ'' of one of torch's own activations; the commonest in closed form."""
+    if type(module) is nn.Sigmoid:
+        z = torch.sigmoid(s)
+        first = z * (1 - z)
+        return z, ElementwiseStep(first, first * (1 - 2 * z))
+    if type(module) is nn.Tanh:
+        z = torch.tanh(s)
+        first = 1 - z.square()
+        return z, ElementwiseStep(first, -2 * z * first)
+    if type(module) is nn.LogSigmoid:
+        first = torch.sigmoid(-s)
+        return nn.functional.logsigmoid(s), ElementwiseStep(first, first * (first - 1))
+    if type(module) is nn.ReLU:
+        return s.relu(), ElementwiseStep((s > 0).to(s.dtype), None)
+    z, first, second = two_derivatives(module, s)
+    return z, ElementwiseStep(first, None if type(module) in PIECEWISE_LINEAR else second)
 
 
 def two_derivatives(

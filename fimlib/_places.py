@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib._trace import Edge, Trace, kind
+from fimlib._carry import Tangents, sum_to
+from fimlib._trace import Edge, Trace, kind, shape
 
 Pull = Callable[[Tensor, int], Tensor]
 # Every number in the result is one number of the argument.
@@ -32,12 +35,35 @@ class Place:
         pull: Maps rows there, [c, ...], to left factors [c, B, *K]. With power 2 it maps weights of
             one-hot rows to the weighted sum of the squares of what it maps those rows to.
         inputs: Their right factors, as in ``Block``.
+        by_channel: Whether number o of the first axis of K acts on channel o of the edge's tensor,
+            [B, O, ...], alone.
     """
 
     layer: str
     edge: Edge
     pull: Pull
     inputs: Mapping[str, Tensor | None]
+    by_channel: bool = False
+
+    def push(self, chosen: Tensor, J: Tensor) -> Tangents:
+        """The transposed map: the tangents at the edge of some of the left factors.
+
+        Args:
+            chosen: Which of the numbers of K; where ``by_channel``, which of those of each channel.
+            J: The left factors of first derivatives, [B, T, *K], for their shape and type.
+        """
+        size, _, *numbers = J.shape
+        channels = numbers[0] if self.by_channel else 1
+        with torch.enable_grad():
+            row = J.new_zeros(1, *shape(self.edge)).requires_grad_()
+            left = self.pull(row, 1)
+        seeds = J.new_zeros(len(chosen), size, channels, prod(numbers) // channels)
+        seeds[torch.arange(len(chosen), device=J.device), :, :, chosen] = 1
+        (found,) = torch.autograd.grad(
+            left, row, seeds.view(-1, 1, size, *numbers), is_grads_batched=True
+        )
+        found = found[:, 0]
+        return Tangents(found, True) if self.by_channel else Tangents(found[None], False)
 
 
 def places(t: Trace, size: int) -> list[Place]:
@@ -54,10 +80,11 @@ def places(t: Trace, size: int) -> list[Place]:
             z = right_factor(op) if i > 0 else None
             shared = found[op, layer].inputs if (op, layer) in found else {}
             inputs = {**shared, name: z}
-            found[op, layer] = Place(layer, (op, 0), per_input(size), inputs)
+            found[op, layer] = Place(layer, (op, 0), per_input(size), inputs, by_channel=True)
         else:
             back = through_views(pull, views, size)
-            found[op, name] = Place(layer, (op, 0), back, {name: None})
+            by_channel = len(views) == 1 and kind(op) in ("Convolution", "NativeBatchNorm")
+            found[op, name] = Place(layer, (op, 0), back, {name: None}, by_channel)
     return list(found.values())
 
 
@@ -75,12 +102,6 @@ def way_in(t: Trace, leaf: Node) -> tuple[list[Edge], Node | None, int]:
             return views, op, i
         views.append((op, 0))
     return views, None, 0
-
-
-def shape(edge: Edge) -> tuple[int, ...]:
-    """The shape of the tensor at an edge."""
-    node, output = edge
-    return tuple(node._input_metadata[output].shape)
 
 
 def is_linear_layer(op: Node, i: int, views: list[Edge], size: int) -> bool:
@@ -114,6 +135,9 @@ def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
         return None
     if name in ("Addmm", "Mm") and i == len(op.next_functions) - 1:
         return matrix(right_factor(op), size)
+    if name == "Embedding":
+        is_plain = out[0] == size and not op._saved_scale_grad_by_freq and not op._saved_sparse
+        return embedding(op, view[0]) if is_plain else None
     if name == "Convolution" and i == 1:
         return convolution(op) if out[0] == size and not op._saved_transposed else None
     factor = factor_of(op, i)
@@ -163,46 +187,63 @@ def matrix(z: Tensor, size: int) -> Pull:
 
     def pull(rows: Tensor, power: int) -> Tensor:
         by_position = rows.reshape(len(rows), *z.shape[:2], -1)
-        return torch.einsum("cblo,bln->cbno", by_position, z**power)
+        return torch.einsum("cblo,bln->cbno", by_position, z if power == 1 else z**power)
 
     return pull
 
 
 def convolution(op: Any) -> Pull:
     """W [O, C / groups, *kernel] of a convolution: one product at every position of its output."""
+
+    @cache
+    def patches(power: int) -> Tensor:  # [B, groups, positions, numbers in a patch]
+        return unfolded(op) if power == 1 else patches(1).square()
+
+    def pull(rows: Tensor, power: int) -> Tensor:
+        by_group = rows.unflatten(2, (op._saved_groups, -1)).flatten(4)
+        weight: Tensor = torch.einsum("cbgol,bgln->cbgon", by_group, patches(power))
+        return weight.reshape(*rows.shape[:2], *op._saved_weight.shape)
+
+    return pull
+
+
+def unfolded(op: Any) -> Tensor:
+    """What a convolution multiplies its weights by: [B, groups, positions, numbers in a patch]."""
     kernel = op._saved_weight.shape[2:]
-    z = nn.functional.pad(
+    z: Tensor = nn.functional.pad(
         op._saved_input.detach(), [p for p in reversed(op._saved_padding) for _ in range(2)]
     )
     for d, k in enumerate(kernel):  # [B, C, *positions, *kernel] at the end
         stride, dilation = op._saved_stride[d], op._saved_dilation[d]
         z = z.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
     z = z.unflatten(1, (op._saved_groups, -1)).movedim(2, 2 + len(kernel))
-    z = z.flatten(2, 1 + len(kernel)).flatten(3)  # [B, groups, positions, numbers in a patch]
+    return z.flatten(2, 1 + len(kernel)).flatten(3)
 
-    def pull(rows: Tensor, power: int) -> Tensor:
-        by_group = rows.unflatten(2, (op._saved_groups, -1)).flatten(4)
-        weight = torch.einsum("cbgol,bgln->cbgon", by_group, z**power)
-        return weight.reshape(*rows.shape[:2], *op._saved_weight.shape)
+
+def embedding(op: Any, num_rows: int) -> Pull:
+    """A table [V, D] whose rows are looked up, at any positions of an input."""
+    index = op._saved_indices.flatten(1)  # [B, positions]
+    start = num_rows * torch.arange(len(index), device=index.device)[:, None]
+    is_trained = (index != op._saved_padding_idx).unsqueeze(-1)
+
+    def pull(rows: Tensor, _power: int) -> Tensor:
+        given = rows.reshape(len(rows), *index.shape, -1) * is_trained
+        left = given.new_zeros(len(rows), len(index) * num_rows, given.shape[-1])
+        left = left.index_add(1, (start + index).flatten(), given.flatten(1, 2))
+        return torch.unflatten(left, 1, (len(index), num_rows))
 
     return pull
 
 
 def scaled(factor: Tensor | float, target: tuple[int, ...], view: tuple[int, ...]) -> Pull:
     """A parameter that is added, or multiplied by a factor; broadcast from the target's shape."""
+    is_one = isinstance(factor, float) and factor == 1
 
     def pull(rows: Tensor, power: int) -> Tensor:
-        return sum_to(rows * factor**power, target).reshape(len(rows), target[0], *view)
+        rows = rows if is_one else rows * factor**power
+        return sum_to(rows, target).reshape(len(rows), target[0], *view)
 
     return pull
-
-
-def sum_to(rows: Tensor, target: tuple[int, ...]) -> Tensor:
-    """Sum rows [c, ...] over what was broadcast from the target's shape: [c, *target]."""
-    extra = rows.ndim - 1 - len(target)
-    rows = rows.flatten(1, extra).sum(1) if extra else rows
-    axes = [d + 1 for d, n in enumerate(target) if n == 1 != rows.shape[d + 1]]
-    return rows.sum(axes, keepdim=True) if axes else rows
 
 
 def through_views(pull: Pull, views: list[Edge], size: int) -> Pull:
@@ -214,7 +255,12 @@ def through_views(pull: Pull, views: list[Edge], size: int) -> Pull:
         flat = pull(rows, power).flatten(0, 1)
         ends = [GradientEdge(*views[0])]
         found: tuple[Tensor, ...] = torch.autograd.grad(
-            [GradientEdge(*views[-1])], ends, [flat], is_grads_batched=True, retain_graph=True
+            [GradientEdge(*views[-1])],
+            ends,
+            [flat],
+            is_grads_batched=True,
+            retain_graph=True,
+            create_graph=rows.requires_grad,
         )
         return torch.unflatten(found[0], 0, (-1, size))
 

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Trace:
         root: h, as autograd knows it.
         names: The parameter at each leaf of the graph.
         made: Which function, in which module, made each node.
-        nodes: Those between the parameters and h, in the order of the forward pass.
+        nodes: Those between the parameters in question and h, in the order of the forward pass.
         users: For every node or leaf, the nodes that take what it made, and as which argument.
         ancestors: For every node or leaf, the parameters that it depends on.
     """
@@ -69,6 +69,13 @@ class Trace:
         """Of the node's arguments, by position, those that depend on parameters."""
         edges = enumerate(node.next_functions)
         return {i: (n, k) for i, (n, k) in edges if n is not None and self.ancestors[n]}
+
+    def restricted(self, wanted: frozenset[str]) -> Trace:
+        """The same, as if no other parameters than these were any."""
+        ancestors = {node: below & wanted for node, below in self.ancestors.items()}
+        names = {leaf: name for leaf, name in self.names.items() if name in wanted}
+        nodes = [node for node in self.nodes if ancestors[node]]
+        return replace(self, names=names, nodes=nodes, ancestors=ancestors)
 
     def refusal(self, node: Node, why: str) -> NotImplementedError:
         """The error that names a node by what the user wrote."""
@@ -336,6 +343,12 @@ def check_outputs(outputs: Any, size: int) -> None:
         raise ValueError("the model returns no outputs: T must be at least 1.")
     if not torch.isfinite(outputs).all():
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+
+
+def shape(edge: Edge) -> tuple[int, ...]:
+    """The shape of the tensor at an edge."""
+    node, output = edge
+    return tuple(node._input_metadata[output].shape)
 
 
 def kind(node: Node) -> str:

@@ -16,36 +16,39 @@ all outputs a. Whatever is none of the three is refused.
 from __future__ import annotations
 
 import re
-import warnings
-from dataclasses import dataclass
-from math import prod
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib._places import Place, places, shape, sum_to
-from fimlib._trace import REMEDY, Edge, Trace, kind, trace
+from fimlib._carry import ELEMENTWISE, Linearised, Tangents, inputs_are_rows, sum_to, units_alone
+from fimlib._places import Place, places
+from fimlib._trace import REMEDY, Edge, Trace, kind, shape, trace
 from fimlib.derivatives import Block, Derivatives, check_alone
 
-NUMBERS_AT_A_TIME = 2**20  # of rows carried back together, and of what they become: 8 MB each
+# Of rows or tangents carried together, and of what they become: as much as a cache holds. More
+# inputs than that go in pieces.
+NUMBERS_AT_A_TIME = 2**22
+FIRST_ORDER = (
+    "For I, V₁ and Î₁, which need no second derivatives, take order=1; for V₂ of such a network "
+    "there is fimlib.hutchinson_variance_i2."
+)
+INPUTS_TO_CHECK = 8  # spread over the batch, for which the others must not matter
+ROWS_AT_A_TIME = 16  # at least, where there are as many
 
 LINEAR = re.compile(
     r"""Add|Sub|Rsub|Neg|Sum|Mean|Cumsum|Cat|Stack|Where|MaskedFill
     |(Unsafe)?View|ReshapeAlias|T|Transpose|Permute|Expand|Squeeze|Unsqueeze|Clone
-    |Alias|ToCopy|Repeat|Roll|Flip|AsStrided|Unfold|Im2Col|Col2Im|PixelShuffle|PixelUnshuffle
+    |Alias|ToCopy|Embedding|Repeat|Roll|Flip|AsStrided|Unfold|Im2Col|Col2Im|PixelShuffle|PixelUnshuffle
     |Index|IndexSelect|Select|Slice|Gather|Unbind|Split|SplitWithSizes|Diagonal|Trace|Triu|Tril
     |ConstantPadNd|(Reflection|Replication)Pad[123]D|Upsample\w+|(Mkldnn)?(Adaptive)?AvgPool[23]D
     |Relu|LeakyRelu|Threshold|Hardtanh|Hardsigmoid|Softshrink|Hardshrink|RreluWithNoise|Abs
     |Clamp|ClampMin|ClampMax|Maximum|Minimum|Max|Min|Amax|Amin|Median|Topk|Sort
     |(Adaptive)?MaxPool[23]D(WithIndices)?""",
-    re.VERBOSE | re.IGNORECASE,
-)
-ELEMENTWISE = re.compile(
-    r"""Sigmoid|LogSigmoid|Tanh|Softplus|Gelu|Silu|Mish|Elu|Celu|Hardswish|Exp|Exp2|Expm1|Log|Log2
-    |Log10|Log1p|Sin|Cos|Tan|Sinh|Cosh|Asin|Acos|Atan|Asinh|Acosh|Atanh|Sqrt|Rsqrt|Pow
-    |Reciprocal|Erf|Erfc|Erfinv|Logit|Lgamma|Digamma""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Positions of the two factors; any other argument is added.
@@ -73,13 +76,12 @@ class Bend:
     factor: Tensor
 
 
-def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
+def differentiate(
+    model: nn.Module, x: Tensor, *, order: int = 2, wanted: frozenset[str] | None = None
+) -> Derivatives:
     """J and S along the graph of the model's forward pass; see ``fimlib.differentiate``."""
     try:
-        derivs = along_graph(model, x)
-        if derivs is None:
-            alone = (along_graph(model, one) for one in x.split(1))
-            derivs = stack([d for d in alone if d is not None])
+        derivs = along_graph(model, x, order, wanted)
     except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a forward pass may hold that this engine never met
@@ -87,12 +89,58 @@ def differentiate(model: nn.Module, x: Tensor) -> Derivatives:
             f"the traced engine cannot follow the forward pass of {type(model).__name__}: "
             f"{type(error).__name__}: {error}. {REMEDY}"
         ) from error
-    check_alone(model, x, derivs.outputs)
-    return derivs
+    few = torch.linspace(0, len(x) - 1, min(len(x), INPUTS_TO_CHECK)).long().to(x.device)
+    check_alone(model, x[few], derivs.outputs[few])
+    return replace(derivs, engine="traced")
+
+
+def along_graph(
+    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
+) -> Derivatives:
+    """J and S from one graph for all inputs, or from one for each piece of them."""
+    t, size = trace(model, x), len(x)
+    t = t if wanted is None else t.restricted(wanted)
+    check_nodes(t)
+    bends = [bend for node in t.nodes for bend in curvature(t, node)] if order == 2 else []
+    found = places(t, size)
+    net = Linearised(t)
+    at_once = inputs_at_once(net, bends, found)
+    if at_once < size:
+        del t, net, bends, found
+        pieces = x.split(at_once)
+        return stack([along_graph(model, piece, order, wanted) for piece in pieces])
+    ends = list(dict.fromkeys([p.edge for p in found] + [bend.z for bend in bends]))
+    eye = torch.eye(t.outputs.shape[1], dtype=t.outputs.dtype, device=t.outputs.device)
+    rows = net.carry_back(t.root, eye[:, None].expand(-1, size, -1), ends)
+    J = {p: p.pull(rows[p.edge], 1).transpose(0, 1) for p in found}
+    check_shapes(t, J)
+    weights = {bend: (rows[bend.z] * bend.factor).reshape(len(eye), size, -1) for bend in bends}
+    del rows
+    S = second_order(net, J, weights) if order == 2 else {}
+    blocks = tuple(Block(p.layer, J[p], S.get(p), p.inputs) for p in found)
+    return Derivatives(t.outputs.detach(), blocks)
+
+
+def inputs_at_once(net: Linearised, bends: list[Bend], found: list[Place]) -> int:
+    """How many inputs to differentiate together: 1 if their graph mixes them up."""
+    t = net.t
+    size, num_outputs = t.outputs.shape
+    if size > 1 and not inputs_stay_apart(net, bends, found):
+        return 1
+    ends = {p.edge for p in found} | {bend.s for bend in bends}
+    numbers = sum(prod(shape(end)) for end in ends) // size
+    num_rows = ROWS_AT_A_TIME if bends else num_outputs / 2
+    num_pieces = ceil(size * num_rows * numbers / limit(t))
+    return ceil(size / max(1, num_pieces))
+
+
+def limit(t: Trace) -> int:
+    """How many numbers to work on at a time: a GPU needs more to be busy."""
+    return NUMBERS_AT_A_TIME * (16 if t.outputs.is_cuda else 1)
 
 
 def stack(alone: list[Derivatives]) -> Derivatives:
-    """Derivatives at several inputs out of those at each one."""
+    """Derivatives at several inputs out of those at each piece of them."""
     found = [{tuple(block.inputs): block for block in d.blocks} for d in alone]
     forms = [{(n, z is None) for b in d.blocks for n, z in b.inputs.items()} for d in alone]
     if any(b.keys() != found[0].keys() for b in found) or any(f != forms[0] for f in forms):
@@ -105,32 +153,11 @@ def stack(alone: list[Derivatives]) -> Derivatives:
         same = [blocks[names] for blocks in found]
         factors = {n: [z for b in same if (z := b.inputs[n]) is not None] for n in names}
         inputs = {n: torch.cat(zs) if zs else None for n, zs in factors.items()}
-        J, S = torch.cat([b.J for b in same]), torch.cat([b.S for b in same])
-        return Block(same[0].layer, J, S, inputs)
+        seconds = [b.S for b in same if b.S is not None]
+        S = torch.cat(seconds) if seconds else None
+        return Block(same[0].layer, torch.cat([b.J for b in same]), S, inputs)
 
     return Derivatives(torch.cat([d.outputs for d in alone]), tuple(map(cat, found[0])))
-
-
-def along_graph(model: nn.Module, x: Tensor) -> Derivatives | None:
-    """J and S from one graph for all inputs; None if that graph mixes up several inputs."""
-    t, size = trace(model, x), len(x)
-    bends = [bend for node in t.nodes for bend in curvature(t, node)]
-    found = places(t, size)
-    if size > 1 and not inputs_stay_apart(t, bends, found):
-        return None
-    ends = list(dict.fromkeys([p.edge for p in found] + [bend.z for bend in bends]))
-    eye = torch.eye(t.outputs.shape[1], dtype=x.dtype, device=x.device)
-    rows = carry_back(t.root, eye[:, None].expand(-1, size, -1), ends)
-    J = {p: p.pull(rows[p.edge], 1).transpose(0, 1) for p in found}
-    check_shapes(t, J)
-    S = {p: torch.zeros_like(J[p]) for p in found}
-    for bend in bends:
-        weight = (rows[bend.z] * bend.factor).reshape(len(eye), size, -1)
-        if weight.any():
-            add_curvature(t, bend, weight, S)
-    return Derivatives(
-        t.outputs.detach(), tuple(Block(p.layer, J[p], S[p], p.inputs) for p in found)
-    )
 
 
 def check_shapes(t: Trace, J: dict[Place, Tensor]) -> None:
@@ -146,26 +173,14 @@ def check_shapes(t: Trace, J: dict[Place, Tensor]) -> None:
                 )
 
 
-def carry_back(source: Edge, seeds: Tensor, ends: list[Edge]) -> dict[Edge, Tensor]:
-    """One row of derivatives for each of the seeds [c, ...] at the source: [c, ...] at the ends.
-
-    The inputs of a batch do not meet, so one pass carries a row for each of them.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where torch has no batched derivative it says so
-        found = torch.autograd.grad(
-            [GradientEdge(*source)],
-            [GradientEdge(*end) for end in ends],
-            [seeds],
-            is_grads_batched=True,
-            retain_graph=True,
-            allow_unused=True,
-        )
-    shapes = ((len(seeds), *shape(end)) for end in ends)
-    return {
-        end: seeds.new_zeros(s) if row is None else row
-        for end, row, s in zip(ends, found, shapes, strict=True)
-    }
+def check_nodes(t: Trace) -> None:
+    """Refuse whatever changes the precision of the numbers, or mixes the inputs by design."""
+    for node in t.nodes:
+        if getattr(node, "_saved_training", False):
+            raise t.refusal(node, "it normalises by the statistics of the batch.")
+        others = {m.dtype for m in node._input_metadata} - {t.outputs.dtype, torch.int64}
+        if others:
+            raise t.refusal(node, f"it changes the type of the numbers to {others.pop()}.")
 
 
 def curvature(t: Trace, node: Any) -> list[Bend]:
@@ -175,9 +190,6 @@ def curvature(t: Trace, node: Any) -> list[Bend]:
         NotImplementedError: it is something else, or both factors depend on the same parameter.
     """
     name, arguments, z = kind(node), t.dependent(node), (node, 0)
-    others = {m.dtype for m in node._input_metadata} - {t.outputs.dtype, torch.int64}
-    if others:
-        raise t.refusal(node, f"it changes the type of the numbers to {others.pop()}.")
     if LINEAR.fullmatch(name):
         return []
     if ELEMENTWISE.fullmatch(name) and len(arguments) == 1:
@@ -187,15 +199,17 @@ def curvature(t: Trace, node: Any) -> list[Bend]:
     if name == "Mul":
         if not shared(t, arguments):
             return []
-        return [Bend(z, arguments[0], arguments[1], 2 * ones(z, t.outputs))]
+        twice = t.outputs.new_full(shape(z), 2.0)
+        return [Bend(z, arguments[0], arguments[1], twice)]
     if name == "Div":
         return quotient(t, node, arguments)
-    if name in PRODUCTS and not getattr(node, "_saved_training", False):
+    if name in PRODUCTS:
         common = shared(t, {i: arguments[i] for i in PRODUCTS[name] if i in arguments})
         if not common:
             return []
-        raise t.refusal(node, f"both factors of this product depend on parameter {min(common)!r}.")
-    raise t.refusal(node, "second derivatives of this operation are not known.")
+        why = f"both factors of this product depend on parameter {min(common)!r}."
+        raise t.refusal(node, f"{why} {FIRST_ORDER}")
+    raise t.refusal(node, f"second derivatives of this operation are not known. {FIRST_ORDER}")
 
 
 def shared(t: Trace, factors: dict[int, Edge]) -> frozenset[str]:
@@ -206,14 +220,9 @@ def shared(t: Trace, factors: dict[int, Edge]) -> frozenset[str]:
     return first & second
 
 
-def ones(edge: Edge, like: Tensor) -> Tensor:
-    """Ones in the shape of the tensor at the edge."""
-    return like.new_ones(shape(edge))
-
-
 def second_derivative(t: Trace, node: Node, s: Edge) -> Tensor:
     """f''(s) of an elementwise z = f(s), by differentiating autograd's own rule for f'."""
-    end, weight = [GradientEdge(*s)], [ones((node, 0), t.outputs)]
+    end, weight = [GradientEdge(*s)], [t.outputs.new_ones(shape((node, 0)))]
     source = [GradientEdge(node, 0)]
     try:
         (first,) = torch.autograd.grad(source, end, weight, create_graph=True)
@@ -239,40 +248,115 @@ def quotient(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
     return bends
 
 
-def add_curvature(t: Trace, bend: Bend, weight: Tensor, S: dict[Place, Tensor]) -> None:
-    """Add to S what the units of one elementwise function bend; weight is factor · ∂h/∂z."""
-    num_outputs, size, num_units = weight.shape
-    below = t.ancestors[bend.s[0]] & t.ancestors[bend.r[0]]
-    upstream = [p for p in S if below & p.inputs.keys()]
-    for p in upstream:
-        if p.edge == bend.s == bend.r:  # ∂s/∂s: one-hot rows
-            own = weight.reshape(num_outputs, *shape(p.edge))
-            S[p] += p.pull(own, 2).transpose(0, 1)
-    upstream = [p for p in upstream if not p.edge == bend.s == bend.r]
-    ends = list({p.edge: None for p in upstream})
-    if not ends:
-        return
-    numbers = sum(prod(shape(end)) for end in ends) + max(S[p][:, 0].numel() for p in upstream)
+def second_order(
+    net: Linearised, J: dict[Place, Tensor], weights: dict[Bend, Tensor]
+) -> dict[Place, Tensor]:
+    """S, out of the curvature of all units; weights are factor · ∂h/∂z, [T, B, U].
+
+    There are three ways to the squares of ∂s/∂θ. Where each unit depends on one number of a place
+    alone, weights go there and are pulled. Else rows are carried back from every unit, or tangents
+    on from every number of the place: whatever is fewer.
+    """
+    t, S = net.t, {p: J[p].new_zeros(J[p].shape) for p in J}
+    bends = {bend: weight for bend, weight in weights.items() if weight.any()}
+    from_units: dict[Bend, list[Place]] = defaultdict(list)
+    for edge in dict.fromkeys(p.edge for p in J):
+        here = [p for p in J if p.edge == edge]
+        alone = units_alone(t, edge)
+        far = []
+        for bend, weight in bends.items():
+            if not t.ancestors[bend.s[0]] & t.ancestors[bend.r[0]] & here[0].inputs.keys():
+                continue
+            if bend.s[0] in alone and bend.r[0] in alone and shape(bend.s) == shape(bend.r):
+                pull_weights(net, bend, weight, edge, {p: S[p] for p in here})
+            else:
+                far.append(bend)
+        numbers = sum(J[p][0, 0].numel() for p in here)
+        if tangents_are_fewer(numbers, sum(bends[bend].shape[2] for bend in far)):
+            carry_tangents(net, {b: bends[b] for b in far}, edge, {p: S[p] for p in here})
+        else:
+            for bend in far:
+                from_units[bend] += here
+    for bend, upstream in from_units.items():
+        carry_rows(net, bend, bends[bend], {p: S[p] for p in upstream})
+    return S
+
+
+def tangents_are_fewer(num_numbers: int, num_units: int) -> bool:
+    """Whether tangents from the numbers of a place cost less than rows from the units behind it."""
+    return num_numbers < num_units
+
+
+def pull_weights(
+    net: Linearised, bend: Bend, weight: Tensor, edge: Edge, S: dict[Place, Tensor]
+) -> None:
+    """Add the curvature of units that depend on the numbers at the edge one by one."""
+    slopes = [
+        net.carry_back(e, weight.new_ones(1, *shape(e)), [edge])[edge] for e in {bend.s, bend.r}
+    ]
+    own = weight.reshape(len(weight), *shape(edge)) * slopes[0] * slopes[-1]
+    for p in S:
+        S[p] += p.pull(own, 2).transpose(0, 1)
+
+
+def carry_rows(net: Linearised, bend: Bend, weight: Tensor, S: dict[Place, Tensor]) -> None:
+    """Add the curvature of units from each of which a row is carried back."""
+    _, size, num_units = weight.shape
+    ends = list(dict.fromkeys(p.edge for p in S))
+    numbers = sum(prod(shape(end)) for end in ends) + max(S[p][:, 0].numel() for p in S)
     units = weight.flatten(0, 1).any(0).nonzero()[:, 0]
-    for chunk in units.split(max(1, NUMBERS_AT_A_TIME // numbers)):
+    for chunk in units.split(max(1, limit(net.t) // numbers)):
         seeds = weight.new_zeros(len(chunk), size, num_units)
         seeds[torch.arange(len(chunk), device=chunk.device), :, chunk] = 1
         seeds = seeds.reshape(len(chunk), *shape(bend.z))
-        ds = carry_back(bend.s, sum_to(seeds, shape(bend.s)), ends)
-        dr = ds if bend.r == bend.s else carry_back(bend.r, sum_to(seeds, shape(bend.r)), ends)
-        for p in upstream:
+        ds = net.carry_back(bend.s, sum_to(seeds, shape(bend.s)), ends)
+        dr = ds if bend.r == bend.s else net.carry_back(bend.r, sum_to(seeds, shape(bend.r)), ends)
+        for p in S:
             squares = p.pull(ds[p.edge], 1)
             squares = squares * (squares if dr is ds else p.pull(dr[p.edge], 1))
             S[p] += torch.einsum("tbc,cb...->bt...", weight[..., chunk], squares)
 
 
-def inputs_stay_apart(t: Trace, bends: list[Bend], found: list[Place]) -> bool:
+def carry_tangents(
+    net: Linearised, bends: dict[Bend, Tensor], edge: Edge, S: dict[Place, Tensor]
+) -> None:
+    """Add the curvature of units to which a tangent is carried from each number at the edge."""
+    ends = {end for bend in bends for end in (bend.s, bend.r)}
+    for p, total in S.items():
+        size, num_outputs, *numbers = total.shape
+        channels = numbers[0] if p.by_channel else 1
+        total = total.view(size, num_outputs, channels, -1)
+        width = prod(shape(edge)) + channels * sum(w[0].numel() for w in bends.values())
+        every = torch.arange(total.shape[-1], device=total.device)
+        for chunk in every.split(max(1, limit(net.t) // width)):
+            found = net.carry_on(edge, p.push(chunk, S[p]), ends)
+            for bend, weight in bends.items():
+                ds, dr = found[bend.s], found[bend.r]
+                total[..., chunk] += weighted_squares(weight, ds, dr, shape(bend.z))
+
+
+def weighted_squares(weight: Tensor, ds: Tangents, dr: Tangents, units: tuple[int, ...]) -> Tensor:
+    """Σ_u weight_u ∂s_u ∂r_u over tangents, with units of the given shape: [B, T, O, c]."""
+    if ds.by_channel and dr.by_channel and ds.values.shape[1:] == dr.values.shape[1:] == units:
+        squares = (ds.values * dr.values).flatten(3)
+        by_channel = weight.unflatten(2, (units[1], -1))
+        if squares.ndim == 3:
+            squares = squares[..., None]
+        return torch.einsum("tbol,cbol->btoc", by_channel, squares)
+    ds, dr = ds.spread(), dr.spread()
+    squares = (ds.broadcast(units) * dr.broadcast(units)).reshape(
+        *ds.values.shape[:2], *weight.shape[1:]
+    )
+    return torch.einsum("tbu,ocbu->btoc", weight, squares)
+
+
+def inputs_stay_apart(net: Linearised, bends: list[Bend], found: list[Place]) -> bool:
     """Whether the first axis of all tensors that matter counts the inputs, and none meets another.
 
     Every two inputs differ in a bit of their numbers. Random rows at all units of the inputs with
     (or without) that bit must not reach the others.
     """
-    size = len(t.outputs)
+    t, size = net.t, len(net.t.outputs)
     sources = list(dict.fromkeys([t.root, *(e for bend in bends for e in (bend.s, bend.r))]))
     ends = list(dict.fromkeys([*sources, *(b.z for b in bends), *(p.edge for p in found)]))
     if any(not shape(e) or shape(e)[0] % size or e[0] in t.names for e in ends):
@@ -281,10 +365,12 @@ def inputs_stay_apart(t: Trace, bends: list[Bend], found: list[Place]) -> bool:
     bits = torch.stack([number >> k & 1 for k in range((size - 1).bit_length())])
     kept = torch.cat([bits, 1 - bits])  # [masks, B]
     generator = torch.Generator("cpu").manual_seed(0)  # the same numbers on every device
+    if inputs_are_rows(t, size):
+        return True
     for source in sources:
         noise = torch.rand(shape(source), generator=generator, device="cpu") + 0.5
         seeds = kept[..., None] * noise.view(size, -1).to(t.outputs)
-        rows = carry_back(source, seeds.view(len(kept), *shape(source)), ends)
+        rows = net.carry_back(source, seeds.view(len(kept), *shape(source)), ends)
         if any(row.reshape(*kept.shape, -1)[kept == 0].any() for row in rows.values()):
             return False
     return True

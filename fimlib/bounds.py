@@ -71,7 +71,8 @@ def theorem_4_1(
 
     Returns:
         Mappings parameter → [B, *shape], in nat/θ² (fisher) and nat²/θ⁴; ``.layer_means()`` of
-        them are the means of the bounds, which bound the layer's means.
+        them are the means of the bounds, which bound the layer's means. Those of V₂ hold no
+        parameter where the derivatives are of first order only.
 
     Raises:
         ValueError: N < 1, the outputs do not fit the family, the eigenvalues belong to another
@@ -84,8 +85,11 @@ def theorem_4_1(
     derivs = family.natural_derivatives(derivs)
 
     def bound(eigenvalue: Tensor, which: str, power: int, degree: int) -> Diagonal:
+        if which == "S" and any(block.S is None for block in derivs.blocks):
+            return Diagonal(())
+
         def form(block: Block) -> Tensor:
-            D: Tensor = getattr(block, which).double()
+            D = (block.J if which == "J" else block.second).double()
             D = D - D.mean(1, keepdim=True) if centred else D
             squared_norm = D.square().sum(1)
             scale = eigenvalue.reshape(-1, *[1] * (squared_norm.ndim - 1))

@@ -8,10 +8,9 @@ what is kept; nothing of size outputs × parameters is built unless it is asked 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,15 +29,27 @@ class Block:
     Attributes:
         layer: Name of the layer in the network.
         J: [B, T, *K], left factor of the first derivatives.
-        S: [B, T, *K], left factor of the second derivatives.
+        S: [B, T, *K], left factor of the second derivatives; None where only first ones were
+            asked for.
         inputs: For every parameter its right factor z, [B, n], or None where it is 1
             (a bias, or a parameter whose derivatives are kept dense).
     """
 
     layer: str
     J: Tensor
-    S: Tensor
+    S: Tensor | None
     inputs: Mapping[str, Tensor | None]
+
+    @property
+    def second(self) -> Tensor:
+        """S; a ValueError where there is none."""
+        if self.S is None:
+            raise ValueError(
+                "these derivatives are of first order only, and this quantity needs the second: "
+                "differentiate(..., order=2), or for a network whose second derivatives no engine "
+                "knows, fimlib.hutchinson_variance_i2."
+            )
+        return self.S
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,15 @@ class Derivatives:
     Attributes:
         outputs: The network's outputs h, [B, T].
         blocks: From the first layer to the last.
+        engine: Which engine made them; of those in ``APPROXIMATE``, S is an approximation.
+        projected: Whether J and S are those of the residuals' directions J·δ_k already, as
+            ``Family.directions_of_labels`` says, and not those of the outputs.
     """
 
     outputs: Tensor
     blocks: tuple[Block, ...]
+    engine: str = ""
+    projected: bool = False
 
     def contract(self, form: Callable[[Block], Tensor], degree: int) -> Diagonal:
         """Apply a form to every parameter's derivatives.
@@ -62,19 +78,17 @@ class Derivatives:
                 an outer product is the outer product of the forms.
             degree: That degree.
         """
-        return Diagonal(
-            tuple(
-                Term(
-                    block.layer,
-                    form(block),
-                    {
-                        n: None if z is None else z.double() ** degree
-                        for n, z in block.inputs.items()
-                    },
-                )
-                for block in self.blocks
+
+        def term(block: Block) -> Term:
+            left = form(block)
+            factors = block.inputs.items()
+            return Term(
+                block.layer,
+                left,
+                {n: None if z is None else power(z.to(left.dtype), degree) for n, z in factors},
             )
-        )
+
+        return Diagonal(tuple(map(term, self.blocks)))
 
     def jacobian(self, name: str) -> Tensor:
         """J of one parameter, dense: [B, T, *shape]."""
@@ -82,27 +96,46 @@ class Derivatives:
 
     def second(self, name: str) -> Tensor:
         """S of one parameter, dense: [B, T, *shape]."""
-        return self._dense(name, "S", 2)
+        return self._dense(name, "second", 2)
 
     def _dense(self, name: str, which: str, degree: int) -> Tensor:
         for block in self.blocks:
             if name in block.inputs:
                 left, z = getattr(block, which), block.inputs[name]
-                return left if z is None else torch.einsum("bt...,bn->bt...n", left, z**degree)
+                if z is None:
+                    return left  # type: ignore[no-any-return]
+                return torch.einsum("bt...,bn->bt...n", left, power(z, degree))
         known = ", ".join(n for block in self.blocks for n in block.inputs)
         raise KeyError(f"no parameter {name!r}; there are: {known}")
 
 
-def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Derivatives:
+def power(z: Tensor, degree: int) -> Tensor:
+    """The power 1, 2 or 4 of z, by squaring."""
+    return z if degree == 1 else power(z.square(), degree // 2)
+
+
+EXACT = ("layerwise", "traced", "backpack", "functional")
+APPROXIMATE = ("becker-lecun", "hesscale")
+
+
+def differentiate(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    engine: str = "auto",
+    order: int = 2,
+    layers: Sequence[str] | None = None,
+) -> Derivatives:
     r"""J = ∂h and S = ∂²h of every parameter, exactly, at each of B inputs.
 
     S vanishes in a last layer that is linear (Remark 4.4); one layer before, it is
     ``w_out σ''(s) z²`` (Remark 4.5). The weights, the mode and ``requires_grad`` of the model are
-    left as they are: only copies of it are called. Frozen parameters are reported like all others.
+    left as they are. Frozen parameters are reported like all others.
 
     Args:
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
-        x: [B, ...], the inputs, of the model's dtype and on its device.
+        x: [B, ...], the inputs, of the model's dtype (or integers, where it embeds them) and on its
+            device.
         engine: "layerwise" (ours: ``nn.Sequential`` of ``Linear``, elementwise activations,
             ``Dropout``, ``Flatten``, ``Identity``; anything without parameters before the first
             ``Linear``), "traced" (ours: any ``forward()`` made of layers that are linear in
@@ -110,19 +143,26 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
             pooling: convolutional and residual networks, batch norm, gates; no softmax,
             layer norm, attention or recurrence), "backpack" (the paper's way: ``nn.Sequential``
             of what BackPACK has second derivatives for; keeps J and S dense, much slower, and
-            rounds S to about the precision of ‖J‖²), or "auto": the first that takes the model.
+            rounds S to about the precision of ‖J‖²), "functional" (``torch.func``: any module,
+            tied parameters too, first derivatives only), "becker-lecun" and "hesscale" (J exact,
+            S approximate), or "auto": the first exact one that takes the model; ``plan`` says
+            which.
+        order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
+        layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
+            and work for others is saved. None: all.
 
     Raises:
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
-            shapes or dtypes do not fit; a parameter is tied; the engine is unknown.
+            shapes or dtypes do not fit; a parameter is tied; the engine or a layer is unknown.
         NotImplementedError: no engine supports a module, or it cannot be copied; the message
             names it. The outputs for one input depend on the others of the batch.
         ImportError: BackPACK is asked for and not installed.
 
     Cost: one forward pass, and one backward sweep that carries T + U rows for each of the B
-    inputs, U the hidden units behind the next layer: split large batches where memory is short.
-    "traced" carries one row for every unit with curvature, and goes input by input where
-    inputs share a tensor without a batch axis, or a parameter is used in more than one place.
+    inputs, U the hidden units behind the next layer: split large batches where memory is short
+    (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes input by
+    input where inputs share a tensor without a batch axis, or a parameter is used in more than one
+    place. With order=1, T rows.
 
     Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
@@ -131,40 +171,133 @@ def differentiate(model: nn.Module, x: Tensor, *, engine: str = "auto") -> Deriv
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
-    from fimlib import _backpack, _layerwise, _traced
-
-    def backpack(model: nn.Module, x: Tensor) -> Derivatives:
-        check_no_global_hooks()
-        derivs = _backpack.differentiate(separate(model), x)
-        check_alone(model, x, derivs.outputs)
-        return derivs
-
-    engines = {
-        "layerwise": _layerwise.differentiate,
-        "traced": _traced.differentiate,
-        "backpack": backpack,
-    }
-    if engine not in ("auto", *engines):
-        raise ValueError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(engines)}.")
     with torch.inference_mode(False):
         check_model(model, x)
         check_plain(model)
+        wanted = selected(model, layers)
         x = x.detach().clone()  # the first module may work in place
-        if engine != "auto":
-            return engines[engine](model, x)
-        with contextlib.suppress(NotImplementedError):  # the next engine takes more
-            return _layerwise.differentiate(model, x)
+        derivs = first_that_takes(candidates(model, engine, order), model, x, order, wanted)
+    if not torch.isfinite(derivs.outputs).all():
+        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+    return derivs
+
+
+def prepare(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    engine: str = "auto",
+    order: int = 2,
+    layers: Sequence[str] | None = None,
+    seeds: Callable[[Tensor], Tensor | None] | None = None,
+) -> Callable[[Tensor], Derivatives]:
+    """``differentiate`` for many batches like x, with everything looked at once, at x.
+
+    What it returns takes the engine that took x. Whether a later batch, or what comes of it, is
+    finite is for the caller to look at: where a look means waiting for a device, one is enough.
+
+    Args, Raises: as ``differentiate``, and
+        seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
+            the outputs themselves, or None. Those that it did are ``projected``.
+    """
+    from fimlib._layerwise import differentiate as layerwise
+
+    taken = differentiate(model, x, engine=engine, order=order, layers=layers).engine
+    if taken != "layerwise":
+        return lambda x: differentiate(model, x, engine=taken, order=order, layers=layers)
+    wanted, kind = selected(model, layers), (x.dtype, x.device)
+
+    def again(x: Tensor) -> Derivatives:
+        if (x.dtype, x.device) != kind:
+            raise ValueError(
+                f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on {kind[1]}: "
+                "convert it with .to(...)."
+            )
+        with torch.inference_mode(False):
+            return layerwise(model, x.detach(), order=order, wanted=wanted, seeds=seeds)
+
+    return again
+
+
+def candidates(model: nn.Module, engine: str, order: int) -> tuple[str, ...]:
+    """The engines to try, in order."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 (J) or 2 (J and S), got {order!r}.")
+    if engine == "auto" and order == 1:
+        return ("functional",) if tied(model) else ("layerwise", "traced", "functional")
+    if engine == "auto":
+        return ("layerwise", "traced", "backpack")
+    if engine not in EXACT + APPROXIMATE:
+        known = ", ".join(("auto", *EXACT, *APPROXIMATE))
+        raise ValueError(f"unknown engine {engine!r}; choose one of: {known}.")
+    return (engine,)
+
+
+def first_that_takes(
+    names: tuple[str, ...], model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
+) -> Derivatives:
+    """Derivatives by the first of the engines that supports the model.
+
+    Raises:
+        NotImplementedError: none does; for those after the first, every refusal is told.
+    """
+    refusals: list[Exception] = []
+    for name in names:
         try:
-            return _traced.differentiate(model, x)
-        except NotImplementedError as refusal:
-            try:
-                return backpack(model, x)
-            except (NotImplementedError, ImportError) as second:
-                raise NotImplementedError(f"{refusal} Nor does it: {second}") from refusal
+            return run(name, model, x, order, wanted)
+        except (NotImplementedError, ImportError) as refusal:
+            if len(names) == 1:
+                raise
+            refusals.append(refusal)
+    told = " Nor does it: ".join(str(refusal) for refusal in refusals[1:])
+    remedy = " For I, V₁ and Î₁ alone take order=1." if order == 2 else ""
+    raise NotImplementedError(f"{told}{remedy}") from refusals[-1]
+
+
+def run(
+    engine: str, model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
+) -> Derivatives:
+    """Derivatives by one engine, of a checked model."""
+    from fimlib import _approximate, _backpack, _functional, _layerwise, _traced
+
+    if engine != "functional":
+        check_untied(model)
+    if engine in APPROXIMATE:
+        derivs = _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
+    else:
+        modules = {
+            "layerwise": _layerwise,
+            "traced": _traced,
+            "backpack": _backpack,
+            "functional": _functional,
+        }
+        derivs = modules[engine].differentiate(model, x, order=order, wanted=wanted)
+    return replace(derivs, engine=engine)
+
+
+def selected(model: nn.Module, layers: Sequence[str] | None) -> frozenset[str] | None:
+    """Names of the parameters inside the named modules; None for all."""
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a list of names of modules, got the string {layers!r}.")
+    parameters = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for layer in layers:
+        inside = [n for n in parameters if layer == "" or n.startswith(f"{layer}.")]
+        if not inside:
+            known = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+            raise ValueError(
+                f"no layer {layer!r} with parameters; there are: {', '.join(map(repr, known))}."
+            )
+        found.update(inside)
+    if not found:
+        raise ValueError("layers names no module: pass at least one, or None for all.")
+    return frozenset(found)
 
 
 def check_plain(model: nn.Module) -> None:
-    """Refuse what the engines cannot see: hooks, replaced forward passes, tied parameters."""
+    """Refuse what the engines cannot see: hooks, replaced forward passes."""
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise NotImplementedError(
@@ -187,16 +320,28 @@ def check_plain(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) has a hook or a replaced forward(), "
                 "which an engine would miss: remove it, or use a fresh copy of the network."
             )
+    if next(model.parameters(), None) is None:
+        raise ValueError("the model has no parameters: there is nothing to differentiate in.")
+
+
+def check_untied(model: nn.Module) -> None:
+    """Refuse tied parameters, whose second derivatives have cross terms that no engine computes."""
+    if found := tied(model):
+        raise ValueError(
+            f"parameter {found[1]!r} is the same tensor as {found[0]!r}: tied parameters are not "
+            "supported by this engine. Untie them, e.g. by copy.deepcopy of the module; or take "
+            "order=1 with engine='functional', and for V₂ fimlib.hutchinson_variance_i2."
+        )
+
+
+def tied(model: nn.Module) -> tuple[str, str] | None:
+    """Two names of one and the same parameter, if there are such."""
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(parameter), name)
         if first != name:
-            raise ValueError(
-                f"parameter {name!r} is the same tensor as {first!r}: tied parameters are not "
-                "supported. Untie them, e.g. by copy.deepcopy of the module."
-            )
-    if not seen:
-        raise ValueError("the model has no parameters: there is nothing to differentiate in.")
+            return first, name
+    return None
 
 
 def check_no_global_hooks() -> None:
@@ -350,7 +495,8 @@ def check_model(model: nn.Module, x: Tensor) -> None:
                 f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
                 "file is damaged. Restore finite weights first."
             )
-        if parameter.dtype != x.dtype or parameter.device != x.device:
+        fits = parameter.dtype == x.dtype or not (x.is_floating_point() or x.is_complex())
+        if not fits or parameter.device != x.device:
             raise ValueError(
                 f"the input is {x.dtype} on {x.device}, parameter {name!r} is {parameter.dtype} on "
                 f"{parameter.device}: convert one of them with .to(...)."

@@ -7,11 +7,13 @@ results are float64.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from fimlib.family import (
+    QUANTITIES,
     Family,
     Labels,
     check_num_samples,
@@ -149,6 +151,45 @@ class Categorical(Family):
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """−Σσ_k c_k² s_k, with s = ``project(S)``."""
         return -weighted_mean(self.mean(h), self.project(h, J).square() * self.project(h, S))
+
+    def directions_of_labels(self, h: Tensor) -> Tensor:
+        """Rows e_k − σ; 1 − σ_k is summed up from the others, with all its digits."""
+        sigma = self.mean(h)
+        off_diagonal = 1 - torch.eye(h.shape[1], dtype=sigma.dtype, device=sigma.device)
+        return torch.diag_embed(sigma @ off_diagonal) - sigma[:, None] * off_diagonal
+
+    def moments(
+        self,
+        h: Tensor,
+        J: Tensor,
+        S: Tensor | None = None,
+        *,
+        quantities: Collection[str] = QUANTITIES,
+        dtype: torch.dtype = torch.float64,
+        projected: bool = False,
+    ) -> dict[str, Tensor]:
+        """As for every family, from one c and one s; Σσ_k s_k = 0 centres C₁₂."""
+        sigma = self.mean(h).to(dtype)
+
+        def centre(D: Tensor) -> Tensor:
+            D = D.to(dtype)
+            return D if projected else D - weighted_mean(sigma, D).unsqueeze(1)
+
+        c = centre(J)
+        deviations = c.square() if projected else c.square_()  # J itself is not ours
+        found = {"I": weighted_mean(sigma, deviations)}
+        if not {"V1", "V2", "C12"} & set(quantities):
+            return found
+        deviations -= found["I"].unsqueeze(1)
+        if S is not None:
+            s = centre(S)
+            if "C12" in quantities:
+                found["C12"] = -weighted_mean(sigma, deviations * s)
+            if "V2" in quantities:
+                found["V2"] = weighted_mean(sigma, s.square())
+        if "V1" in quantities:
+            found["V1"] = weighted_mean(sigma, deviations.square_())
+        return found
 
     def outer_covariance_min(self, h: Tensor) -> Tensor:
         """0, reached along u ∝ 1: the softmax does not see a common shift of the logits."""

@@ -13,12 +13,16 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fimlib.derivatives import Block, Derivatives
+
+# What ``moments`` knows: I and, of one label, N V₁, N V₂ and the covariance of Î₁ and Î₂.
+QUANTITIES = ("I", "V1", "V2", "C12")
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,11 @@ class Family(ABC):
         h = self.natural(derivs.outputs)
 
         def through_link(block: Block) -> Block:
-            J, S = self._chain_rule(h, block.J, block.S)
+            # without S, its place is taken by zeros, and what comes of them is not kept
+            S = torch.zeros_like(block.J) if block.S is None else block.S
+            J, S = self._chain_rule(h, block.J, S)
             inputs = {n: None if z is None else z.double() for n, z in block.inputs.items()}
-            return Block(block.layer, J, S, inputs)
+            return Block(block.layer, J, None if block.S is None else S, inputs)
 
         return dataclasses.replace(derivs, blocks=tuple(map(through_link, derivs.blocks)))
 
@@ -271,6 +277,46 @@ class Family(ABC):
     @abstractmethod
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """C₁₂, the covariance of Î₁ and Î₂ on one and the same label: → [B, ...]."""
+
+    def directions_of_labels(self, h: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The matrix [B, T, T] that takes J to the J·δ_k of all labels k; None: too many labels.
+
+        Derivatives may be carried back in this form (``Derivatives.projected``): ``moments`` need
+        nothing else.
+        """
+        return None
+
+    def moments(
+        self,
+        h: Tensor,
+        J: Tensor,
+        S: Tensor | None = None,
+        *,
+        quantities: Collection[str] = QUANTITIES,
+        dtype: torch.dtype = torch.float64,  # noqa: ARG002
+        projected: bool = False,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Several contractions of one label at once, by their names; a family may share work.
+
+        Args:
+            h: The natural parameters, [B, T].
+            J: [B, T, ...].
+            S: [B, T, ...], or None where V₂ and C₁₂ are not wanted.
+            quantities: Which of "I", "V1", "V2", "C12"; I always comes.
+            dtype: Of the contractions, where the family has a choice.
+            projected: Whether J and S went through ``directions_of_labels`` already.
+
+        Returns:
+            Quantity → [B, ...].
+        """
+        found = {"I": self.information(h, J)}
+        if "V1" in quantities:
+            found["V1"] = self.variance1(h, J)
+        if S is not None and "V2" in quantities:
+            found["V2"] = self.variance2(h, S)
+        if S is not None and "C12" in quantities:
+            found["C12"] = self.covariance12(h, J, S)
+        return found
 
     # What the spectra need of M (Eq. 13), and Proposition 4.3 of δ.
 

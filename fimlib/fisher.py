@@ -82,7 +82,7 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
     """
     derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
     n = check_num_samples(num_samples)
-    return derivs.contract(lambda block: family.variance2(h, block.S) / n, degree=4)
+    return derivs.contract(lambda block: family.variance2(h, block.second) / n, degree=4)
 
 
 def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) -> Diagonal:
@@ -94,7 +94,9 @@ def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 
     """
     derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
     n = check_num_samples(num_samples)
-    return derivs.contract(lambda block: family.covariance12(h, block.J, block.S) / n, degree=4)
+    return derivs.contract(
+        lambda block: family.covariance12(h, block.J, block.second) / n, degree=4
+    )
 
 
 def estimate_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
@@ -130,7 +132,7 @@ def estimate_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
     derivs = family.natural_derivatives(derivs)
 
     def form(block: Block) -> Tensor:
-        return family.information(h, block.J) - labels.mean(labels.project(block.S))
+        return family.information(h, block.J) - labels.mean(labels.project(block.second))
 
     return derivs.contract(form, degree=2)
 
@@ -148,7 +150,7 @@ def sample_variance_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
 
 def sample_variance_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
     """Unbiased estimate of V₂ from the N ≥ 2 labels themselves; see ``sample_variance_i1``."""
-    return _sample_variance(derivs, labels, lambda block, labels: labels.project(block.S))
+    return _sample_variance(derivs, labels, lambda block, labels: labels.project(block.second))
 
 
 def _squared_scores(block: Block, labels: Labels) -> Tensor:

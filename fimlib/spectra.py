@@ -82,10 +82,20 @@ def lambda_max_multistart(family: Family, h: Tensor, *, max_steps: int = 200) ->
     steps. Deterministic; not a proof of optimality: the gap to ``lambda_max_certified`` bounds
     what could have been missed.
 
-    Memory: B × (number of directions) × T × T; for very many classes use the certified bound.
+    Raises:
+        ValueError: R T³ > 10⁹ for R directions, as for 158 classes: a step would be that many
+            operations, for up to 200 steps (128 classes: a minute). Or h does not fit the family.
+
+    Memory: B × R × T × T; for many classes use the certified bound.
     """
     h = family.natural(h)
     u = torch.nn.functional.normalize(family.directions(h), dim=-1)
+    if u.shape[1] * h.shape[1] ** 3 > MULTISTART_MAX_OPERATIONS:
+        raise ValueError(
+            f"method='multistart' would take {u.shape[1]} starts for {h.shape[1]} outputs, hours "
+            "of work: use method='certified', an upper bound at the cost of one eigenvalue "
+            "problem, spectrum(family, derivs.outputs, method='certified')."
+        )
     value = torch.zeros_like(u[..., 0])
     for _ in range(max_steps):
         matrix = family.outer_covariance_at(h, u)
@@ -153,7 +163,7 @@ def lambda_max_minimize(
     small for an upper bound.
 
     Raises:
-        ValueError: num_starts < 1.
+        ValueError: num_starts < 1, or T > 64 (the tensor has T⁴ numbers).
         ImportError: pytorch-minimize is not installed.
     """
     try:
@@ -166,6 +176,11 @@ def lambda_max_minimize(
     if num_starts < 1:
         raise ValueError(f"num_starts must be ≥ 1, got {num_starts}.")
     h = family.natural(h)
+    if h.shape[1] > MINIMIZE_MAX_OUTPUTS:
+        raise ValueError(
+            f"method='minimize' takes at most {MINIMIZE_MAX_OUTPUTS} outputs, got {h.shape[1]}: "
+            "use method='certified' for an upper bound."
+        )
     generator = torch.Generator("cpu").manual_seed(seed)
     best = []
     for M in family.outer_covariance(h).cpu():
@@ -268,6 +283,8 @@ METHODS = {
     "minimize": lambda_max_minimize,
     "sos": lambda_max_sos,
 }
+MULTISTART_MAX_OPERATIONS = 1e9
+MINIMIZE_MAX_OUTPUTS = 64
 SOS_MAX_OUTPUTS = 16
 SOS_PRECISION = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
 

@@ -200,7 +200,7 @@ def squared_singular_values(derivs: Derivatives, family: Family) -> tuple[Tensor
     grams = (
         gram(derivs, lambda block: block.J.double().flatten(2), degree=1),
         gram(derivs, outer, degree=2),
-        gram(derivs, lambda block: block.S.double().flatten(2), degree=2),
+        gram(derivs, lambda block: block.second.double().flatten(2), degree=2),
     )
     first, middle, last = (torch.linalg.eigvalsh(G).clamp_min(0).flip(-1) for G in grams)
     return first, middle, last

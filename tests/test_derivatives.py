@@ -504,3 +504,136 @@ def test_remark_4_5(activation, curvature):
         parameter.data.zero_()
     V2 = fimlib.variance_i2(differentiate(net, x), fimlib.Categorical())["0.weight"]
     assert bool((V2 == 0).all()) == (activation is nn.Sigmoid)
+
+
+# First order only, and chosen layers. -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "traced", "backpack", "functional"])
+def test_first_order_has_the_same_j_and_no_s(engine):
+    net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=1.5), inputs(3, 3)
+    both = differentiate(net, x)
+    first = differentiate(net, x, engine=engine, order=1)
+    assert first.engine == engine
+    for name, _ in net.named_parameters():
+        assert relative(first.jacobian(name), both.jacobian(name)) < 1e-10
+    assert all(block.S is None for block in first.blocks)
+    with pytest.raises(ValueError, match=r"first order only.*order=2"):
+        first.second("0.weight")
+
+
+def test_what_needs_second_derivatives_says_so():
+    net, x, family = mlp([3, 4, 2], nn.Tanh), inputs(2, 3), fimlib.Categorical()
+    first, both = differentiate(net, x, order=1), differentiate(net, x)
+    labels = family.sample(both.outputs, 3, torch.Generator().manual_seed(0))
+    for quantity in (fimlib.fisher_information, fimlib.variance_i1):
+        assert torch.equal(quantity(first, family)["0.weight"], quantity(both, family)["0.weight"])
+    assert torch.equal(
+        fimlib.estimate_i1(first, labels)["0.bias"], fimlib.estimate_i1(both, labels)["0.bias"]
+    )
+    for quantity in (fimlib.variance_i2, fimlib.covariance_i1_i2):
+        with pytest.raises(ValueError, match="first order only"):
+            quantity(first, family)
+    with pytest.raises(ValueError, match="first order only"):
+        fimlib.estimate_i2(first, labels)
+    with pytest.raises(ValueError, match="first order only"):
+        fimlib.corollary_4_6(first, family)
+    bounds, expected = fimlib.theorem_4_1(first, family), fimlib.theorem_4_1(both, family)
+    assert torch.equal(bounds.variance_i1.upper["0.weight"], expected.variance_i1.upper["0.weight"])
+    assert len(bounds.variance_i2.upper) == 0
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "traced", "backpack", "becker-lecun"])
+@pytest.mark.parametrize("layers", [["2"], ["4"], ["0", "4"]])
+def test_chosen_layers_are_what_they_are_among_all(engine, layers):
+    net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=1.5), inputs(3, 3)
+    chosen = differentiate(net, x, engine=engine, layers=layers)
+    everything = differentiate(net, x, engine=engine)
+    assert {b.layer for b in chosen.blocks} == set(layers)
+    expected = {f"{layer}.{n}" for layer in layers for n in ("weight", "bias")}
+    assert {n for b in chosen.blocks for n in b.inputs} == expected
+    for name in expected:
+        assert torch.equal(chosen.jacobian(name), everything.jacobian(name))
+        assert torch.allclose(chosen.second(name), everything.second(name), rtol=1e-12, atol=0)
+
+
+def test_layers_may_name_what_holds_them():
+    net = nn.Sequential()
+    net.add_module("body", mlp([3, 4, 4], nn.Tanh))
+    net.add_module("act", nn.Tanh())
+    net.add_module("head", nn.Linear(4, 2).double())
+    found = differentiate(net, inputs(2, 3), layers=["body"])
+    assert [b.layer for b in found.blocks] == ["body.0", "body.2"]
+    assert len(differentiate(net, inputs(2, 3), layers=[""]).blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": ["1"]}, r"no layer '1' with parameters; there are: '0', '2'"),
+        ({"layers": "0"}, r"list of names of modules, got the string '0'"),
+        ({"layers": []}, "names no module"),
+        ({"order": 3}, "order must be 1 .* or 2"),
+        ({"engine": "magic"}, "unknown engine 'magic'.*functional.*hesscale"),
+    ],
+)
+def test_bad_choices_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        differentiate(mlp([3, 4, 2], nn.Sigmoid), inputs(1, 3), **arguments)
+
+
+def test_work_stops_at_the_first_chosen_layer(monkeypatch):
+    """The weights of the layers before it are never multiplied by anything on the way back."""
+    net, x = mlp([3, 5, 4, 3], nn.Sigmoid), inputs(2, 3)
+    seen = []
+    original = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: (seen.append(b.data_ptr()), original(a, b))[1]
+    )
+    differentiate(net, x, layers=["4"])
+    assert net[2].weight.data_ptr() not in seen
+    differentiate(net, x)
+    assert net[2].weight.data_ptr() in seen
+
+
+def test_tied_parameters_have_first_derivatives():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    net[2].weight = net[0].weight
+    x = inputs(2, 3)
+    with pytest.raises(ValueError, match=r"tied.*order=1.*hutchinson"):
+        differentiate(net, x)
+    with pytest.raises(ValueError, match="tied"):
+        differentiate(net, x, engine="layerwise", order=1)
+    found = differentiate(net, x, order=1)
+    assert found.engine == "functional"
+    for b in range(2):
+        J, _ = reference.derivatives(net, x[b : b + 1])
+        assert relative(found.jacobian("0.weight")[b], J["0.weight"]) < 1e-10
+
+
+def test_prepared_derivatives_are_the_same_and_refuse_other_types():
+    from fimlib.derivatives import prepare
+
+    net, x = mlp([3, 5, 3], nn.Sigmoid), inputs(4, 3)
+    again = prepare(net, x[:1])
+    for name, _ in net.named_parameters():
+        assert torch.equal(again(x).second(name), differentiate(net, x).second(name))
+    with pytest.raises(ValueError, match=r"float32.*those before were torch.float64"):
+        again(x.float())
+    assert prepare(net, x[:1], engine="traced")(x).engine == "traced"
+    with pytest.raises(ValueError, match="NaN"):
+        prepare(net, x * torch.nan)
+
+
+def test_known_activations_are_differentiated_like_unknown_ones():
+    """Closed forms, and torch's own rules, against what is found out for a module of one's own."""
+    from fimlib import _layerwise
+
+    s = torch.linspace(-4, 4, 41).double().reshape(1, -1)
+    for kind in (*_layerwise.CURVED, *_layerwise.PIECEWISE_LINEAR):
+        z, step = _layerwise.known(kind(), s)
+        expected, first, second = _layerwise.two_derivatives(kind(), s)
+        assert torch.allclose(z, expected, rtol=1e-14, atol=1e-16), kind
+        assert torch.allclose(step.first, first, rtol=1e-12, atol=1e-16), kind
+        found = torch.zeros_like(s) if step.second is None else step.second
+        assert torch.allclose(found, second, rtol=1e-10, atol=1e-15), kind

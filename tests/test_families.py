@@ -675,3 +675,28 @@ def test_residuals_of_counts_are_counts_less_rates():
     h, y = inputs(2, 3), torch.tensor([[0, 2, 5], [1, 1, 0]])
     residual = Poisson().observed(h, y).mean_residual()
     assert torch.allclose(residual, y - h.exp(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("probabilities", ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_moments_at_once_are_the_moments_one_by_one(probabilities):
+    h = logits_of(probabilities)
+    generator = torch.Generator().manual_seed(0)
+    J, S = (torch.randn(*h.shape, 6, generator=generator, dtype=torch.float64) for _ in "JS")
+    family = fimlib.Categorical()
+    found = family.moments(h, J, S)
+    expected = {
+        "I": family.information(h, J),
+        "V1": family.variance1(h, J),
+        "V2": family.variance2(h, S),
+        "C12": family.covariance12(h, J, S),
+    }
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        scale = expected["I"].square() if key != "I" else expected["I"]
+        assert ((found[key] - value).abs() <= 1e-10 * (value.abs() + 1e-3 * scale)).all(), key
+    assert family.moments(h, J).keys() == {"I", "V1"}
+    assert family.moments(h, J, S, quantities=["I"]).keys() == {"I"}
+    assert family.moments(h, J, S, quantities=["V2"]).keys() == {"I", "V2"}
+    single = family.moments(h, J.float(), S.float(), dtype=torch.float32)
+    assert all(value.dtype == torch.float32 for value in single.values())
+    assert torch.allclose(single["I"].double(), expected["I"], rtol=1e-5, atol=0)

@@ -727,3 +727,87 @@ def test_families_without_settings_are_told_apart():
     bits, classes = fimlib.Joint(fimlib.Bernoulli()), fimlib.Joint(fimlib.Categorical())
     with pytest.raises(ValueError, match="Bernoulli.*Categorical"):
         bits.merge(classes)
+
+
+# What is accumulated, and in which precision. -----------------------------------------------------
+
+
+def test_first_order_accumulates_what_it_can():
+    net, x = mlp([3, 5, 4], nn.Sigmoid, scale=2.0), inputs(6, 3)
+    first, both = Joint(Categorical()), Joint(Categorical())
+    first.update(differentiate(net, x, order=1))
+    both.update(differentiate(net, x))
+    for quantity in ("fisher_information", "input_variance"):
+        for name, value in getattr(both, quantity)().items():
+            assert torch.equal(getattr(first, quantity)()[name], value)
+    assert torch.equal(first.variance_i1(5)["0.bias"], both.variance_i1(5)["0.bias"])
+    assert torch.equal(first.lemma_4_8().upper["0.bias"], both.lemma_4_8().upper["0.bias"])
+    with pytest.raises(ValueError, match="with order=1 there is no V₂"):
+        first.variance_i2(5)
+    with pytest.raises(ValueError, match="on one side only"):
+        first.merge(both)
+
+
+@pytest.mark.parametrize(
+    ("quantities", "numbers"),
+    [(["I"], 1), (["I", "Var_x I"], 2), (["V1"], 2), (None, 5)],
+)
+def test_only_what_is_asked_for_is_kept(quantities, numbers):
+    net, x = mlp([3, 5, 4], nn.Sigmoid), inputs(6, 3)
+    joint = Joint(Categorical(), method=None, quantities=quantities)
+    joint.update(differentiate(net, x))
+    kept = [*(t for m in joint._means.values() for t in m.values()), *joint._scatter.values()]
+    assert sum(t.numel() for t in kept) == numbers * sum(p.numel() for p in net.parameters())
+    assert all(t.dtype == torch.float64 for t in kept)
+    if quantities == ["I"]:
+        with pytest.raises(ValueError, match='"Var_x I" is not among the quantities'):
+            joint.input_variance()
+        with pytest.raises(ValueError, match="quantities= leaves out"):
+            joint.variance_i1(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantities": ["V3"]}, "some of .*'Var_x I'.*got \\['V3'\\]"),
+        ({"quantities": "V1"}, "must be a list"),
+        ({"dtype": torch.float16}, "float64 or torch.float32"),
+    ],
+)
+def test_bad_choices_of_what_to_keep_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Joint(Categorical(), **arguments)
+
+
+def test_float32_contractions_are_close_and_kept_in_float64():
+    net, x = mlp([3, 5, 4, 4], nn.Sigmoid, scale=2.0), inputs(50, 3)
+    exact, single = Joint(Categorical()), Joint(Categorical(), dtype=torch.float32)
+    exact.update(differentiate(net, x))
+    single.update(differentiate(net.float(), x.float()))
+    for key, means in exact._means.items():
+        for name, value in means.items():
+            found = single._means[key][name]
+            assert found.dtype == torch.float64
+            scale = value.abs().max()
+            assert (found - value).abs().max() <= 1e-5 * scale, (key, name)
+    for name, value in exact.input_variance().items():
+        mean_square = exact.fisher_information()[name].square() + value
+        gap = (single.input_variance()[name] - value).abs()
+        assert (gap <= 1e-5 * mean_square).all()
+
+
+def test_infinite_derivatives_are_named_and_nothing_is_taken_in():
+    net, x = mlp([3, 4, 2], nn.Tanh), inputs(2, 3)
+    joint = Joint(Categorical())
+    joint.update(differentiate(net, x))
+    derivs = differentiate(net, x)
+    broken = fimlib.Block(
+        "0", derivs.blocks[0].J * 1e200, derivs.blocks[0].S, derivs.blocks[0].inputs
+    )
+    before = joint.fisher_information()
+    with pytest.raises(ValueError, match=r"parameter '0.weight' are NaN, infinite or too large"):
+        joint.update(fimlib.Derivatives(derivs.outputs, (broken, derivs.blocks[1])))
+    assert joint.count == 2
+    assert all(torch.equal(joint.fisher_information()[n], t) for n, t in before.items())
+    with pytest.raises(ValueError, match="outputs hold NaN"):
+        joint.update(fimlib.Derivatives(derivs.outputs * torch.nan, derivs.blocks))

@@ -1,0 +1,254 @@
+r"""Approximate S by carrying only the diagonal of the Hessian back (Becker–LeCun, HesScale).
+
+Going back through one linear layer s' = Wσ(s) + b, one output's Hessian H in the pre-activations
+and its gradient g (a column) become
+
+    g ← σ'(s) ∘ Wᵀg,    H ← D Wᵀ H W D + diag(σ''(s) ∘ Wᵀg),    D = diag σ'(s).
+
+The approximation keeps d = diag H and drops the rest of H:
+
+    d ← σ'(s)² ∘ (W∘W)ᵀ d + σ''(s) ∘ Wᵀg.
+
+g, and with it J, stays exact. d is exact where the H that it comes from is diagonal. That of one
+output h^a is 0 at the last linear layer, and diagonal at the one before; at the third from the end
+it is full, but its diagonal came from a diagonal one. So S is exact in the last *three* linear
+layers of an MLP, and approximate below. In general it is exact in a layer if at most one linear
+layer lies between it and the last curved nonlinearity: in the last two only where the outputs
+themselves are activated, everywhere where nothing is curved (ReLU).
+
+The two methods differ in nothing but the diagonal that they start from at the outputs of a *loss*:
+
+* Becker & LeCun, "Improving the convergence of back-propagation learning with second order
+  methods", Proc. 1988 Connectionist Models Summer School (1989), take every output unit for itself,
+  which is exact for squared errors. Outputs under a softmax are coupled. Elsayed et al. compare
+  with the method, in ``core/run/approx_quality.py`` of github.com/mohmdelsayed/HesScale, as if the
+  log-softmax were elementwise: d = σ_y(1 − σ_y) for the label y, and 0 for all other classes.
+* HesScale: Elsayed & Mahmood, arXiv:2210.11639 (2022); with Farrahi and Dangel, "Revisiting
+  scalable Hessian diagonal approximations for applications in reinforcement learning", ICML 2024,
+  arXiv:2406.03276. They start from the exact diagonal: d_a = σ_a(1 − σ_a) for a softmax (in the
+  same repository, ``CrossEntropyLossDerivativesHesScale`` of ``hesscale/core/derivatives.py``).
+
+S starts from single outputs, h^a, whose Hessian at the outputs is 0 in either method. So **in S,
+and in all that reads it here (V₂, C₁₂, Î₂), the two coincide**: ``differentiate`` is one recursion
+under two names. ``hessian_diagonal_approximation`` shows where they differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fimlib import _layerwise
+from fimlib._layerwise import (
+    KNOWN,
+    ElementwiseStep,
+    LinearStep,
+    chain,
+    check_parameters,
+    forward,
+    forward_of_copy,
+    right_factors,
+)
+from fimlib.derivatives import (
+    Block,
+    Derivatives,
+    check_model,
+    check_no_global_hooks,
+    check_plain,
+    check_untied,
+)
+from fimlib.diagonal import Diagonal, Term
+from fimlib.families import Categorical
+from fimlib.family import Labels
+from fimlib.fisher import check_labels
+
+METHODS = ("becker-lecun", "hesscale")
+
+
+def differentiate(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    order: int = 2,
+    wanted: frozenset[str] | None = None,
+    method: str = "becker-lecun",
+) -> Derivatives:
+    """J exactly, and S by its diagonal recursion; see ``fimlib.differentiate``.
+
+    S is exact in the last three linear layers of an MLP, for the reason given at the head of this
+    module. ``estimate_i2`` of these derivatives is not what the two papers compute: its Jᵀ𝓘J is
+    exact, so that Î₂ has the right mean, and only its fluctuation is approximate.
+
+    Args:
+        model: A chain of ``Linear`` and elementwise activations, as for the layerwise engine.
+        x: [B, ...].
+        order: 2, or 1 for J alone, which is the layerwise engine's.
+        wanted: Names of the parameters to report; None: all.
+        method: "becker-lecun" or "hesscale": the same numbers.
+
+    Raises:
+        NotImplementedError: a module is neither linear nor elementwise; the message names it.
+        ValueError: an unknown method.
+
+    Cost: one forward pass, and one backward sweep down to the first wanted layer that carries T
+    rows and T diagonals for each input: two products with every weight matrix, and no row for any
+    hidden unit.
+    """
+    check_method(method)
+    if order == 1:
+        exact = _layerwise.differentiate(model, x, order=1, wanted=wanted)
+        return dataclasses.replace(exact, engine=method)
+    outputs, steps = record(model, x)
+    size, num_outputs = outputs.shape
+    rows = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).expand(size, -1, -1)
+    blocks = []
+    for step, J, S in recursion(steps, rows, None, wanted):
+        if inputs := right_factors(step, wanted):
+            blocks.append(Block(step.name, J, S, inputs))
+    return Derivatives(outputs, tuple(reversed(blocks)), engine=method)
+
+
+def hessian_diagonal_approximation(
+    model: nn.Module, x: Tensor, labels: Labels, *, method: str = "hesscale"
+) -> Diagonal:
+    r"""Diagonal of the Hessian of −log p(y|x), approximately: what the two papers compute.
+
+    Averaged over the N labels of each input, so that it approximates Î₂(θᵢ|x) (Eq. 6). It is
+    ``q(d) − S·δ`` with the S of ``differentiate``, where q carries the diagonal d of the loss'
+    Hessian at the outputs back through the squared layers. The exact one is ``Jᵀ𝓘J − S·δ``, which
+    ``estimate_i2`` gives.
+
+    * "hesscale": d is exact, d_a = 𝓘_aa where the outputs are the natural parameters. If 𝓘 is
+      diagonal (Bernoulli, Poisson, Gaussian with a diagonal Σ), the result is exact in the last two
+      linear layers of an MLP; else (for a softmax 𝓘 = diag σ − σσᵀ) in the last one only.
+    * "becker-lecun": the same, but for a softmax d_a = σ_a(1 − σ_a) for the label's class a, and 0
+      for all others. That is wrong even in the last layer, depends on the label, and is too small
+      on average: E d_a = σ_a²(1 − σ_a).
+
+    Args:
+        model: As for ``differentiate``; in eval mode.
+        x: [B, ...].
+        labels: Labels for the model's outputs at x, e.g. from ``family.observed``.
+        method: "hesscale" or "becker-lecun".
+
+    Returns:
+        [B, *shape] per parameter, in nat/θ².
+
+    Raises:
+        ValueError: an unknown method; labels that were drawn for other outputs; what
+            ``fimlib.differentiate`` refuses.
+        NotImplementedError: a module is neither linear nor elementwise.
+
+    Cost: one forward pass, and one backward sweep that carries one row and one diagonal per input,
+    whatever T and N.
+
+    Example: zero weights make σ = (⅓, ⅓, ⅓). The Hessian's diagonal is 2/9 for all classes, and
+    Becker–LeCun sees it for the label's class, the first, alone.
+        >>> from fimlib import Categorical
+        >>> net = nn.Linear(1, 3, bias=False)
+        >>> _ = nn.init.zeros_(net.weight)
+        >>> x = torch.ones(1, 1)
+        >>> labels = Categorical().observed(net(x), torch.tensor([0]))
+        >>> for method in ("hesscale", "becker-lecun"):
+        ...     d = hessian_diagonal_approximation(net, x, labels, method=method)
+        ...     print([round(9 * v, 6) for v in d["weight"].flatten().tolist()])
+        [2.0, 2.0, 2.0]
+        [2.0, 0.0, 0.0]
+    """
+    check_method(method)
+    with torch.inference_mode(False):
+        check_model(model, x)
+        check_plain(model)
+        check_untied(model)
+        outputs, steps = record(model, x.detach().clone())
+    check_labels(outputs, labels)
+    gradient, diagonal = at_the_outputs(labels, method)
+    terms = []
+    for step, _, d in recursion(steps, gradient.to(outputs), diagonal.to(outputs)):
+        factors = right_factors(step, None).items()
+        squares = {n: None if z is None else z.double().square() for n, z in factors}
+        terms.append(Term(step.name, d[:, 0].double(), squares))
+    return Diagonal(tuple(reversed(terms)))
+
+
+def at_the_outputs(labels: Labels, method: str) -> tuple[Tensor, Tensor]:
+    """Gradient of −log p in the outputs and the diagonal d to start from, [B, 1, T] each."""
+    family, h = labels.family, labels.outputs
+    eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device).expand(len(h), -1, -1)
+    # the network whose parameters are its outputs
+    identity = Derivatives(h, (Block("", eye, torch.zeros_like(eye), {"h": None}),))
+    (natural,) = family.natural_derivatives(identity).blocks
+    gradient = -labels.mean(labels.project(natural.J))
+    # its second derivatives are 0 where the outputs are the natural parameters
+    diagonal = family.information(h, natural.J) - labels.mean(labels.project(natural.second))
+    if method == "becker-lecun" and isinstance(family, Categorical):
+        diagonal = diagonal * labels.weights
+    return gradient[:, None], diagonal[:, None]
+
+
+def recursion(
+    steps: Sequence[LinearStep | ElementwiseStep],
+    rows: Tensor,
+    diagonals: Tensor | None,
+    wanted: frozenset[str] | None = None,
+) -> Iterator[tuple[LinearStep, Tensor, Tensor]]:
+    """Every linear layer from the last to the first wanted one, with what has come back to it.
+
+    Args:
+        steps: Of the forward pass.
+        rows: Gradients of R functions in the outputs, [B, R, T].
+        diagonals: The diagonals of their Hessians there, [B, R, T]; None where they are 0.
+        wanted: Names of parameters; None: all.
+
+    Yields:
+        A layer, and the gradients and diagonals in its pre-activations, [B, R, n].
+    """
+    layers = [(i, step) for i, step in enumerate(steps) if isinstance(step, LinearStep)]
+    first = min(i for i, layer in layers if right_factors(layer, wanted))
+    for i, step in reversed(list(enumerate(steps[first:], first))):
+        if isinstance(step, ElementwiseStep):
+            if diagonals is not None:
+                diagonals = diagonals * step.first.square()[:, None]
+            if step.second is not None:
+                fresh = rows * step.second[:, None]
+                diagonals = fresh if diagonals is None else diagonals + fresh
+            rows = rows * step.first[:, None]
+            continue
+        yield step, rows, torch.zeros_like(rows) if diagonals is None else diagonals
+        if i > first:
+            weight = step.module.weight.detach()
+            rows = rows @ weight
+            diagonals = None if diagonals is None else diagonals @ weight.square()
+
+
+def record(model: nn.Module, x: Tensor) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
+    """The outputs and the steps of a forward pass of a chain.
+
+    Raises:
+        NotImplementedError: the model is no chain of linear and elementwise modules.
+        ValueError: the outputs are not finite.
+    """
+    check_no_global_hooks()
+    try:
+        with torch.no_grad():
+            if all(type(module) in KNOWN for module in model.modules()):
+                outputs, steps = forward(chain(model), x, {})
+            else:
+                outputs, steps = forward_of_copy(model, x)
+        check_parameters(model, steps)
+    except NotImplementedError as refusal:
+        raise NotImplementedError(
+            f"the approximate engines take what the layerwise engine takes. {refusal}"
+        ) from refusal
+    if not torch.isfinite(outputs).all():
+        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+    return outputs, steps
+
+
+def check_method(method: str) -> None:
+    """Raise a ValueError for a method that there is not."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}.")

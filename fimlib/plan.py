@@ -1,0 +1,133 @@
+"""Which engine takes a network, and what it costs there."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fimlib.derivatives import (
+    APPROXIMATE,
+    candidates,
+    check_model,
+    check_plain,
+    first_that_takes,
+    selected,
+)
+from fimlib.streaming import memory
+
+REPETITIONS = 3
+
+
+class Plan(NamedTuple):
+    """What ``differentiate`` does with a network at a batch of inputs; ``print`` it.
+
+    Attributes:
+        engine: The engine that takes the network.
+        exact: False if its S is an approximation.
+        order: 1 or 2, the order of the derivatives.
+        num_inputs: B, the inputs that the costs belong to.
+        seconds: Median time of ``differentiate`` here, checks included.
+        relative: The same in units of one forward and backward pass of the batch.
+        peak_bytes: Largest memory of the tensors that it holds at one time.
+        refusals: Why not the engines that were tried before, by name.
+    """
+
+    engine: str
+    exact: bool
+    order: int
+    num_inputs: int
+    seconds: float
+    relative: float
+    peak_bytes: int
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        """A sentence on the choice, and one for each engine that was passed over."""
+        of = "J and S" if self.order == 2 else "J"
+        how = "exact" if self.exact else "J exact, S approximate"
+        lines = [
+            f"{of} by engine {self.engine!r} ({how}): {self.seconds * 1e3:.3g} ms for "
+            f"{self.num_inputs} inputs, {self.relative:.3g} × one forward and backward pass, "
+            f"{self.peak_bytes / 2**20:.3g} MiB."
+        ]
+        return "\n".join([*lines, *(f"not {name!r}: {why}" for name, why in self.refusals.items())])
+
+
+def plan(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    engine: str = "auto",
+    order: int = 2,
+    layers: Sequence[str] | None = None,
+) -> Plan:
+    """Say which engine ``differentiate`` takes, why not the ones before it, and what it costs.
+
+    Nothing is predicted: it is run on x, so take a few inputs.
+
+    Args, Raises: as ``differentiate``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 2))
+        >>> found = plan(net, torch.ones(1, 1, 4))
+        >>> found.engine, found.exact, list(found.refusals)
+        ('traced', True, ['layerwise'])
+    """
+    with torch.inference_mode(False):
+        check_model(model, x)
+        check_plain(model)
+        wanted = selected(model, layers)
+        names, refusals = candidates(model, engine, order), {}
+        for i, name in enumerate(names):
+            try:
+                derivs = first_that_takes(names[i : i + 1], model, x.clone(), order, wanted)
+                break
+            except (NotImplementedError, ImportError) as refusal:
+                refusals[name] = str(refusal)
+        else:  # the error that differentiate would raise
+            derivs = first_that_takes(names, model, x.clone(), order, wanted)
+
+    def work(x: Tensor) -> None:
+        with torch.inference_mode(False):
+            first_that_takes((derivs.engine,), model, x, order, wanted)
+
+    seconds = median_time(lambda: work(x), x.device)
+    unit = median_time(lambda: forward_backward(model, x), x.device)
+    return Plan(
+        derivs.engine,
+        derivs.engine not in APPROXIMATE,
+        order,
+        len(x),
+        seconds,
+        seconds / unit,
+        max(memory(work, x)),
+        refusals,
+    )
+
+
+def forward_backward(model: nn.Module, x: Tensor) -> None:
+    """One pass to the sum of the outputs and back to all parameters; no gradient is left."""
+    parameters = [p.detach().requires_grad_() for p in model.parameters()]
+    named = dict(zip((n for n, _ in model.named_parameters()), parameters, strict=True))
+    with torch.inference_mode(False), torch.enable_grad():
+        outputs: Tensor = torch.func.functional_call(model, named, (x.clone(),))
+        torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+
+
+def median_time(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds that one call takes, once it has been called."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(REPETITIONS))

@@ -1,0 +1,456 @@
+r"""A data set of any size in bounded memory, on one process or on many (Section 4.1).
+
+What Theorem 4.7 needs of the inputs are averages over them. So a data set goes through batch by
+batch and only a ``Joint`` stays; and accumulators of several processes merge into one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import numbers
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+
+from fimlib.derivatives import Derivatives, differentiate, prepare
+from fimlib.families import Family
+from fimlib.joint import Joint
+
+BATCH_BYTES = 256 * 2**20
+
+
+def accumulate(
+    model: nn.Module,
+    inputs: Tensor | Iterable[Any],
+    family: Family,
+    *,
+    batch_size: int | None = None,
+    order: int = 2,
+    layers: Sequence[str] | None = None,
+    engine: str = "auto",
+    dtype: torch.dtype = torch.float64,
+    method: str | None = "certified",
+    quantities: Collection[str] | None = None,
+) -> Joint:
+    r"""Averages over a whole data set, batch by batch, in bounded memory (Theorem 4.7).
+
+    Every batch is differentiated, averaged into one ``Joint``, and forgotten. The result does not
+    depend on the size of the batches, up to rounding (1e-12).
+
+    Args:
+        model: Maps inputs to natural parameters [B, T]; in eval mode.
+        inputs: [M, ...], or an iterable of batches x or (x, y), of which x is taken: a
+            ``DataLoader``, a list, a generator. Batches go to the model's device one at a time.
+        family: The output family.
+        batch_size: Inputs that are differentiated at a time; larger batches are split. By default
+            as many as take about 256 MB, as measured on the first input; at least 1.
+        order: 1 leaves out what second derivatives are needed for; see ``differentiate``.
+        layers: Names of the modules to report, all by default; see ``differentiate``.
+        engine: Where the derivatives come from; see ``differentiate``.
+        dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
+        method: How λ_max(M) is found for the bounds, None for no bounds; see ``Joint``.
+        quantities: What is accumulated, everything by default; see ``Joint``.
+
+    Returns:
+        The accumulator, on the model's device. That of no inputs, where ``inputs`` is a tensor
+        with M = 0: the share of a process that has none.
+
+    Raises:
+        ValueError: no batches; inputs of another shape than before; the model was changed or
+            moved on the way; batch_size < 1; and what ``differentiate`` and ``Joint.update``
+            refuse. The message names the batch, counted from 1.
+        NotImplementedError: as in ``differentiate``.
+        TypeError: a data set instead of batches of it, or batches that are no tensors.
+
+    Memory: about 256 MB for a batch, however many there are, beside the accumulator's 88 bytes per
+        parameter (see ``Joint``) and two or three times as much while a batch is merged into it.
+
+    Cost: that of ``differentiate`` and ``Joint.update`` for every batch, and for six more inputs
+        to find the size of a batch. With a thousand classes most of it goes into the eigenvalue
+        problems of the bounds, O(C³) for each input: ``method=None`` leaves them out.
+
+    Precision: a float32 model with ``dtype=torch.float32`` is differentiated and contracted in
+        float32 and accumulated in float64. Layer means of I, V₁ and V₂ are then within 1e-5 of
+        those in float64 while all logits stay below 250, also where σ_max is 1 − 1e-6. With larger
+        ones the error grows in proportion: they are rounded, and the softmax with them.
+
+    Example: h = w·x with a Gaussian label: I(w|x) = x², on average (1 + 9 + 4)/3.
+        >>> from fimlib import Gaussian
+        >>> net = torch.nn.Linear(1, 1, bias=False).double()
+        >>> x = torch.tensor([[1.0], [3.0], [2.0]]).double()
+        >>> joint = accumulate(net, x, Gaussian(), batch_size=2)
+        >>> joint.count, round(float(joint.fisher_information()["weight"]), 12)
+        (3, 4.666666666667)
+    """
+
+    def empty() -> Joint:
+        return Joint(family, method=method, dtype=dtype, quantities=quantities)
+
+    def start(x: Tensor) -> Callable[[Tensor], Derivatives]:
+        return prepare(model, x, seeds=seeds, **choice)
+
+    choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
+    seeds = None if method else family.directions_of_labels  # bounds are those of the outputs
+    again: Callable[[Tensor], Derivatives] | None = None
+    joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)
+    before, shape, number = snapshot(model), None, 0
+    device = next((p.device for p in model.parameters()), None)
+    for number, batch in batches(inputs):
+        with named(f"batch {number}"):
+            shape = check_shape(batch, shape)
+            again = again or start(batch[:1].to(device))
+            if size is None:
+                size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
+        whole = isinstance(inputs, Tensor)  # then the batches are ours
+        for i, part in enumerate(batch.split(size), start=1):
+            span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
+            with named(f"batch {i if whole else number} ({span})"):
+                check_unchanged(before, snapshot(model))
+                try:
+                    joint.update(again(part.to(device)))
+                except ValueError:
+                    differentiate(model, part.to(device), **choice)  # which looks closer
+                    raise
+    if number == 0 and not isinstance(inputs, Tensor):
+        raise ValueError(
+            "there are no batches: an iterator can be used only once, make it anew; a process "
+            "without inputs passes a tensor of shape [0, ...], or takes Joint(family)."
+        )
+    return joint
+
+
+def take(again: Callable[[Tensor], Derivatives], empty: Callable[[], Joint], x: Tensor) -> None:
+    """One batch, and nothing else."""
+    empty().update(again(x))
+
+
+def batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
+    """The x of every batch, counted from 1; a tensor is one batch, and none where it is empty.
+
+    Raises:
+        TypeError: a data set, or a batch that is neither x nor (x, y).
+    """
+    if isinstance(inputs, Tensor):
+        if inputs.ndim == 0 or len(inputs):
+            yield 1, inputs
+        return
+    if isinstance(inputs, Dataset) or not hasattr(inputs, "__iter__"):
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}, which yields single inputs or none: pass "
+            "torch.utils.data.DataLoader(inputs, batch_size=...), or a tensor [M, ...]."
+        )
+    for number, batch in enumerate(inputs, start=1):
+        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"batch {number} is a {type(x).__name__}: batches must be tensors x of shape "
+                "[B, ...] or pairs (x, y); convert them, e.g. by torch.as_tensor, or by the "
+                "collate_fn of a DataLoader."
+            )
+        yield number, x
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Say in an error where in the data it came up."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{place}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:
+    """The shape of one input, the same as before."""
+    if batch.ndim < 2:
+        raise ValueError(
+            f"a batch must have shape [B, ...], got {list(batch.shape)}: for a single input add a "
+            "batch dimension, x[None]."
+        )
+    if shape is not None and batch.shape[1:] != shape:
+        raise ValueError(
+            f"its inputs have shape {list(batch.shape[1:])}, those before {list(shape)}: pad them "
+            "to one shape, or accumulate them apart and merge, joint.merge(other)."
+        )
+    return batch.shape[1:]
+
+
+def snapshot(model: nn.Module) -> list[tuple[str, int, torch.device, int]]:
+    """What changes when a parameter is replaced, moved, or written to."""
+    return [
+        (name, id(p), p.device, 0 if p.is_inference() else p._version)
+        for name, p in model.named_parameters()
+    ]
+
+
+def check_unchanged(before: list[Any], now: list[Any]) -> None:
+    """Refuse averages over different networks."""
+    if now == before:
+        return
+    for old, new in zip(before, now, strict=False):
+        if old != new:
+            moved = f"moved from {old[2]} to {new[2]}" if old[2] != new[2] else "changed"
+            raise ValueError(
+                f"parameter {old[0]!r} was {moved} since the first batch: leave the model as it is "
+                "until the data are through, or give accumulate a copy of it."
+            )
+    raise ValueError("the model has got or lost parameters since the first batch.")
+
+
+def check_batch_size(size: int) -> int:
+    """Return an integer ≥ 1."""
+    is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+    if not is_integer or size < 1:
+        raise ValueError(f"batch_size must be an integer ≥ 1, or None, got {size!r}.")
+    return int(size)
+
+
+# How many inputs fit.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the memory of the tensors that are made inside it.
+
+    Attributes:
+        live: Bytes of those that exist.
+        history: The same, after every operation so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.history: list[int] = []
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        self.history.append(self.live)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def default_batch_size(work: Callable[[Tensor], None], x: Tensor) -> int:
+    """How many inputs like x, [1, ...], ``work`` takes in about 256 MB of tensors; at least 1.
+
+    It is tried on copies of x. What an input adds to every operation is compared, since what any
+    batch takes, as copies of the weights, may hide the growth of the peak.
+    """
+    one, two = memory(work, x), memory(work, x.expand(2, *x.shape[1:]))
+    if 2 * (max(two) - max(one)) >= BATCH_BYTES:
+        return 1
+    three = memory(work, x.expand(3, *x.shape[1:]))
+    added = max(b - a for a, b in zip(two, three, strict=False))
+    return max(1, BATCH_BYTES // max(1, added))
+
+
+def memory(work: Callable[[Tensor], None], x: Tensor) -> list[int]:
+    """Bytes of the tensors that live after every operation of ``work``."""
+    live = LiveBytes()
+    with live:
+        work(x)
+    return live.history
+
+
+# Many processes.
+
+SCATTER = "Var_x I"
+
+
+class Header(NamedTuple):
+    """What a process says of its accumulator before the numbers go round."""
+
+    family: str
+    num_inputs: int
+    layers: dict[str, list[str]]
+    shapes: dict[str, dict[str, tuple[int, ...]]]  # quantity → parameter name → shape
+
+
+def all_reduce(joint: Joint, group: dist.ProcessGroup | None = None) -> Joint:
+    r"""One accumulator for what all processes of a group have seen, the same on each of them.
+
+    The accumulators merge in the order of the ranks, by the same operations everywhere, so that
+    all processes hold the same numbers, to the bit. Every process of the group must call it, those
+    that have seen no inputs too. ``joint`` itself is left as it was.
+
+    Args:
+        joint: What this process has accumulated.
+        group: The processes; all of them by default.
+
+    Returns:
+        The merged accumulator, on the device of ``joint``; where that has seen nothing, on the
+        one through which the processes communicate.
+
+    Raises:
+        ValueError: the accumulators are for different parameters, families or quantities: the
+            same error on every process. Or torch.distributed is not initialised, or this process
+            does not belong to the group.
+
+    Cost: every process sends its state once (see ``Joint`` for its size) and receives the others',
+        one after the other; memory for three more. "gloo" goes through the CPU, "nccl" through the
+        current GPU, so call ``torch.cuda.set_device(local_rank)`` first.
+
+    Example: ``torchrun --standalone --nproc-per-node 2 this_file.py``, the file being::
+
+        import torch, fimlib
+        torch.distributed.init_process_group("gloo")
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        model, x = torch.nn.Linear(4, 3).double(), torch.linspace(-1, 1, 28).double().view(7, 4)
+        torch.nn.init.eye_(model.weight), torch.nn.init.zeros_(model.bias)
+        joint = fimlib.accumulate(model, x[rank::world], fimlib.Categorical())
+        joint = fimlib.all_reduce(joint)
+        print(rank, joint.count, joint.variance_i1(num_inputs=100)["bias"].tolist())
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group(...) "
+            "first, in a program that torchrun starts. A single process needs no all_reduce."
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process does not belong to the group: only its members may call.")
+    headers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(headers, header(joint), group)
+    check_headers(headers)
+    device = communication_device(group)
+    total = with_state(joint, 0, {}, {SCATTER: {}})
+    for rank, theirs in enumerate(headers):
+        if theirs.num_inputs:
+            own = rank == dist.get_rank(group)
+            flat = flatten_state(joint, device) if own else empty_state(theirs, device)
+            dist.broadcast(flat, group=group, group_src=rank)
+            state = unflatten(flat, theirs)
+            total.merge(with_state(joint, theirs.num_inputs, theirs.layers, state))
+    return moved(total, device_of(joint) or device)
+
+
+def header(joint: Joint) -> Header:
+    """What the other processes must know of an accumulator."""
+    shapes = {
+        key: {name: tuple(t.shape) for name, t in tensors.items()}
+        for key, tensors in state_of(joint).items()
+    }
+    return Header(describe(joint.family), joint.count, joint._layers, shapes)
+
+
+def state_of(joint: Joint) -> dict[str, dict[str, Tensor]]:
+    """All numbers of an accumulator but the count: quantity → parameter name → tensor."""
+    return {**joint._means, SCATTER: joint._scatter}
+
+
+def with_state(
+    joint: Joint, count: int, layers: dict[str, list[str]], state: dict[str, dict[str, Tensor]]
+) -> Joint:
+    """An accumulator like another one, with these numbers."""
+    result = copy.copy(joint)
+    result.count, result._layers, result._scatter = count, layers, state[SCATTER]
+    result._means = {key: tensors for key, tensors in state.items() if key != SCATTER}
+    return result
+
+
+def moved(joint: Joint, device: torch.device) -> Joint:
+    """The accumulator on a device."""
+    state = {
+        key: {name: t.to(device) for name, t in tensors.items()}
+        for key, tensors in state_of(joint).items()
+    }
+    return with_state(joint, joint.count, joint._layers, state)
+
+
+def device_of(joint: Joint) -> torch.device | None:
+    """Where an accumulator is; None where it has seen nothing."""
+    return next((t.device for tensors in state_of(joint).values() for t in tensors.values()), None)
+
+
+def communication_device(group: dist.ProcessGroup | None) -> torch.device:
+    """The device whose tensors a group passes on: the GPU with nccl, else the CPU."""
+    if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def flatten_state(joint: Joint, device: torch.device) -> Tensor:
+    """All numbers in one row, in the order that ``Header.shapes`` has."""
+    rows = [t.flatten() for tensors in state_of(joint).values() for t in tensors.values()]
+    return torch.cat(rows).to(device)
+
+
+def empty_state(header: Header, device: torch.device) -> Tensor:
+    """A row to receive what another process sends."""
+    return torch.empty(sum(sizes(header)), dtype=torch.float64, device=device)
+
+
+def sizes(header: Header) -> list[int]:
+    """How many numbers each tensor of a state has."""
+    return [math.prod(s) for shapes in header.shapes.values() for s in shapes.values()]
+
+
+def unflatten(flat: Tensor, header: Header) -> dict[str, dict[str, Tensor]]:
+    """The state that a process has sent; views of the row."""
+    pieces = iter(flat.split(sizes(header)))
+    return {
+        key: {name: next(pieces).view(shape) for name, shape in shapes.items()}
+        for key, shapes in header.shapes.items()
+    }
+
+
+def describe(family: Family) -> str:
+    """A family's type and settings, the same in every process; large ones by their digest."""
+
+    def value(setting: object) -> str:
+        if not isinstance(setting, Tensor):
+            return repr(setting)
+        data = setting.detach().cpu().contiguous().numpy().tobytes()
+        return f"{list(setting.shape)} tensor {hashlib.sha256(data).hexdigest()[:16]}"
+
+    settings = ", ".join(f"{key}={value(setting)}" for key, setting in vars(family).items())
+    return f"{type(family).__name__}({settings})"
+
+
+def check_headers(headers: list[Header]) -> None:
+    """Refuse accumulators that do not fit together, in the same words on every process."""
+    for rank, theirs in enumerate(headers):
+        if theirs.family != headers[0].family:
+            raise ValueError(
+                f"rank {rank} accumulated for {theirs.family}, rank 0 for {headers[0].family}: "
+                "give accumulate the same family on all processes."
+            )
+    seen = [(rank, theirs) for rank, theirs in enumerate(headers) if theirs.num_inputs]
+    for rank, theirs in seen[1:]:
+        first, expected = seen[0]
+        mine, others = (sorted(k for k, s in h.shapes.items() if s) for h in (theirs, expected))
+        if mine != others:
+            raise ValueError(
+                f"rank {rank} accumulated {', '.join(mine)}, rank {first} {', '.join(others)}: "
+                "give accumulate the same order, method and quantities on all processes, and data "
+                "labels to all Joints or to none."
+            )
+        if theirs.shapes != expected.shapes:
+            raise ValueError(
+                f"rank {rank} accumulated other parameters, {theirs.shapes['I']}, than rank "
+                f"{first}, {expected.shapes['I']}: give accumulate the same model and layers on "
+                "all processes."
+            )

@@ -1,0 +1,279 @@
+"""Accumulators of several processes become one, by torchrun and gloo on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fimlib
+from fimlib import Categorical, Gaussian, Joint
+from fimlib.streaming import accumulate, all_reduce, describe
+
+TIME_LIMIT = 120  # seconds; a process that waits in vain is one that fails
+
+# Every case goes through in the same processes: starting them takes longest.
+CASES = """
+import json, sys, torch, fimlib
+from torch import nn
+from fimlib.streaming import accumulate, all_reduce
+
+torch.distributed.init_process_group("gloo")
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+x = torch.randn(9, 4, dtype=torch.float64)
+family = fimlib.Categorical()
+
+
+def state(joint):
+    tensors = {**joint._means, "Var_x I": joint._scatter}
+    flat = {k: {n: t.tolist() for n, t in v.items()} for k, v in tensors.items()}
+    return {"count": joint.count, "layers": joint._layers, "state": flat}
+
+
+def unequal():
+    mine = accumulate(model, (x[:2], x[2:])[rank], family)
+    before = state(mine)
+    total = all_reduce(mine)
+    assert state(mine) == before
+    return state(total)
+
+
+def batches():
+    return state(all_reduce(accumulate(model, (x[:2], x[2:])[rank], family, batch_size=1)))
+
+
+def some_quantities():
+    options = {"method": None, "order": 1, "quantities": ["V1"]}
+    return state(all_reduce(accumulate(model, (x[:2], x[2:])[rank], family, **options)))
+
+
+def first_empty():
+    return state(all_reduce(accumulate(model, (x[:0], x)[rank], family)))
+
+
+def last_empty():
+    return state(all_reduce(accumulate(model, (x, x[:0])[rank], family)))
+
+
+def all_empty():
+    return state(all_reduce(fimlib.Joint(family)))
+
+
+def labels():
+    joint, part = fimlib.Joint(family), (x[:4], x[4:])[rank]
+    derivs = fimlib.differentiate(model, part)
+    y = (torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 1, 2, 0]))[rank]
+    joint.update(derivs, family.observed(derivs.outputs, y))
+    return state(all_reduce(joint))
+
+
+def twice():
+    total = all_reduce(accumulate(model, (x[:2], x[2:5])[rank], family))
+    more = all_reduce(accumulate(model, (x[5:6], x[6:])[rank], family))
+    total.merge(more)
+    return state(total)
+
+
+def subgroup():
+    group = torch.distributed.new_group([1])
+    mine = accumulate(model, (x[:2], x)[rank], family)
+    return state(all_reduce(mine, group)) if rank else state(mine)
+
+
+def outside():
+    group = torch.distributed.new_group([0])
+    return state(all_reduce(fimlib.Joint(family), group))
+
+
+def other_family():
+    return all_reduce(accumulate(model, x, (family, fimlib.Bernoulli())[rank]))
+
+
+def other_settings():
+    covariance = torch.eye(3, dtype=torch.float64) * (1 + rank)
+    return all_reduce(accumulate(model, x, fimlib.Gaussian(covariance)))
+
+
+def other_family_and_empty():
+    return all_reduce(accumulate(model, x[:0], (family, fimlib.Bernoulli())[rank]))
+
+
+def same_settings():
+    covariance = torch.eye(3, dtype=torch.float64) * 2
+    return state(all_reduce(accumulate(model, x[rank::2], fimlib.Gaussian(covariance))))
+
+
+def other_layers():
+    return all_reduce(accumulate(model, x, family, layers=(["0"], ["2"])[rank]))
+
+
+def other_shapes():
+    net = nn.Linear(4, 3 + rank).double()
+    return all_reduce(accumulate(net, x, family))
+
+
+def other_quantities():
+    return all_reduce(accumulate(model, x, family, method=("certified", None)[rank]))
+
+
+def other_order():
+    return all_reduce(accumulate(model, x, family, method=None, order=1 + rank))
+
+
+results = {}
+for case in json.loads(sys.argv[2]):
+    try:
+        results[case] = globals()[case]()
+    except ValueError as error:
+        results[case] = {"error": str(error)}
+open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(results))
+torch.distributed.destroy_process_group()
+"""
+ANSWERS = ["unequal", "batches", "first_empty", "last_empty", "twice", "subgroup", "all_empty"]
+ANSWERS += ["some_quantities", "labels", "same_settings", "outside"]
+REFUSALS = {
+    "other_family": r"rank 1 accumulated for Bernoulli\(\), rank 0 for Categorical\(\): give",
+    "other_settings": r"rank 1 accumulated for Gaussian\(.*tensor.*, rank 0 for Gaussian\(.*tensor",
+    "other_family_and_empty": r"rank 1 accumulated for Bernoulli\(\), rank 0 for Categorical\(\)",
+    "other_layers": r"rank 1 accumulated other parameters, \{'2.weight'.*than rank 0, \{'0.weight'",
+    "other_shapes": r"rank 1 accumulated other parameters, \{'weight': \(4, 4\).* \(3, 4\)",
+    "other_quantities": r"rank 1 accumulated C12, I, V1, V2, Var_x I, rank 0 .*V2_upper.*: gi",
+    "other_order": r"rank 1 accumulated C12, I, V1, V2, Var_x I, rank 0 I, V1, Var_x I: give",
+}
+
+
+def torchrun(script, *arguments, processes=2):
+    """Run a script in several processes, and give what each of them prints, in any order."""
+    root = str(Path(fimlib.__file__).parents[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr"]
+    command += ["127.0.0.1", "--nproc-per-node", str(processes)]
+    logs = script.parent / "logs"  # on one pipe, their lines would mix
+    command += ["--redirects", "1", "--log-dir", str(logs), str(script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agent = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        _, errors = agent.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        agent.terminate()  # which ends its workers, each in a session of its own; kill would not
+        agent.communicate()
+        pytest.fail(f"the processes hang: nothing after {TIME_LIMIT} s")
+    assert agent.returncode == 0, errors[-4000:]
+    return [log.read_text() for log in logs.rglob("stdout.log")]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Case → what rank 0 and rank 1 came to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "cases.py"
+    script.write_text(CASES)
+    torchrun(script, str(folder), json.dumps(ANSWERS + list(REFUSALS)))
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return {case: [rank[case] for rank in ranks] for case in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    return model, torch.randn(9, 4, dtype=torch.float64)
+
+
+def assert_is(result, joint):
+    """To 1e-12 of the largest entry; of the largest I², where Var_x I is the difference."""
+    assert "error" not in result, result
+    assert result["count"] == joint.count
+    assert result["layers"] == joint._layers
+    expected = {**joint._means, "Var_x I": joint._scatter}
+    assert result["state"].keys() == expected.keys()
+    for key, tensors in expected.items():
+        assert result["state"][key].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            scale = tensor.abs().max()
+            if key == "Var_x I":
+                scale = scale + joint.count * joint._means["I"][name].square().max()
+            found = torch.tensor(result["state"][key][name], dtype=torch.float64)
+            assert (found - tensor).abs().max() <= 1e-12 * scale, (key, name)
+
+
+@pytest.mark.parametrize(
+    "case", ["unequal", "batches", "first_empty", "last_empty", "twice", "subgroup"]
+)
+def test_two_processes_give_the_answer_of_one(case, results, network):
+    model, x = network
+    ranks = results[case]
+    if case != "subgroup":
+        assert ranks[0] == ranks[1]  # to the bit
+    assert_is(ranks[1], accumulate(model, x, Categorical()))
+
+
+def test_other_kinds_of_accumulators(results, network):
+    model, x = network
+    some = accumulate(model, x, Categorical(), method=None, order=1, quantities=["V1"])
+    assert_is(results["some_quantities"][0], some)
+    family, labelled = Categorical(), Joint(Categorical())
+    derivs = fimlib.differentiate(model, x)
+    labelled.update(
+        derivs, family.observed(derivs.outputs, torch.tensor([0, 1, 2, 0, 1, 1, 1, 2, 0]))
+    )
+    assert_is(results["labels"][0], labelled)
+    gaussian = Gaussian(torch.eye(3, dtype=torch.float64) * 2)
+    assert_is(results["same_settings"][1], accumulate(model, x, gaussian))
+    for case in ("some_quantities", "labels", "same_settings"):
+        assert results[case][0] == results[case][1]
+
+
+def test_a_subgroup(results, network):
+    model, x = network
+    assert_is(results["subgroup"][0], accumulate(model, x[:2], Categorical()))
+    assert results["outside"][0]["count"] == 0
+    assert "this process does not belong to the group" in results["outside"][1]["error"]
+
+
+def test_nobody_has_seen_anything(results):
+    assert [result["count"] for result in results["all_empty"]] == [0, 0]
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused_on_every_process(case, results):
+    first, second = (result["error"] for result in results[case])
+    assert first == second
+    assert re.match(REFUSALS[case], first), first
+
+
+def test_the_example_of_the_docstring(tmp_path):
+    example = all_reduce.__doc__.split("being::\n")[1]
+    example = textwrap.dedent(example.rstrip())
+    assert len(example.strip().splitlines()) == 8
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    lines = sorted(torchrun(script))
+    model = nn.Linear(4, 3).double()
+    nn.init.eye_(model.weight), nn.init.zeros_(model.bias)
+    x = torch.linspace(-1, 1, 28).double().view(7, 4)
+    expected = accumulate(model, x, Categorical()).variance_i1(num_inputs=100)["bias"]
+    assert [line.split(" ", 2)[:2] for line in lines] == [["0", "7"], ["1", "7"]]
+    values = [json.loads(line.split(" ", 2)[2]) for line in lines]
+    assert values[0] == values[1]
+    assert (torch.tensor(values[0], dtype=torch.float64) - expected).abs().max() <= 1e-12
+
+
+def test_a_single_process_needs_to_say_so():
+    with pytest.raises(ValueError, match=r"not initialised: call torch\.distributed\.init_process"):
+        all_reduce(Joint(Categorical()))
+
+
+def test_families_are_told_apart_by_their_settings():
+    eye = torch.eye(2, dtype=torch.float64)
+    assert describe(Gaussian(eye)) == describe(Gaussian(eye.clone()))
+    assert describe(Gaussian(eye)) != describe(Gaussian(2 * eye))
+    assert describe(Categorical()) == "Categorical()"

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import nn
+
+import fimlib
+
+
+def small_mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(x))
+
+
+def test_an_mlp_is_planned_layerwise_with_its_cost():
+    found = fimlib.plan(small_mlp(), torch.ones(5, 3).double())
+    assert (found.engine, found.exact, found.order, found.num_inputs) == ("layerwise", True, 2, 5)
+    assert found.refusals == {}
+    assert found.seconds > 0
+    assert found.relative > 0
+    # at least J and S of both layers are held at the same time: 2 · 5 inputs · 2 · (4 + 2) numbers
+    assert found.peak_bytes >= 8 * 2 * 5 * 2 * (4 + 2)
+
+
+def test_the_plan_names_what_differentiate_takes_and_why_not_the_others():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3).double()
+    found = fimlib.plan(Normalised().double(), x, order=1)
+    assert found.engine == fimlib.differentiate(Normalised().double(), x, order=1).engine
+    assert "layerwise" in found.refusals
+    assert "not 'layerwise': " in str(found)
+    assert "LayerNorm" in str(found) or "Normalised" in str(found)
+
+
+def test_where_no_engine_fits_the_error_is_that_of_differentiate():
+    x = torch.ones(2, 3).double()
+    with pytest.raises(NotImplementedError) as planned:
+        fimlib.plan(Normalised().double(), x)
+    with pytest.raises(NotImplementedError) as tried:
+        fimlib.differentiate(Normalised().double(), x)
+    assert str(planned.value) == str(tried.value)
+    assert "order=1" in str(tried.value)
+
+
+def test_an_approximation_is_said_to_be_one():
+    found = fimlib.plan(small_mlp(), torch.ones(1, 3).double(), engine="hesscale")
+    assert not found.exact
+    assert "S approximate" in str(found)
+
+
+def test_the_model_is_as_before():
+    net, x = small_mlp(), torch.ones(2, 3).double()
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before = [p.clone() for p in net.parameters()]
+    fimlib.plan(net, x)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight))
+    assert net[0].bias.grad is None
