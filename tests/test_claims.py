@@ -156,7 +156,10 @@ def test_a_bad_row_is_told(tmp_path, row):
             writer.writeheader()
             writer.writerow(entry)
         if entry is good:
-            assert claims.load(path)[0].high == np.inf
+            [claim] = claims.load(path)
+            assert (claim.low, claim.high) == (0, np.inf)
+            assert (claim.quantity, claim.arguments) == ("violations", ())
+            assert claim.experiments == ("sigmoid",)
     with pytest.raises(ValueError, match="claim 'x'"):
         claims.load(path)
 
@@ -179,18 +182,32 @@ def test_the_rule(numbers, verdict):
     assert claims.verdict(claim(1, 2), pd.Series(numbers)) == verdict
 
 
+def test_how_many_are_within():
+    """Both ends are within."""
+    numbers = pd.Series([0.9, 1, 1.5, 2, 2.1, np.inf])
+    assert claims.Decision(claim(1, 2), numbers, "").within == 3
+    assert claims.Decision(claim(-np.inf, 2), numbers, "").within == 4
+    assert claims.Decision(claim(2, np.inf), numbers, "").within == 3
+
+
 def test_missing_runs_and_runs_that_do_not_count_judge_nothing(world):
     before = decide(world)
     assert {d.verdict for d in before.values()} <= {*claims.VERDICTS} - {claims.UNJUDGED}
     affected = {c.id for c in DECIDABLE if "decay" in c.experiments}
     assert affected
     without = {e: group for e, group in world.items() if e != "decay"}
-    for found in (without, world | {"decay": dict(list(world["decay"].items())[:1])}):
+    first, second = world["decay"].items()
+    for found, reason in (
+        (without, "runs missing: 2"),
+        (world | {"decay": dict([first])}, "runs missing: 1"),
+    ):
         after = {d.claim.id: d for d in claims.decide(found, world)}
         assert {k for k, d in after.items() if d.verdict == claims.UNJUDGED} == affected
-    short = {k: Made(k, r.folder, r.record | {"counts": False}) for k, r in world["decay"].items()}
-    after = decide(world | {"decay": short})
+        assert {after[k].reason for k in affected} == {reason}
+    short = Made(first[0], first[1].folder, first[1].record | {"counts": False})
+    after = decide(world | {"decay": dict([(first[0], short), second])})
     assert {k for k, d in after.items() if d.verdict == claims.UNJUDGED} == affected
+    assert {after[k].reason for k in affected} == {"its runs do not count"}
     assert all(before[k].cells.equals(after[k].cells) for k in before)
 
 
@@ -296,6 +313,263 @@ def test_a_changed_published_value_turns_exactly_its_row(world, tmp_path):
     before, after = decide(world), decide(world, tmp_path / "claims.csv")
     assert {k for k in before if before[k].verdict != after[k].verdict} == {"b-v1"}
     assert (before["b-v1"].verdict, after["b-v1"].verdict) == (claims.YES, claims.NO)
+
+
+# A network that becomes sure of one of four classes, and one that has two.
+SURE = {
+    "a": {"largest_probability": [0.5, *[0.6] * 5, 0.9], "sum_of_squares": [0.25, *[0.5] * 5, 0.8]},
+    "b": {"largest_probability": [0.5] * 6 + [0.75], "sum_of_squares": [0.5] * 6 + [0.625]},
+}
+# What Î₁ and Î₂ differ by: two hidden layers of 10 and 30 parameters, and an output.
+APART = {
+    "parameters": {1: [10] * 3, 2: [30] * 3, 3: [99] * 3},
+    "I1_minus_I2_squared": {1: [4, 9, 16], 2: [8, 0, 0], 3: [99] * 3},
+    "V1": {1: [3, 4, 1], 2: [1, 2, 0], 3: [99] * 3},
+    "V2": {1: [5, 1, 1], 2: [1, 2, 0], 3: [0] * 3},
+    "C12": {1: [0.5, 2, 1], 2: [1, 2, 0], 3: [7] * 3},
+}
+# Neurons at four pre-activations each; V₁ may be 0.
+NEURONS = {
+    "r, Sigmoid": {"s": [-4, 0, 2, 4], "V2": [1, 2, 16, 4], "V1": [0, 8, 1, 2]},
+    "r, Softplus": {"s": [-4, 0, 2, 4], "V2": [20, 8, 24, 40], "V1": [1, 0, 1, 8]},
+    "r, Tanh": {"s": [-4, 0, 2, 3], "V2": [2, 1, 4, 1], "V1": [1, 1, 1, 1]},
+}
+LABELS = {
+    f"r, {case}": {"distance": {1: [first, *[7] * 5, last]}, "cosine": {1: [a, *[0.1] * 5, b]}}
+    for case, first, last, a, b in (
+        ("true labels, train", 8, 2, 0.5, 0),
+        ("true labels, test", 0, 3, 1, 0),
+        ("noisy labels, known q", 8, 4, 0, 0.5),
+        ("noisy labels, test", 1, 3, 0.5, 1 + 1e-15),
+        ("unknown noise, known q", 1, 4, 1, 0.5),
+    )
+}
+
+
+# Every quantity by hand: small tables, and the numbers that a person gets from them. A table gives
+# for each run, and each quantity, a list over the epochs, or such a list for each layer.
+DECADES = [1, 10, 1, 10, 1, 1e6, 1e6, 1e6, 1e9]  # early steps 1, 1, 1, 1, 6; later ones 0, 0, 3
+BY_HAND = [
+    ("contradicted:p q", {"r": {"p_violations": [3], "q_violations": [0], "x_violations": [7]}},
+     {"p_violations": 3, "q_violations": 0}),
+    ("shown:p", {"r": {"p_worst": [0.5], "q_worst": [7]}}, {"p_worst": 0.5}),
+    # 1 + 2 + 4 + 8.
+    ("negative:I1", {"a": {"I1_negative": {1: [1, 2], 2: [4, 8]}}, "b": {"I1_negative": {1: [5]}}},
+     {"a": 15, "b": 5}),
+    # 1 + 2 + 4 + 8 + 16 + 32.
+    ("violations", {
+        "a": {"I_violations": {1: [1, 2]}, "V1_violations": {1: [4, 8]},
+              "V2_violations": {1: [16, 32]}},
+        "b": {f"{name}_violations": {1: [1], 2: [1]} for name in ("I", "V1", "V2")},
+     }, {"a": 63, "b": 6}),
+    # The last of two layers, and of three.
+    ("last_layer:V2", {"a": {"V2": {1: [9, 9], 2: [0, 3]}},
+                       "b": {"V2": {1: [8, 8], 2: [7, 7], 3: [5, 1]}}}, {"a": 3, "b": 5}),
+    # 2, 4, 9; 1, –, 4: medians 4 and 2.5.
+    ("upper_over:V1", {"r": {"V1": {1: [1, 1, 2], 2: [1, 0, 2], 3: [1, 1, 1]},
+                             "V1_upper": {1: [2, 4, 18], 2: [1, 7, 8], 3: [5, 5, 5]}}},
+     {("r", 1): 4, ("r", 2): 2.5}),
+    # 1/4, 1/2; –, 1/10, the last layer among them.
+    ("lower_over:V1", {"r": {"V1": {1: [0, 10], 2: [4, 2]}, "V1_lower": {1: [1, 1], 2: [1, 1]}}},
+     {"r": 0.5}),
+    # UB/V₂ is 6, 2, 2, UB/V₁ is 2, 2, 4, so 3, 1, 1/2. Where either V is 0 there is no number:
+    # layer 2 has 1/2 and 1/4, layer 3 has 5 and 3.
+    ("tightness_ratio", {"r": {
+        "V1": {1: [2, 2, 2], 2: [0, 1, 1], 3: [1, 1, 1], 4: [1, 1, 1]},
+        "V1_upper": {1: [4, 4, 8], 2: [1, 2, 4], 3: [1, 1, 1], 4: [1, 1, 1]},
+        "V2": {1: [1, 1, 2], 2: [1, 1, 1], 3: [0, 1, 1], 4: [1, 1, 1]},
+        "V2_upper": {1: [6, 2, 4], 2: [1, 1, 1], 3: [1, 5, 3], 4: [9, 9, 9]},
+     }}, {("r", 1): 1, ("r", 2): 0.375, ("r", 3): 4}),
+    # UB/V is 100 and 10, V/LB is 10,000: 2/4 and 1/4. LB = 0 is infinitely far away, V = 0 no case.
+    ("upper_against_lower", {
+        "a": {"V1": {1: [10, 10]}, "V1_upper": {1: [1000, 100]}, "V1_lower": {1: [1e-3, 1e-3]},
+              "V2": {1: [0, 10]}, "V2_upper": {1: [0, 20]}, "V2_lower": {1: [0, 0]}},
+        "b": {"V1": {1: [1]}, "V1_upper": {1: [10]}, "V1_lower": {1: [0.1]},
+              "V2": {1: [0]}, "V2_upper": {1: [0]}, "V2_lower": {1: [0]}},
+     }, {("a", "V1"): 0.5, ("a", "V2"): 0, ("b", "V1"): 1}),
+    # One decade up, three down, and a V of 0.
+    ("orders_of_magnitude:V2", {"r": {"V2": {1: [1, 2], 2: [0, 5]},
+                                      "V2_upper": {1: [10, 0.002], 2: [5, 5]}}}, {"r": 3}),
+    ("v1_over_v2", {"r": {"V1": {1: [1, 3], 2: [4, 4], 3: [8, 8]},
+                          "V2": {1: [2, 1], 2: [0, 1], 3: [1, 1]}}},
+     {("r", 0, 1): 0.5, ("r", 1, 1): 3, ("r", 1, 2): 4}),
+    # 8 over the largest of 1, 4; 1 over that of 2, 1; then over 0.
+    ("last_over_hidden:V1", {"a": {"V1": {1: [1, 2, 0], 2: [4, 1, 0], 3: [8, 1, 1]}},
+                             "b": {"V1": {1: [5, 5, 1], 2: [1, 1, 1]}}},
+     {("a", 0): 2, ("a", 1): 0.5, ("b", 0): 0.2, ("b", 1): 0.2, ("b", 2): 1}),
+    # The output's: 2/1, 3/1, 4/8, –.
+    ("root_v1_over_i", {"r": {"V1": {1: [1] * 4, 2: [4, 9, 16, 1]},
+                              "I": {1: [1] * 4, 2: [1, 1, 8, 0]}}}, {"r": 2}),
+    # N is 4: twice as much.
+    ("root_v1_over_i_at_1", {"r": {"V1": {1: [1] * 4, 2: [4, 9, 16, 1]},
+                                   "I": {1: [1] * 4, 2: [1, 1, 8, 0]}}}, {"r": 4}),
+    ("root_variance_over_i:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
+                                       "I": {1: [1, 1, 8, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
+     {("r", 1): 4, ("r", 3): 10}),
+    ("root_variance_over_i_at_n:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
+                                            "I": {1: [1, 1, 8, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
+     {("r", 1): 2, ("r", 3): 5}),
+    # One estimator wins in the first layer, in most epochs; the other in the next two; none where
+    # they are equal, nor where one wins half of the epochs and is equal in the rest.
+    *(("layers_each_wins", {name: {
+        one: {1: [1, 1, 1, 9], 2: [5] * 4, 3: [5] * 4, 4: [1] * 4, 5: [1, 1, 2, 2]},
+        two: {1: [2, 2, 2, 2], 2: [1] * 4, 3: [1] * 4, 4: [1] * 4, 5: [2, 2, 2, 2]},
+     }}, {name: 1}) for name, one, two in (("a", "V1", "V2"), ("b", "V2", "V1"))),
+    # Means: 10/5 over 3/3; where nothing moves later there is no number; 4/5 over 4/3.
+    ("early_over_late:V1", {"a": {"V1": {1: DECADES, 2: [1, 10, *[1] * 7]}},
+                            "b": {"V1": {1: [1e9, *[1e7] * 4, 1e5, 1e1, 1e1, 1e1]}}},
+     {("a", 1): 2, ("b", 1): 0.6}),
+    ("fades:I", {"r": {"I": {1: [8, 9, 9, 9, 9, 2, 1], 2: [0, 9, 9, 9, 9, 2, 1]}}},
+     {("r", 1): 0.25}),
+    ("stays_faded:V1", {
+        "a": {"V1": {1: [8, 9, 9, 9, 9, 4, 1, 2], 2: [4, 9, 9, 9, 9, 1, 8, 2],
+                     3: [0, 9, 9, 9, 9, 2, 1, 1]}},
+        "b": {"V1": {1: [16, 9, 9, 9, 9, 12, 1, 2]}},
+     }, {("a", 1): 0.5, ("a", 2): 2, ("b", 1): 0.75}),
+    ("falls_from_its_peak:V2", {
+        "a": {"V2": {1: [1, 8, 3, 9, 9, 10, 2], 2: [4, 0, 0, 0, 0, 0, 1], 3: [0] * 7}},
+        "b": {"V2": {1: [1] * 7}},
+     }, {("a", 1): 0.2, ("a", 2): 0.25, ("b", 1): 1}),
+    # 1/10 and 0.5/10 fade, 3/0 is none; 0.2, 1 do not, 0/1 does: three of five. In b none of one.
+    ("share_that_fades", {
+        "a": {"I": {1: [10, 9, 9, 9, 9, 1, 9], 2: [10, 9, 9, 9, 9, 2, 0]},
+              "V1": {1: [10, 9, 9, 9, 9, 0.5, 9], 2: [10, 9, 9, 9, 9, 10, 0]},
+              "V2": {1: [0, 9, 9, 9, 9, 3, 9], 2: [1, 9, 9, 9, 9, 0, 9]}},
+        "b": {"I": {1: [1, 9, 9, 9, 9, 9, 0]}, "V1": {1: [0] * 7}, "V2": {1: [0] * 7}},
+     }, {"a": 0.6, "b": 0}),
+    # 2/4, 3/1, 2/1, –.
+    ("estimates_apart", {"r": {"I1": {1: [3, 5, 1, 1], 2: [1] * 4},
+                               "I2": {1: [5, 2, 3, 9], 2: [9] * 4},
+                               "I": {1: [4, 1, 1, 0], 2: [1] * 4}}}, {("r", 1): 2}),
+    # Hidden layers with 10 and 30 parameters: 10·4 + 30·8 = 280 over 10·(3 + 5 − 1) + 30·0 = 70,
+    # the root is 2; then 10·9 + 30·0 over 10·1 + 30·0, it is 3; then nothing is predicted.
+    ("apart_over_predicted", {"r": APART}, {("r", 0): 2, ("r", 1): 3}),
+    # (280 + 90 + 160)/(70 + 10 + 0) = 6.625, and 40/70.
+    ("apart_over_predicted_in_all", {"a": APART, "b": {k: {1: v[1][:1], 2: v[3][:1]}
+                                                       for k, v in APART.items()}},
+     {"a": 6.625**0.5, "b": (4 / 7) ** 0.5}),
+    # In decades, less their mean: (−1, 0, 1), (0, 0, 0), (1, 0, −1) in layer 1, so √(2/3), √(8/3),
+    # √(2/3); V₂ of b is 0, which leaves √(8/3). Layer 2 keeps its shape.
+    ("shape_over_seeds:V1 V2", {
+        "a": {"V1": {1: [1, 10, 100], 2: [1, 1, 1]}, "V2": {1: [1, 10, 100], 2: [1, 1, 1]}},
+        "b": {"V1": {1: [10, 10, 10], 2: [5, 5, 5]}, "V2": {1: [0, 0, 0], 2: [5, 5, 5]}},
+        "c": {"V1": {1: [100, 10, 1], 2: [7, 7, 7]}, "V2": {1: [100, 10, 1], 2: [7, 7, 7]}},
+     }, {("V1", 1): (2 / 3) ** 0.5, ("V1", 2): 0, ("V2", 1): (8 / 3) ** 0.5, ("V2", 2): 0}),
+    ("shape_over_seeds:V1", {"a": {"V1": {1: [1, 10]}}}, {}),
+    # Three activations of one network: √(2/3), √(8/3), √(2/3) in its first layer, √(8/3), √(8/3), 0
+    # in its second, so the median is between √(2/3) and √(8/3). The other network has no pair.
+    ("shape_over_activations:V1", {
+        "s, Sigmoid-8x8-SGD": {"V1": {1: [1, 10, 100], 2: [1, 10, 100]}},
+        "t, Tanh-8x8-SGD": {"V1": {1: [10, 10, 10], 2: [100, 10, 1]}},
+        "u, ReLU-8x8-SGD": {"V1": {1: [100, 10, 1], 2: [100, 10, 1]}},
+        "t, Tanh-8-SGD": {"V1": {1: [1, 10, 100]}},
+     }, {"8x8-SGD": ((2 / 3) ** 0.5 + (8 / 3) ** 0.5) / 2}),
+    # 0.5 − (1 − 0.25) and 0.5 − (1 − 0.5); 0.9 − (1 − 0.8) and 0.75 − (1 − 0.625).
+    ("first_minus_second:0", SURE, {"a": -0.25, "b": 0}),
+    ("first_minus_second:last", SURE, {"a": 0.7, "b": 0.375}),
+    ("largest_probability_at_start", SURE, {"a": 0.5, "b": 0.5}),
+    # 2/4, 6/3, 1/0.
+    ("full_spectrum_over_4_1:V1", {
+        "a": {"sum_V1_upper_c1": [2, 6, 1], "sum_V1_upper_4_1": [4, 3, 0]},
+        "b": {"sum_V1_upper_c1": [2], "sum_V1_upper_4_1": [8]},
+     }, {"a": 2, "b": 0.25}),
+    ("worst:p", {"a": {"p": {1: [1, 5], 2: [2, 3]}}, "b": {"p": {1: [4]}}}, {"a": 5, "b": 4}),
+    # 1/4, 1/2; 3/1, 1/0.
+    ("joint_over_its_bound:V1", {
+        "a": {"joint_V1": {1: [1, 1], 2: [3, 1]}, "joint_V1_upper": {1: [4, 2], 2: [1, 0]}},
+        "b": {"joint_V1": {1: [1, 1]}, "joint_V1_upper": {1: [1, 8]}},
+     }, {("a", 1): 0.5, ("a", 2): 3, ("b", 1): 1}),
+    # The largest V₂ is 16, in the middle; the other activation's is larger still.
+    ("v2_at_zero:Sigmoid", NEURONS, {0: 0.125}),
+    ("v2_saturated:Sigmoid", NEURONS, {-4: 0.0625, 4: 0.25}),
+    ("v2_saturated:Softplus", NEURONS, {-4: 0.5, 4: 1}),
+    ("v2_saturated:Tanh", NEURONS, {-4: 0.5}),
+    ("v2_over_v1_at_zero:Sigmoid", NEURONS, {0: 0.25}),
+    ("v2_over_v1_saturated:Sigmoid", NEURONS, {4: 2}),
+    ("v2_over_v1_saturated:Softplus", NEURONS, {-4: 20, 4: 5}),
+    ("v2_over_v1_at_zero:Softplus", NEURONS, {}),
+    # Wider: of 10, 100, 1,000 and 10⁹ parameters the larger half has slope 12/6, and a network
+    # without cost is no case. Deeper: of 10, 100, 1,000 the larger half is 100 and 1,000, slope 1.
+    ("cost_exponent:p", {
+        "r, 2x5x2": {"parameters": [10], "p_numbers": [7]},
+        "r, 2x50x2": {"parameters": [100], "p_numbers": [7]},
+        "r, 2x500x2": {"parameters": [1000], "p_numbers": [3]},
+        "r, 2x600x2": {"parameters": [1e12], "p_numbers": [0]},
+        "r, 2x5000x2": {"parameters": [1e9], "p_numbers": [3e12]},
+        "r, 2x5^2x2": {"parameters": [10], "p_numbers": [9]},
+        "r, 2x5^4x2": {"parameters": [100], "p_numbers": [1]},
+        "r, 2x5^8x2": {"parameters": [1000], "p_numbers": [10]},
+     }, {"wider": 2, "deeper": 1}),
+    ("cost_exponent:p", {"r, 2x5x2": {"parameters": [10], "p_numbers": [7]}}, {}),
+    ("full_spectrum_cost", {"r": {"sum_theorem_c_1_numbers": [6], "sum_theorem_4_1_numbers": [2]}},
+     {("r", 0): 3}),
+    ("draws:p q", {"r": {"draws_z_p": {1: [1, -2]}, "draws_z_q": {1: [3, 4]}}},
+     {("r", 0, 1, "draws_z_p"): 1, ("r", 1, 1, "draws_z_p"): -2,
+      ("r", 0, 1, "draws_z_q"): 3, ("r", 1, 1, "draws_z_q"): 4}),
+    ("fades_at_the_end:EV1", {"r": {"EV1": {1: [8, 9, 9, 9, 9, 4, 2], 2: [0, 1, 1, 1, 1, 1, 1]}}},
+     {("r", 1): 0.25}),
+    ("output_over_input:EV1", {"r": {"EV1": {1: [7, 7, 7, 7, 7, 7, 3], 2: [1] * 7},
+                                     "var_I": {1: [1] * 6 + [2], 2: [1] * 6 + [0]}}},
+     {("r", 1): 1.5}),
+    ("input_variance_over_its_bound", {"r": {"var_I": {1: [1, 3], 2: [1, 1]},
+                                             "lemma_4_8": {1: [4, 2], 2: [0, 5]}}},
+     {("r", 0, 1): 0.25, ("r", 1, 1): 1.5, ("r", 1, 2): 0.2}),
+    ("distance_at_the_end", LABELS,
+     {("r, true labels, train", 1): 2, ("r, true labels, test", 1): 3,
+      ("r, unknown noise, known q", 1): 4}),
+    ("distance_end_over_start:known", LABELS, {("r, noisy labels, known q", 1): 0.5}),
+    # Where it was 0 at the start there is no number.
+    ("distance_end_over_start:observed", LABELS,
+     {("r, true labels, train", 1): 0.25, ("r, noisy labels, test", 1): 3}),
+    # From a right angle to 60°; from 60° to a right angle, and to none, for which rounding may
+    # leave a cosine above 1. Where the angle was none at the start there is no number.
+    ("angle_end_over_start:known", LABELS, {("r, noisy labels, known q", 1): 2 / 3}),
+    ("angle_end_over_start:observed", LABELS,
+     {("r, true labels, train", 1): 1.5, ("r, noisy labels, test", 1): 0}),
+    ("crossing_labels:i1", {"r": {"crossing_labels_i1": {1: [9, 9, 9, 9, 9, 8, 2], 2: [5] * 7}}},
+     {("r", 1): 2, ("r", 2): 5}),
+]  # fmt: skip
+
+
+def put_down(key, given):
+    """A run as `Made`, whose values are given by hand; its case stands behind a comma."""
+    name, _, case = key.partition(", ")
+    rows = [
+        (case or name, epoch, str(layer), quantity, value)
+        for quantity, entry in given.items()
+        for layer, numbers in (
+            entry if isinstance(entry, dict) else {results.NETWORK: entry}
+        ).items()
+        for epoch, value in enumerate(numbers)
+    ]
+    record = {"values": pd.DataFrame(rows, columns=results.COLUMNS)}
+    return Made(name, results.ROOT, record | {"parameters": {"num_samples": 4}})
+
+
+def by_hand(text, given):
+    """The numbers of a quantity, named as in the table of claims, by case."""
+    group, values = {}, {}
+    for key, entry in given.items():
+        run = put_down(key, entry)
+        group[run.name] = run
+        values[run.name] = pd.concat([values.get(run.name), run.values], ignore_index=True)
+    quantity, _, arguments = text.partition(":")
+    asked = CLAIMS[0]._replace(quantity=quantity, arguments=tuple(arguments.split()))
+    cells = claims.cells(asked, group, values)
+    assert cells.index.is_unique
+    return cells.to_dict()
+
+
+@pytest.mark.parametrize(("text", "given", "expected"), BY_HAND, ids=[row[0] for row in BY_HAND])
+def test_quantities_by_hand(text, given, expected):
+    found = by_hand(text, given)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-7, abs=1e-12)
+
+
+def test_every_quantity_is_tried_by_hand():
+    assert {row[0].partition(":")[0] for row in BY_HAND} == set(claims.QUANTITIES)
+    assert all(quantity.says.endswith(".") for quantity in claims.QUANTITIES.values())
 
 
 TINY = {"epochs": 6, "train_limit": 300, "num_samples": 5000, "hidden": [8, 6]}

@@ -21,13 +21,13 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smoke(project):
-    """`make smoke` with MNIST where it lies here, else with the stand-in, the network cut."""
+    """`make -j2 smoke` with MNIST where it lies here, else the stand-in, the network cut."""
     try:
         folder = data.find_mnist()
     except data.DataError:
         folder = None
     extra = [f"MNIST_DIR={folder}"] if folder else []
-    return make(project, "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
+    return make(project, "-j2", "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
 
 
 def html(project, page):
@@ -135,7 +135,7 @@ def test_a_picture_that_cannot_be_shown_is_named(tmp_path, monkeypatch, cells, m
 def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
     """The book's own figures keep their names, and what does not count draws nothing."""
     monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
-    reference = results.load(results.ROOT / "data/reference")
+    reference = results.load(results.ROOT / "data/reference", ["sigmoid-seed-0", "sigmoid-seed-1"])
     record = reference["sigmoid-seed-0"].record | {"counts": False, "experiment": "extra"}
     extra = {}
     for name, tag in (("new", "picture:new"), ("clash", "picture:seeds")):

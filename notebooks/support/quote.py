@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support import checkpoint, results, runs, speed
+from support.report import REFERENCE
 from support.results import Run
 from support.runs import Spec
 
-REFERENCE = results.ROOT / "data" / "reference"
 BEFORE = 4.0  # seconds that a run needs before its notebook starts counting, in older records
 PYTHON = 3.0  # seconds that the runner needs to start
 # Of the book, which has no record; what we saw, roughly. Its pages hold every run several times.
