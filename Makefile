@@ -48,7 +48,7 @@ RUNS = $(RESULTS)/$(CHOSEN)
 TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
 RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full mutants gpu-check clean
+.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full mutants bench gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -124,6 +124,9 @@ test-full: lint ## the same with the long loops
 
 mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (an hour)
 	@"$(PY)" tests/mutants.py
+
+bench: $(ENV) ## measure the cost beside other libraries, in about ten minutes (QUICK=1: try it out)
+	@"$(PY)" -m support.bench $(if $(QUICK),--quick)
 
 gpu-check: $(ENV) ## compare results of CPU and GPU where there is a GPU
 	@"$(PY)" -m support.gpu_check

@@ -136,8 +136,7 @@ def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
     if name in ("Addmm", "Mm") and i == len(op.next_functions) - 1:
         return matrix(right_factor(op), size)
     if name == "Embedding":
-        is_plain = out[0] == size and not op._saved_scale_grad_by_freq and not op._saved_sparse
-        return embedding(op, view[0]) if is_plain else None
+        return embedding(op, view[0]) if out[0] == size else None
     if name == "Convolution" and i == 1:
         return convolution(op) if out[0] == size and not op._saved_transposed else None
     factor = factor_of(op, i)

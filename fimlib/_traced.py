@@ -42,8 +42,8 @@ ROWS_AT_A_TIME = 16  # at least, where there are as many
 
 LINEAR = re.compile(
     r"""Add|Sub|Rsub|Neg|Sum|Mean|Cumsum|Cat|Stack|Where|MaskedFill
-    |(Unsafe)?View|ReshapeAlias|T|Transpose|Permute|Expand|Squeeze|Unsqueeze|Clone
-    |Alias|ToCopy|Embedding|Repeat|Roll|Flip|AsStrided|Unfold|Im2Col|Col2Im|PixelShuffle|PixelUnshuffle
+    |(Unsafe)?View|ReshapeAlias|T|Transpose|Permute|Expand|Squeeze|Unsqueeze|Clone|Alias|ToCopy
+    |Embedding|Repeat|Roll|Flip|AsStrided|Unfold|Im2Col|Col2Im|PixelShuffle|PixelUnshuffle
     |Index|IndexSelect|Select|Slice|Gather|Unbind|Split|SplitWithSizes|Diagonal|Trace|Triu|Tril
     |ConstantPadNd|(Reflection|Replication)Pad[123]D|Upsample\w+|(Mkldnn)?(Adaptive)?AvgPool[23]D
     |Relu|LeakyRelu|Threshold|Hardtanh|Hardsigmoid|Softshrink|Hardshrink|RreluWithNoise|Abs
@@ -113,7 +113,7 @@ def along_graph(
     eye = torch.eye(t.outputs.shape[1], dtype=t.outputs.dtype, device=t.outputs.device)
     rows = net.carry_back(t.root, eye[:, None].expand(-1, size, -1), ends)
     J = {p: p.pull(rows[p.edge], 1).transpose(0, 1) for p in found}
-    check_shapes(t, J)
+    check_first(t, J)
     weights = {bend: (rows[bend.z] * bend.factor).reshape(len(eye), size, -1) for bend in bends}
     del rows
     S = second_order(net, J, weights) if order == 2 else {}
@@ -160,10 +160,15 @@ def stack(alone: list[Derivatives]) -> Derivatives:
     return Derivatives(torch.cat([d.outputs for d in alone]), tuple(map(cat, found[0])))
 
 
-def check_shapes(t: Trace, J: dict[Place, Tensor]) -> None:
-    """Derivatives must have the shape of their parameter, or they belong to something else."""
+def check_first(t: Trace, J: dict[Place, Tensor]) -> None:
+    """Derivatives must be finite, and of their parameter's shape or they belong to another."""
     leaves = {name: leaf for leaf, name in t.names.items()}
     for p, left in J.items():
+        if not torch.isfinite(left).all():
+            raise ValueError(
+                f"the outputs have no finite derivative with respect to {', '.join(p.inputs)} at "
+                "this input."
+            )
         for name, z in p.inputs.items():
             found = (*left.shape[2:], *(() if z is None else z.shape[1:]))
             if found != shape((leaves[name], 0)):
@@ -174,10 +179,12 @@ def check_shapes(t: Trace, J: dict[Place, Tensor]) -> None:
 
 
 def check_nodes(t: Trace) -> None:
-    """Refuse whatever changes the precision of the numbers, or mixes the inputs by design."""
+    """Refuse what changes the precision, mixes the inputs by design, or has no true gradient."""
     for node in t.nodes:
         if getattr(node, "_saved_training", False):
             raise t.refusal(node, "it normalises by the statistics of the batch.")
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            raise t.refusal(node, "its gradient is scaled by counts, and no derivative.")
         others = {m.dtype for m in node._input_metadata} - {t.outputs.dtype, torch.int64}
         if others:
             raise t.refusal(node, f"it changes the type of the numbers to {others.pop()}.")
@@ -267,7 +274,8 @@ def second_order(
         for bend, weight in bends.items():
             if not t.ancestors[bend.s[0]] & t.ancestors[bend.r[0]] & here[0].inputs.keys():
                 continue
-            if bend.s[0] in alone and bend.r[0] in alone and shape(bend.s) == shape(bend.r):
+            is_spread = shape(bend.s) != shape(bend.z) or shape(bend.r) != shape(bend.z)
+            if bend.s[0] in alone and bend.r[0] in alone and not is_spread:
                 pull_weights(net, bend, weight, edge, {p: S[p] for p in here})
             else:
                 far.append(bend)

@@ -33,6 +33,7 @@ from support import (
     runs,
     sweep_figures,
 )
+from support.bench import tables
 from support.results import Run
 
 BOOK = results.ROOT / "book"
@@ -168,6 +169,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "report.md", report.page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
     results.write_text(GENERATED / "mutation.md", mutation())
+    results.write_text(GENERATED / "benchmark.md", tables.page(tables.read()))
 
 
 def paper(group: Mapping[str, Run]) -> dict[str, Run]:

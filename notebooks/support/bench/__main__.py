@@ -1,0 +1,168 @@
+"""``make bench``: measure everything, write ``data/bench.json``, print the tables.
+
+Ratios only: every candidate is timed in turn with the unit, one forward pass, mean cross-entropy
+and backward pass to all parameters of the same batch (float32, eval mode).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from support import results, runs
+from support.bench import apart, measure, networks, tables
+from support.bench.candidates import CANDIDATES, LABELS
+from support.bench.measure import Case, Row
+
+PACKAGES = ("numpy", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
+BATCHES, QUICK_BATCHES = (1, 1000, 10_000), (1, 16)
+ENGINES = ("auto", "becker-lecun", "hesscale")
+QUICK = ("unit", "ours-fisher", "backpack-fisher")  # where not all are measured
+OURS = ("ours-fisher", "ours-first", "ours-all")
+NOT_BESIDE = (*ENGINES, *(f"ours-i{j}-{n}" for j in (1, 2) for n in LABELS if n not in (1, 5000)))
+MLP, DEEP = (784, 128, 64, 32, 10), (784, *[64] * 7, 10)
+Plan = Iterator[tuple[str, Case, Row]]  # candidate, where, and what else the row says
+
+
+def beside(devices: Sequence[str], quick: bool) -> Plan:
+    """The first table: every candidate on every network and batch."""
+    for device in devices:
+        for network in networks.QUICK if quick else networks.FULL:
+            for batch in QUICK_BATCHES if quick else BATCHES:
+                few = quick and (network, batch) != ("mlp", max(QUICK_BATCHES))
+                for key in QUICK if few else CANDIDATES:
+                    only = CANDIDATES[key].only
+                    if key not in NOT_BESIDE and (not only or network in only):
+                        yield key, Case(network, batch, device, quick), {}
+
+
+def varied(quick: bool) -> Plan:
+    """The second table: one thing at a time, the rest as in the MLP of the experiment."""
+    mlp, batch = ((12, 8, 4, 3), 8) if quick else (MLP, 100)
+    first, *hidden, last = mlp
+    series: dict[str, dict[int, tuple[tuple[int, ...], int]]] = {
+        "inputs B": {b: (mlp, b) for b in ((1, 8) if quick else (1, 10, 100, 1000, 10_000))},
+        "classes C": {
+            c: ((first, *hidden, c), batch) for c in ((3, 9) if quick else (10, 100, 1000))
+        },
+        "hidden layers of 64 units": {
+            d: ((first, *[64] * d, last), batch) for d in ((1, 2) if quick else (1, 2, 4, 8, 16))
+        },
+        "units in each of 3 hidden layers": {
+            w: ((first, w, w, w, last), batch) for w in ((4, 8) if quick else (64, 256, 1024))
+        },
+    }
+    for name, points in series.items():
+        for point, (widths, inputs) in points.items():
+            for key in OURS[-1:] if quick else OURS:
+                more = {"series": name, "point": point}
+                yield key, Case(widths, inputs, quick=quick, check=False), more
+    for n in LABELS[:2] if quick else LABELS:
+        for j, estimator in enumerate(("Î₁", "Î₂"), start=1):
+            more = {"series": "labels N", "point": n, "line": estimator}
+            yield f"ours-i{j}-{n}", Case(mlp, 10 * batch, quick=quick, check=False), more
+
+
+def approximate(quick: bool) -> Plan:
+    """The fourth table: the engines whose S is approximate, beside the exact one."""
+    for widths in ((12, 8, 6, 5, 4, 3),) if quick else (MLP, DEEP):
+        for engine in ENGINES:
+            case = Case(widths, 16 if quick else 1000, quick=quick, check=False)
+            more = {}
+            if engine != "auto":
+                small = Case(widths, 16 if quick else 100)
+                more = {"errors": attempt(measure.layer_errors, engine, small)}
+            yield engine, case, more
+
+
+def attempt(work: object, *arguments: object) -> object:
+    """The result of a measurement in a process of its own; where it fails, a row that says so."""
+    try:
+        return apart.apart(work, *arguments)  # type: ignore[arg-type]
+    except (RuntimeError, TimeoutError) as error:
+        return {"status": "failed", "why": str(error)}
+
+
+def carry_out(plan: Plan, threads: Sequence[int], total: str) -> list[Row]:
+    """Measure, and say how it goes."""
+    rows = []
+    for key, case, more in plan:
+        numbers = [1] if case.device == "cuda" else list(threads)
+        row = attempt(measure.measure, key, case, numbers)
+        assert isinstance(row, dict)
+        row = measure.heading(key, case) | row | more
+        rows.append(row)
+        seen = tables.cell(row, "1")
+        print(f"{total}, {row['network']}, B = {case.batch:,}, {key}: {seen}", flush=True)
+    return rows
+
+
+def run(quick: bool) -> Row:
+    """All measurements, and what made them."""
+    started, load = time.time(), os.getloadavg()[0]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    threads = [1] if quick else sorted({1, apart.cores()})
+    of = networks.QUICK if quick else networks.FULL
+    found: Row = {
+        "networks": {key: network.title for key, network in of.items()},
+        "peak": {
+            **{f"cpu {n}": apart.apart(measure.matmul_speed, "cpu", n, quick) for n in threads},
+            **{d: apart.apart(measure.matmul_speed, d, 1, quick) for d in devices[1:]},
+        },
+        "peers": carry_out(beside(devices, quick), threads, "beside others"),
+        "costs": carry_out(varied(quick), [1], "cost"),
+        "approximate": carry_out(approximate(quick), [1], "approximate"),
+    }
+    return {"record": record(started, load, quick)} | found
+
+
+def record(started: float, load: float, quick: bool) -> Row:
+    """What made the measurements."""
+    made = results.record({"quick": quick}, {}, started, torch.device("cpu"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "started": made["started"],
+        "seconds": made["seconds"],
+        "commit": made["commit"],
+        "source": runs.fimlib_digest(),
+        "quick": quick,
+        "load": load,
+        "limits": {"seconds": measure.LIMIT_SECONDS, "mb": measure.LIMIT_MB},
+        "machine": made["machine"] | {"cores": apart.cores(), "gpu": gpu},
+        "versions": {"python": made["versions"]["python"], "torch": torch.__version__}
+        | {package: results.version(package) for package in PACKAGES},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write, print; see the module."""
+    parser = argparse.ArgumentParser(prog="support.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny networks, some seconds")
+    parser.add_argument("--output", type=Path, help="where to write (default: data/bench.json)")
+    arguments = parser.parse_args(argv)
+    output = arguments.output or (
+        results.ROOT / "results" / "bench-quick.json" if arguments.quick else tables.FOUND
+    )
+    try:
+        found = run(arguments.quick)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written.", file=sys.stderr)
+        return 130
+    except (OSError, RuntimeError) as error:
+        print(f"error: {error}; nothing was written.", file=sys.stderr)
+        return 1
+    print(f"\n{tables.terminal(found)}\nwritten: {os.path.relpath(output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

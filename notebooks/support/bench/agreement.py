@@ -1,0 +1,107 @@
+"""Whether a candidate's values are those that it is measured for."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+import fimlib
+from support.bench.candidates import ALL, READ, Call, Candidate, Values
+
+TOLERANCE = 1e-3  # relative, of float32 values; a factor forgotten shows, rounding does not
+Scale = dict[str, float]  # parameter → norm
+DRAWS, STANDARD_ERRORS = 20, 6.0  # of estimates
+
+
+def compare(
+    candidate: Candidate, call: Call, model: nn.Module, x: Tensor, y: Tensor
+) -> dict[str, float | bool]:
+    """The candidate's values against the exact ones in float64.
+
+    Estimates are random: their averages over some draws may be off by a few standard errors of
+    these draws, in the sum over each parameter's entries.
+    """
+    values = call(x, y)
+    if not values:
+        return {}
+    exact = reference(model, x, y)
+    wanted = {q: {n: t.double() for n, t in tensors.items()} for q, tensors in values.items()}
+    if not candidate.estimate:
+        worst = max(largest_difference(wanted[q], exact[q], scales(q, exact)) for q in wanted)
+        return {"difference": worst, "agrees": worst <= TOLERANCE}
+    torch.manual_seed(0)
+    draws = [call(x, y)["I"] for _ in range(DRAWS)]
+    error = difference(wanted["I"], exact["I"])
+    sums = {n: torch.stack([d[n].double().sum() for d in draws]) for n in draws[0]}
+    agrees = all(
+        bool((s.mean() - exact["I"][n].sum()).abs() <= spread(s) + TOLERANCE * exact["I"][n].sum())
+        for n, s in sums.items()
+    )
+    return {"difference": error, "agrees": agrees}
+
+
+def spread(draws: Tensor) -> Tensor:
+    """How far the average of the draws may be off."""
+    return STANDARD_ERRORS * draws.std() / math.sqrt(len(draws))
+
+
+def reference(model: nn.Module, x: Tensor, y: Tensor) -> Values:
+    """All quantities, exactly and in float64, by the library's ways that are tested for that."""
+    family = fimlib.Categorical()
+    derivs = fimlib.differentiate(copy.deepcopy(model).double(), x.double())
+    joint = fimlib.Joint(family, method=None)
+    joint.update(derivs)
+    exact = {quantity: READ[quantity](joint) for quantity in ALL}
+    labels = family.observed(derivs.outputs, y)
+    return exact | {"Hessian": fimlib.estimate_i2(derivs, labels).mean_over_inputs()}
+
+
+def largest_difference(found: dict[str, Tensor], exact: dict[str, Tensor], scale: Scale) -> float:
+    """The largest over the parameters, each relative to its own norm.
+
+    Where that is tiny, or 0 as of V₂ in the last layer, a thousandth of the largest one counts.
+    Entries that are NaN were not asked for.
+
+    Args:
+        found: The candidate's values.
+        exact: The exact ones.
+        scale: What a norm is at least, by parameter.
+    """
+    largest = max(float(t.norm()) for t in exact.values())
+    worst = 0.0
+    for name, tensor in exact.items():
+        apart = found[name] - tensor
+        norm = max(float(tensor.norm()), 1e-3 * largest, scale.get(name, 0.0), 1e-300)
+        worst = max(worst, float(apart[~apart.isnan()].norm()) / norm)
+    return worst
+
+
+def scales(quantity: str, exact: Values) -> Scale:
+    """Var_x I is a difference of E_x I² and (E_x I)², and as exact as these are."""
+    squares = {name: float(t.square().norm()) for name, t in exact["I"].items()}
+    return squares if quantity == "Var_x I" else {}
+
+
+def difference(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Of all parameters together, relative to their norm."""
+    apart = torch.cat([(found[n] - t).flatten() for n, t in exact.items()]).norm()
+    return float(apart / torch.cat([t.flatten() for t in exact.values()]).norm())
+
+
+def layer_errors(engine: str, model: nn.Module, x: Tensor) -> dict[str, float]:
+    """The error of an engine's E_x V₂ in each layer, in float64, relative to the layer's norm."""
+    model, x, errors = copy.deepcopy(model).double(), x.double(), {}
+    family = fimlib.Categorical()
+    exact, approximate = (
+        fimlib.variance_i2(fimlib.differentiate(model, x, engine=e), family).mean_over_inputs()
+        for e in ("auto", engine)
+    )
+    for layer in dict.fromkeys(name.rpartition(".")[0] for name in exact):
+        names = [n for n in exact if n.rpartition(".")[0] == layer]
+        norm = sum(float(exact[n].square().sum()) for n in names)
+        error = sum(float((approximate[n] - exact[n]).square().sum()) for n in names)
+        errors[layer] = math.sqrt(error / norm) if norm else math.sqrt(error)
+    return errors

@@ -1,0 +1,307 @@
+"""What the measurements say: targets, tables, and the page of the book."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from support import results, runs
+from support.bench.agreement import TOLERANCE
+from support.bench.candidates import CANDIDATES
+from support.bench.measure import Row
+from support.bench.targets import TARGETS, Found, large, quotient, ratio, verdict
+
+FOUND = results.ROOT / "data" / "bench.json"
+MISSING = "There are no measurements yet: `make bench` makes them, in about ten minutes.\n"
+OURS = [key for key, candidate in CANDIDATES.items() if candidate.name == "fimlib"]
+
+
+def targets(found: Found) -> str:
+    """The table of targets, and why some are missed."""
+    judged = [(t, *verdict(t, found)) for t in TARGETS]
+    lines = table(
+        ["one thread", "target", "measured", ""],
+        [
+            [t.text, f"{'≤' if t.at_most else '≥'} {t.bound:g}", text, word]
+            for t, text, word, _ in judged
+        ],
+    )
+    reasons = [f"* {t.text}: {t.limit}" for t, _, _, missed in judged if missed]
+    why = ["", "Why targets are missed, and what the limit is:", "", *reasons] if reasons else []
+    return "\n".join([lines, *why, ""])
+
+
+# Tables.
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns of even width, so that it reads in a terminal too."""
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    rule = ["-" * max(width, 3) for width in widths]
+    rows = [
+        "| " + " | ".join(c.ljust(max(w, 3)) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in [head, rule, *body]
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def cell(row: Row | None, threads: str) -> str:
+    """What came of one measurement."""
+    if row is None or (row["status"] == "measured" and threads not in row["times"]):
+        return ""
+    if row["status"] == "skipped":
+        return f"skipped: {amount(row)} predicted"
+    if row["status"] == "not installed":
+        return f"not installed: `{row['why']}`"
+    if row["status"] != "measured":
+        return "failed"
+    if not row.get("agrees", True):
+        return "other values"
+    timed = row["times"][threads]
+    few = "" if timed["repetitions"] >= 20 else f", n = {timed['repetitions']}"
+    cost = duration(timed["seconds"]) if row["candidate"] == "unit" else f"{timed['ratio']:.3g} ×"
+    return f"{cost}, {memory(row['memory_mb'])}{few}"
+
+
+def amount(row: Row) -> str:
+    """What was predicted, of that which was too much."""
+    predicted = row["predicted"]
+    return duration(predicted["seconds"]) if row["why"] == "time" else memory(predicted["mb"])
+
+
+def duration(seconds: float) -> str:
+    """Seconds to two digits, in a unit that suits."""
+    for least, size, name in ((7200, 3600, "h"), (120, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
+        if seconds >= least:
+            digits = ".3g" if seconds < 1000 * size else ",.0f"
+            return f"{seconds / size:{digits}} {name}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def memory(mb: float) -> str:
+    """Megabytes, or gigabytes."""
+    return f"{mb / 1000:,.3g} GB" if mb >= 1000 else f"{mb:,.0f} MB"
+
+
+def values(rows: Sequence[Row]) -> str:
+    """How far a candidate's values are from the exact ones."""
+    known = [row for row in rows if "difference" in row]
+    if not known:
+        return ""
+    worst = max(row["difference"] for row in known)
+    if not all(row["agrees"] for row in known):
+        return f"**differs: {worst:.1g}**"
+    if CANDIDATES[known[0]["candidate"]].estimate:
+        return f"estimate, off by {worst:.0%}"
+    return f"{worst:.0e}"
+
+
+def products(rows: Sequence[Row]) -> str:
+    """Multiplications and additions of matrix products, in units."""
+    counted = [row for row in rows if row.get("unit_flops")]
+    return f"{counted[-1]['flops'] / counted[-1]['unit_flops']:.3g}" if counted else ""
+
+
+def peers(rows: Sequence[Row], threads: str) -> str:
+    """The first table for one network and device: a line per candidate, a column per batch."""
+    batches = sorted({row["batch"] for row in rows})
+    head = ["", "computes", *(f"B = {b:,}" for b in batches), "products", "difference"]
+    body = []
+    for key in (k for k in CANDIDATES if any(row["candidate"] == k for row in rows)):
+        own = {row["batch"]: row for row in rows if row["candidate"] == key}
+        candidate, ordered = CANDIDATES[key], [own[b] for b in sorted(own)]
+        cells = [cell(own.get(b), threads) for b in batches]
+        name = f"**{candidate.name}**" if key in OURS else candidate.name
+        body.append([name, candidate.computes, *cells, products(ordered), values(ordered)])
+    failures = [
+        f"* {CANDIDATES[r['candidate']].name}, B = {r['batch']:,}: {r['why']}"
+        for r in rows
+        if r["status"] == "failed"
+    ]
+    return "\n".join([table(head, body), *failures, ""] if failures else [table(head, body)])
+
+
+def roofline(rows: Sequence[Row], peak: Mapping[str, float]) -> str:
+    """Absolute times beside what the products alone take at the speed of a large product."""
+    body = []
+    for row in rows:
+        if row["status"] != "measured" or not row["flops"]:
+            continue
+        per_input = row["flops"] / row["counted_inputs"]
+        for threads, timed in row["times"].items():
+            speed = peak[row["device"] if row["device"] != "cpu" else f"cpu {threads}"]
+            least = per_input * row["batch"] / speed
+            name, computes = (
+                CANDIDATES[row["candidate"]].name,
+                CANDIDATES[row["candidate"]].computes,
+            )
+            where = [name, computes, f"{row['batch']:,}", threads]
+            share = f"{least / timed['seconds']:.0%}"
+            body.append([*where, duration(timed["seconds"]), duration(least), share])
+    head = ["", "computes", "B", "threads", "time", "roofline", "share"]
+    return table(head, body)
+
+
+def costs(rows: Sequence[Row]) -> str:
+    """The second table: one thing varied at a time, ours only."""
+    parts = []
+    for series in dict.fromkeys(row["series"] for row in rows):
+        own = [row for row in rows if row["series"] == series]
+        points = list(dict.fromkeys(row["point"] for row in own))
+        keys = list(dict.fromkeys(row.get("line", row["candidate"]) for row in own))
+        at = {(row.get("line", row["candidate"]), row["point"]): row for row in own}
+        names = [CANDIDATES[k].computes if k in CANDIDATES else str(k) for k in keys]
+        body = [
+            [name, *(cell(at.get((key, p)), "1") for p in points)]
+            for name, key in zip(names, keys, strict=True)
+        ]
+        parts.append(table([series, *(f"{p:,}" for p in points)], body))
+    return "\n".join(parts)
+
+
+def approximate(found: Found) -> str:
+    """The fourth table: engines with approximate S, their time and their error by layer."""
+    parts, rows = [], found["approximate"]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        layers = list(next((r["errors"] for r in own if "errors" in r), {}))
+        head = [title(found, network), "time, memory", *(f"layer {name}" for name in layers)]
+        body = [
+            [
+                "exact" if row["candidate"] == "auto" else row["candidate"],
+                cell(row, "1"),
+                *(percent(row.get("errors", {}).get(name, 0.0)) for name in layers),
+            ]
+            for row in own
+        ]
+        parts.append(table(head, body))
+    return "\n".join(parts)
+
+
+def percent(error: float) -> str:
+    """A relative error; what is rounding is called exact."""
+    return "exact" if error < TOLERANCE else f"{error:.2g}" if error > 10 else f"{error:.1%}"
+
+
+def title(found: Found, network: str) -> str:
+    """A network in words."""
+    return str(found["networks"].get(network, f"MLP {network}"))
+
+
+# The page.
+
+
+def read(path: Path = FOUND) -> Found | None:
+    """What ``make bench`` found last, if it did."""
+    if not path.is_file():
+        return None
+    found: Found = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def meaning(found: Found) -> str:
+    """What it means for a reader, in three sentences at most; each only where it was measured."""
+    batch, sentences = large(found), []
+    fisher, everything = (ratio(found, k, "mlp", batch) for k in ("ours-fisher", "ours-all"))
+    exact = ("backpack-fisher", "nngeometry-fisher", "jacrev-fisher")
+    others = {k: r for k in exact if (r := ratio(found, k, "mlp", batch))}
+    if fisher and others:
+        nearest = min(others, key=lambda k: others[k])
+        sentences.append(
+            f"For a small network and a batch of {batch:,}, the exact diagonal Fisher information "
+            f"takes {fisher:.2g} times one forward and backward pass here, and "
+            f"{others[nearest]:.2g} times with {CANDIDATES[nearest].name}, the fastest other way."
+        )
+    if everything:
+        sentences.append(
+            f"With the variances of both estimators, their covariance and the variance over "
+            f"inputs, all exact, it takes {everything:.2g} times: to know how far an estimate can "
+            f"be trusted costs about as much as {everything:.0f} steps of training."
+        )
+    sampled = ratio(found, "ours-i1-1", "mlp", batch)
+    many = quotient(found, "ours-i1-5000", "ours-i1-1", "mlp", batch)
+    if sampled and many and fisher:
+        cheaper = "less than" if fisher < sampled else "no less than"
+        sentences.append(
+            f"For a classifier, 5,000 labels cost {many[0]:.2g} times what one does, and the exact "
+            f"value costs {cheaper} the estimate from one label"
+            + (": there is no reason to sample." if fisher < sampled else ".")
+        )
+    return " ".join(sentences) + "\n"
+
+
+def machine(found: Found) -> str:
+    """Where and when it was measured."""
+    record = found["record"]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    where = record["machine"]
+    gpu = f", {where['gpu']}" if where.get("gpu") else ""
+    return (
+        f"Measured on {record['started'][:10]} at commit {record['commit']}, in "
+        f"{duration(record['seconds'])}, on {where['processor']}, {where['cores']} cores{gpu}, "
+        f"load {record['load']:.2g} before the start. Versions: {versions}.\n"
+    )
+
+
+def page(found: Found | None) -> str:
+    """The part of ``book/benchmark.md`` that comes from the measurements."""
+    if found is None:
+        return MISSING
+    old = found["record"]["source"] != runs.fimlib_digest()
+    parts = [
+        *(["*`fimlib` has changed since; `make bench` brings this up to date.*\n"] if old else []),
+        machine(found),
+        "## What it means\n",
+        meaning(found),
+        "## Targets\n",
+        targets(found),
+        "## Beside other libraries\n",
+        *(tabs(found, network) for network in found["networks"]),
+    ]
+    if any(row["device"] != "cpu" for row in found["peers"]):
+        parts += ["## On the GPU, beside the roofline\n", gpu(found)]
+    parts += [
+        "## What the cost depends on\n",
+        costs(found["costs"]),
+        "## Approximate second derivatives\n",
+        approximate(found),
+    ]
+    return "\n".join(parts)
+
+
+def of(found: Found, network: str, device: str = "cpu") -> list[Row]:
+    """The rows of the first table for a network and a device."""
+    return [r for r in found["peers"] if (r["network"], r["device"]) == (network, device)]
+
+
+def tabs(found: Found, network: str) -> str:
+    """One network's tables, one tab for each number of threads."""
+    rows = of(found, network)
+    threads = list(next((r["times"] for r in rows if "times" in r), {"1": None}))
+    tabs = [
+        f"::::{{tab-item}} {'one thread' if t == '1' else f'{t} threads'}\n\n{peers(rows, t)}\n::::"
+        for t in threads
+    ]
+    return "\n".join([f"### {title(found, network)}\n", ":::::{tab-set}", *tabs, ":::::", ""])
+
+
+def gpu(found: Found) -> str:
+    """Tables of the GPU, network by network."""
+    return "\n".join(
+        f"### {title(found, network)}, on the GPU\n\n{peers(rows, '1')}\n"
+        + roofline(rows, found["peak"])
+        for network in found["networks"]
+        if (rows := of(found, network, "cuda"))
+    )
+
+
+def terminal(found: Found) -> str:
+    """The same for a terminal, where there are no tabs."""
+    lines = []
+    for line in page(found).splitlines():
+        if line.startswith("::::{tab-item} "):
+            lines.append(line.removeprefix("::::{tab-item} ") + ":")
+        elif not line.startswith(":::"):
+            lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""The code of the page on engines runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "book" / "engines.md"
+
+
+def test_the_code_on_the_page_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["found"].engine == "traced"
+    said = capsys.readouterr().out
+    assert "engine 'traced' (exact)" in said
+    assert said.count("±") == 4
+    assert names["joint"].count == 64
+
+
+def test_the_table_names_every_engine():
+    from fimlib.derivatives import APPROXIMATE, EXACT
+
+    table = PAGE.read_text().split("## Ask first")[0]
+    for engine in (*EXACT, *APPROXIMATE):
+        assert f"`{engine}`" in table, engine
+    assert set(re.findall(r"^\| `([\w-]+)`", table, flags=re.MULTILINE)) <= {*EXACT, *APPROXIMATE}
+
+
+@pytest.mark.parametrize("name", ["plan", "accumulate", "all_reduce", "hutchinson_variance_i2"])
+def test_what_the_page_calls_is_public(name):
+    import fimlib
+
+    assert f"fimlib.{name}(" in PAGE.read_text()
+    assert name in fimlib.__all__
