@@ -11,14 +11,14 @@ so one backward sweep that carries the rows ∂h^a and ∂s_u gives both J and S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fimlib._trace import CapturedError, Uncaptured
-from fimlib.derivatives import Block, Derivatives, check_no_global_hooks, is_same, separate
+from fimlib.derivatives import Block, Derivatives, Seeds, check_no_global_hooks, is_same, separate
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
@@ -61,7 +61,7 @@ def differentiate(
     *,
     order: int = 2,
     wanted: frozenset[str] | None = None,
-    seeds: Callable[[Tensor], Tensor | None] | None = None,
+    seeds: Seeds | None = None,
 ) -> Derivatives:
     """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``.
 

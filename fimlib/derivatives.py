@@ -171,12 +171,28 @@ def differentiate(
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
+    return checked(model, x, engine, order, layers)
+
+
+Seeds = Callable[[Tensor], Tensor | None]
+
+
+def checked(
+    model: nn.Module,
+    x: Tensor,
+    engine: str,
+    order: int,
+    layers: Sequence[str] | None,
+    seeds: Seeds | None = None,
+) -> Derivatives:
+    """``differentiate``; for ``seeds`` see ``prepare``."""
     with torch.inference_mode(False):
         check_model(model, x)
         check_plain(model)
         wanted = selected(model, layers)
         x = x.detach().clone()  # the first module may work in place
-        derivs = first_that_takes(candidates(model, engine, order), model, x, order, wanted)
+        names = candidates(model, engine, order)
+        derivs = first_that_takes(names, model, x, order, wanted, seeds)
     if not torch.isfinite(derivs.outputs).all():
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     return derivs
@@ -184,37 +200,36 @@ def differentiate(
 
 def prepare(
     model: nn.Module,
-    x: Tensor,
     *,
     engine: str = "auto",
     order: int = 2,
     layers: Sequence[str] | None = None,
-    seeds: Callable[[Tensor], Tensor | None] | None = None,
+    seeds: Seeds | None = None,
 ) -> Callable[[Tensor], Derivatives]:
-    """``differentiate`` for many batches like x, with everything looked at once, at x.
+    """``differentiate`` for many batches alike, with everything looked at once, in the first.
 
-    What it returns takes the engine that took x. Whether a later batch, or what comes of it, is
+    The others go to the engine that took the first. Whether such a batch, or what comes of it, is
     finite is for the caller to look at: where a look means waiting for a device, one is enough.
 
     Args, Raises: as ``differentiate``, and
         seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
             the outputs themselves, or None. Those that it did are ``projected``.
     """
-    from fimlib._layerwise import differentiate as layerwise
-
-    taken = differentiate(model, x, engine=engine, order=order, layers=layers).engine
-    if taken != "layerwise":
-        return lambda x: differentiate(model, x, engine=taken, order=order, layers=layers)
-    wanted, kind = selected(model, layers), (x.dtype, x.device)
+    first: list[tuple[str, torch.dtype, torch.device]] = []
 
     def again(x: Tensor) -> Derivatives:
-        if (x.dtype, x.device) != kind:
+        taken, *kind = first[0] if first else (engine, x.dtype, x.device)
+        if [x.dtype, x.device] != kind:
             raise ValueError(
                 f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on {kind[1]}: "
                 "convert it with .to(...)."
             )
-        with torch.inference_mode(False):
-            return layerwise(model, x.detach(), order=order, wanted=wanted, seeds=seeds)
+        if first and taken == "layerwise":
+            with torch.inference_mode(False):
+                return run(taken, model, x.detach(), order, selected(model, layers), seeds)
+        derivs = checked(model, x, taken, order, layers, seeds)
+        first[:] = [(derivs.engine, x.dtype, x.device)]
+        return derivs
 
     return again
 
@@ -234,7 +249,12 @@ def candidates(model: nn.Module, engine: str, order: int) -> tuple[str, ...]:
 
 
 def first_that_takes(
-    names: tuple[str, ...], model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
+    names: tuple[str, ...],
+    model: nn.Module,
+    x: Tensor,
+    order: int,
+    wanted: frozenset[str] | None,
+    seeds: Seeds | None = None,
 ) -> Derivatives:
     """Derivatives by the first of the engines that supports the model.
 
@@ -244,7 +264,7 @@ def first_that_takes(
     refusals: list[Exception] = []
     for name in names:
         try:
-            return run(name, model, x, order, wanted)
+            return run(name, model, x, order, wanted, seeds)
         except (NotImplementedError, ImportError) as refusal:
             if len(names) == 1:
                 raise
@@ -255,23 +275,24 @@ def first_that_takes(
 
 
 def run(
-    engine: str, model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
+    engine: str,
+    model: nn.Module,
+    x: Tensor,
+    order: int,
+    wanted: frozenset[str] | None,
+    seeds: Seeds | None = None,
 ) -> Derivatives:
     """Derivatives by one engine, of a checked model."""
     from fimlib import _approximate, _backpack, _functional, _layerwise, _traced
 
     if engine != "functional":
         check_untied(model)
+    if engine == "layerwise":
+        return _layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
     if engine in APPROXIMATE:
-        derivs = _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
-    else:
-        modules = {
-            "layerwise": _layerwise,
-            "traced": _traced,
-            "backpack": _backpack,
-            "functional": _functional,
-        }
-        derivs = modules[engine].differentiate(model, x, order=order, wanted=wanted)
+        return _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
+    others = {"traced": _traced, "backpack": _backpack, "functional": _functional}
+    derivs: Derivatives = others[engine].differentiate(model, x, order=order, wanted=wanted)
     return replace(derivs, engine=engine)
 
 
@@ -399,13 +420,19 @@ def check_alone(model: nn.Module, x: Tensor, outputs: Tensor) -> None:
     """Refuse a model whose outputs for one input are not a function of that input alone.
 
     It is called on the whole batch again, and on parts of it; at its weights, and at others, since
-    weights of 0 hide what is before them. Every part meets a fresh copy, which has kept nothing.
+    weights of 0 hide what is before them. The parts meet another copy than the whole batch, so what
+    a copy has kept shows.
 
     Raises:
         NotImplementedError: the outputs differ.
     """
+    whole, parts = separate(model), separate(model)
     for strength in (0.0, 0.5):
-        first, *others = calls(model, x, strength)
+        for own in (whole, parts):
+            perturb(own, strength)
+        halves = [half for half in (x[:1], x[1:]) if len(half)]
+        first, again = call(whole, x), call(whole, x)
+        others = [again, *(call(parts, half) for half in halves)]
         expected = first if strength else outputs
         if strength and any(h is None for h in (first, *others)):
             continue  # other weights may be none that the model was made for
@@ -420,31 +447,22 @@ def check_alone(model: nn.Module, x: Tensor, outputs: Tensor) -> None:
             )
 
 
-def calls(model: nn.Module, x: Tensor, strength: float) -> list[Any]:
-    """Outputs at perturbed weights, None where there are none: of x, x again, x[:1] and x[1:].
-
-    Each part meets a fresh copy, the whole batch the same one twice.
-    """
-    found: list[Any] = []
-    own = model
-    for i, batch in enumerate(batch for batch in (x, x, x[:1], x[1:]) if len(batch)):
-        if i != 1:
-            own = separate(model)
-            perturb(own, strength)
-        try:
-            with torch.no_grad():
-                h = own(batch.clone())
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # whatever a module raises at a batch, or at weights, that it rejects
-            h = None
-        is_usable = isinstance(h, Tensor) and bool(torch.isfinite(h).all())
-        found.append(h if is_usable else None)
-    return found
+def call(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The outputs, if there are any and they are finite."""
+    try:
+        with torch.no_grad():
+            h = model(x.clone())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever a module raises at a batch, or at weights, that it rejects
+        return None
+    return h if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
 
 
 def perturb(model: nn.Module, strength: float) -> None:
     """Move all weights at random, by so much of their size, those that are 0 as well."""
+    if strength == 0:
+        return
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
     for parameter in model.parameters():
         size = parameter.detach().square().mean().sqrt()

@@ -97,20 +97,17 @@ def accumulate(
     def empty() -> Joint:
         return Joint(family, method=method, dtype=dtype, quantities=quantities)
 
-    def start(x: Tensor) -> Callable[[Tensor], Derivatives]:
-        return prepare(model, x, seeds=seeds, **choice)
-
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     seeds = None if method else family.directions_of_labels  # bounds are those of the outputs
-    again: Callable[[Tensor], Derivatives] | None = None
+    again = prepare(model, seeds=seeds, **choice)
     joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)
     before, shape, number = snapshot(model), None, 0
     device = next((p.device for p in model.parameters()), None)
     for number, batch in batches(inputs):
         with named(f"batch {number}"):
             shape = check_shape(batch, shape)
-            again = again or start(batch[:1].to(device))
             if size is None:
+                again(batch[:1].to(device))  # the first one is not like the others
                 size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
         whole = isinstance(inputs, Tensor)  # then the batches are ours
         for i, part in enumerate(batch.split(size), start=1):

@@ -615,14 +615,34 @@ def test_prepared_derivatives_are_the_same_and_refuse_other_types():
     from fimlib.derivatives import prepare
 
     net, x = mlp([3, 5, 3], nn.Sigmoid), inputs(4, 3)
-    again = prepare(net, x[:1])
-    for name, _ in net.named_parameters():
-        assert torch.equal(again(x).second(name), differentiate(net, x).second(name))
+    again = prepare(net)
+    for _ in range(2):
+        for name, _ in net.named_parameters():
+            assert torch.equal(again(x).second(name), differentiate(net, x).second(name))
     with pytest.raises(ValueError, match=r"float32.*those before were torch.float64"):
         again(x.float())
-    assert prepare(net, x[:1], engine="traced")(x).engine == "traced"
+    by_trace = prepare(net, engine="traced")
+    assert [by_trace(x).engine for _ in range(2)] == ["traced", "traced"]
     with pytest.raises(ValueError, match="NaN"):
-        prepare(net, x * torch.nan)
+        prepare(net)(x * torch.nan)
+
+
+def test_seeds_are_carried_back_in_the_place_of_the_outputs():
+    from fimlib.derivatives import prepare
+
+    net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=2.0), inputs(4, 3)
+    family = fimlib.Categorical()
+    again = prepare(net, seeds=family.directions_of_labels)
+    plain = differentiate(net, x)
+    assert not plain.projected
+    for derivs in (again(x), again(x)):
+        assert derivs.projected
+        for mine, block in zip(derivs.blocks, plain.blocks, strict=True):
+            for found, D in ((mine.J, block.J), (mine.second, block.second)):
+                expected = family.project(plain.outputs, D)
+                assert (found - expected).abs().max() <= 1e-12 * D.abs().max()
+    assert not prepare(net, engine="traced", seeds=family.directions_of_labels)(x).projected
+    assert not prepare(net, seeds=fimlib.Poisson().directions_of_labels)(x).projected
 
 
 def test_known_activations_are_differentiated_like_unknown_ones():

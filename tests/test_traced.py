@@ -191,6 +191,33 @@ IMAGES = {
     ),
     "residual": residual_cnn,
     "dense": dense_net,
+    "circular, ceil mode": lambda: chain(
+        nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"),
+        nn.BatchNorm2d(2),
+        nn.SiLU(),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.Conv2d(2, 4, 2, groups=2, dilation=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2, stride=1, padding=1),
+        nn.Flatten(),
+        nn.Linear(4 * 4, 2),
+    ),
+    "pooled, then flat": lambda: chain(
+        nn.Conv2d(1, 2, 2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+        nn.Sigmoid(),
+        nn.Linear(3, 2),
+    ),
+    "channels apart": lambda: Call(
+        channels_apart,
+        one=nn.Conv2d(1, 2, 2),
+        gate=nn.Conv2d(2, 1, 1),
+        two=nn.Conv2d(2, 3, 2),
+        head=nn.Linear(3, 2),
+    ),
 }
 
 VECTORS = {
@@ -241,6 +268,12 @@ VECTORS = {
         slope=parameter(1),
         offset=parameter(2),
         head=nn.Linear(4, 2),
+    ),
+    "divided by one number": lambda: Call(
+        lambda self, x: self.b(self.a(x) / self.one(x)),
+        a=nn.Linear(3, 4),
+        one=nn.Linear(3, 1),
+        b=nn.Linear(4, 2),
     ),
     "addmm": lambda: Call(
         lambda self, x: torch.addmm(
@@ -326,6 +359,19 @@ WIDTHS = {
     "one module in two towers": 6,
 }
 
+
+def token_net(self, x):
+    return self.head(torch.tanh(self.mix(self.table(x).flatten(1))))
+
+
+def channels_apart(self, x):
+    """Poolings and a gate between convolutions; channels are shuffled on the way."""
+    z = F.max_pool2d(torch.sin(self.one(x)), 2, stride=1)
+    z = z.flip(1) * torch.sigmoid(self.gate(z)) + F.interpolate(z[:, :, ::2, ::2], size=z.shape[2:])
+    z = F.avg_pool2d(F.softplus(self.two(z)), 2, padding=1, count_include_pad=False)
+    return self.head(torch.exp(-(z.mean((2, 3)) ** 2)))
+
+
 FUNCTIONS = [
     torch.sigmoid, torch.tanh, F.softplus, F.logsigmoid, F.gelu, F.silu, F.mish, F.elu, F.selu,
     F.celu, F.softsign, F.tanhshrink, F.relu, F.relu6, F.leaky_relu, F.hardtanh,
@@ -368,6 +414,120 @@ def test_traced_equals_autograd(case):
     for name, _ in net.named_parameters():
         together = torch.cat([d.second(name) for d in alone])
         assert torch.allclose(derivs.second(name), together, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["tangents", "rows"])
+@pytest.mark.parametrize("case", [*IMAGES, *VECTORS])
+def test_tangents_and_rows_give_the_same(case, forward, monkeypatch):
+    net, x = network(case)
+    expected = differentiate(net, x, engine="traced")
+    monkeypatch.setattr("fimlib._traced.tangents_are_fewer", lambda *_: forward)
+    derivs = differentiate(net, x, engine="traced")
+    for name, _ in net.named_parameters():
+        ours, exact = derivs.second(name), expected.second(name)
+        assert float((ours - exact).abs().max()) <= 1e-11 * max(1, float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+@pytest.mark.parametrize("case", VECTORS)
+def test_batches_as_large_as_a_layer_is_wide(case, size):
+    """A first axis of the right length need not count the inputs."""
+    net, x = VECTORS[case](), inputs(size, WIDTHS.get(case, 3))
+    derivs = differentiate(net, x, engine="traced")
+    alone = [differentiate(net, one, engine="traced") for one in x.split(1)]
+    for name, _ in net.named_parameters():
+        for which in ("jacobian", "second"):
+            together = torch.cat([getattr(d, which)(name) for d in alone])
+            ours = getattr(derivs, which)(name)
+            assert torch.allclose(ours, together, rtol=1e-10, atol=1e-12)
+
+
+def jacobians(net, x):
+    """J at every input, output by output."""
+    found = {name: [] for name, _ in net.named_parameters()}
+    for h in net(x).flatten():
+        rows = torch.autograd.grad(h, list(net.parameters()), retain_graph=True)
+        for J, row in zip(found.values(), rows, strict=True):
+            J.append(row)
+    return {name: torch.stack(J).unflatten(0, (len(x), -1)) for name, J in found.items()}
+
+
+def assert_first_order(net, x):
+    derivs, expected = differentiate(net, x, engine="traced", order=1), jacobians(net, x)
+    assert set(expected) == {n for block in derivs.blocks for n in block.inputs}
+    assert all(block.S is None for block in derivs.blocks)
+    for name, J in expected.items():
+        error = float((derivs.jacobian(name) - J).abs().max())
+        assert error <= 1e-12 * max(1, float(J.abs().max()))
+
+
+@pytest.mark.parametrize("case", [*IMAGES, *VECTORS])
+def test_first_order(case):
+    assert_first_order(*network(case))
+
+
+def test_only_the_layers_asked_for():
+    net, x = network("residual")
+    whole = differentiate(net, x, engine="traced")
+    some = differentiate(net, x, engine="traced", layers=["bn2", "fc"])
+    assert [b.layer for b in some.blocks] == ["bn2", "bn2", "fc"]
+    for name in ("bn2.weight", "bn2.bias", "fc.weight", "fc.bias"):
+        assert torch.allclose(some.jacobian(name), whole.jacobian(name), rtol=1e-12, atol=1e-15)
+        assert torch.allclose(some.second(name), whole.second(name), rtol=1e-11, atol=1e-14)
+
+
+def test_what_lies_before_the_layers_asked_for_does_not_matter():
+    net = Call(
+        lambda self, x: self.head(torch.tanh(self.inner(self.norm(self.first(x)).softmax(1)))),
+        first=nn.Linear(3, 4),
+        norm=nn.LayerNorm(4),
+        inner=nn.Linear(4, 3),
+        head=nn.Linear(3, 2),
+    )
+    x = inputs(2, 3)
+    derivs = differentiate(net, x, engine="traced", layers=["inner", "head"])
+    for b in range(len(x)):
+        J, S = reference.derivatives(net, x[b : b + 1])
+        for name in ("inner.weight", "inner.bias", "head.weight", "head.bias"):
+            assert torch.allclose(derivs.jacobian(name)[b], J[name], rtol=1e-10, atol=1e-13)
+            assert torch.allclose(derivs.second(name)[b], S[name], rtol=1e-10, atol=1e-13)
+    with pytest.raises(NotImplementedError, match="LayerNorm|Softmax"):
+        differentiate(net, x, engine="traced", layers=["first"])
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}])
+def test_embeddings_of_integers(options):
+    tables = {"table": nn.Embedding(5, 2, **options), "mix": nn.Linear(6, 3)}
+    net = Call(token_net, **tables, head=nn.Linear(3, 2))
+    x = torch.tensor([[0, 2, 2], [4, 1, 0]])
+    derivs = differentiate(net, x, engine="traced")
+    assert derivs.jacobian("table.weight").shape == (2, 2, 5, 2)
+    assert errors(net, x, derivs) < 1e-10
+    assert_first_order(net, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"scale_grad_by_freq": True}, "scaled by counts"), ({"max_norm": 0.1}, "no_grad")],
+)
+@pytest.mark.parametrize("order", [1, 2])
+def test_embeddings_that_do_more_than_look_up_are_refused(options, message, order):
+    net = Call(token_net, table=nn.Embedding(5, 2, **options), mix=nn.Linear(6, 3))
+    net.head = nn.Linear(3, 2).double()
+    with pytest.raises(NotImplementedError, match=message):
+        differentiate(net, torch.tensor([[0, 2, 2]]), engine="traced", order=order)
+
+
+def test_pieces_of_a_batch_change_nothing(monkeypatch):
+    net, x = IMAGES["lenet"](), inputs(7, 25).view(7, 1, 5, 5)
+    expected = [differentiate(net, x, engine="traced", order=order) for order in (1, 2)]
+    monkeypatch.setattr("fimlib._traced.NUMBERS_AT_A_TIME", 2**12)
+    for order, exact in zip((1, 2), expected, strict=True):
+        ours = differentiate(net, x, engine="traced", order=order)
+        for a, b in zip(ours.blocks, exact.blocks, strict=True):
+            assert torch.allclose(a.J, b.J, rtol=1e-12, atol=1e-15)
+            assert (a.S is None) == (order == 1)
+            assert order == 1 or torch.allclose(a.S, b.S, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -780,6 +940,39 @@ def test_traps_are_refused_by_name(case):
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+FIRST_ORDER_ONLY = [
+    "functional softmax", "softmax", "log-softmax", "logsumexp", "norm", "normalize", "layer norm",
+    "group norm", "attention", "attention without softmax", "recurrence", "called twice",
+    "weight norm", "bilinear", "product over units", "interpolation by activations", "no rule",
+    "sinc", "layer norm, remedy",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIRST_ORDER_ONLY)
+def test_first_order_needs_no_rules_for_second_derivatives(case):
+    net = TRAPS[case][0]()
+    assert_first_order(net, inputs(3, 3))
+    if not any(word in case for word in ("twice", "norm")):
+        assert_first_order(net, inputs(8, 3))
+
+
+@pytest.mark.parametrize("case", sorted(TRAPS.keys() - FIRST_ORDER_ONLY))
+def test_other_traps_are_refused_at_first_order_too(case):
+    build, message = TRAPS[case]
+    if case == "weight from activations":  # of all inputs
+        message = "depend on the others of the batch"
+    with pytest.raises(NotImplementedError, match=message):
+        differentiate(build(), inputs(3, 3), engine="traced", order=1)
+
+
+def test_refusals_name_the_alternatives():
+    net = TRAPS["layer norm"][0]()
+    message = "order=1.*fimlib.hutchinson_variance_i2"
+    with pytest.raises(NotImplementedError, match=message):
+        differentiate(net, inputs(2, 3), engine="traced")
+    assert callable(fimlib.hutchinson_variance_i2)
+
+
 def test_tied_parameters_are_refused():
     net = residual(pre=True)
     net.two.weight = net.one.weight
@@ -812,6 +1005,14 @@ def test_bad_input_is_refused_with_a_remedy(case):
     build, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         differentiate(build(), inputs(3, 3), engine="traced")
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_infinite_derivatives_are_refused(order):
+    with pytest.raises(ValueError, match="no finite derivative"):
+        differentiate(
+            elementwise(lambda s: (s * 0).sqrt()), inputs(3, 3), engine="traced", order=order
+        )
 
 
 def test_float32_networks_are_not_refused_for_rounding():
