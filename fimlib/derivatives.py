@@ -431,13 +431,12 @@ def check_alone(model: nn.Module, x: Tensor, outputs: Tensor) -> None:
         for own in (whole, parts):
             perturb(own, strength)
         halves = [half for half in (x[:1], x[1:]) if len(half)]
-        first, again = call(whole, x), call(whole, x)
-        others = [again, *(call(parts, half) for half in halves)]
-        expected = first if strength else outputs
-        if strength and any(h is None for h in (first, *others)):
+        found = [call(whole, x), call(whole, x), *(call(parts, half) for half in halves)]
+        expected = found[0] if strength else outputs
+        if expected is None or (strength and any(h is None for h in found)):
             continue  # other weights may be none that the model was made for
         halves = [half for half in (expected[:1], expected[1:]) if len(half)]
-        pairs = zip((expected, expected, *halves), (first, *others), strict=True)
+        pairs = zip((expected, expected, *halves), found, strict=True)
         if not all(h is not None and is_same(h, e, expected) for e, h in pairs):
             raise NotImplementedError(
                 "the outputs for one input depend on the others of the batch, on how often the "

@@ -16,6 +16,7 @@ from fimlib.family import (
     QUANTITIES,
     Family,
     Labels,
+    Moments,
     check_num_samples,
     pairings,
     weighted_mean,
@@ -161,13 +162,11 @@ class Categorical(Family):
     def moments(
         self,
         h: Tensor,
-        J: Tensor,
-        S: Tensor | None = None,
         *,
         quantities: Collection[str] = QUANTITIES,
         dtype: torch.dtype = torch.float64,
         projected: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> Moments:
         """As for every family, from one c and one s; Σσ_k s_k = 0 centres C₁₂."""
         sigma = self.mean(h).to(dtype)
 
@@ -175,21 +174,24 @@ class Categorical(Family):
             D = D.to(dtype)
             return D if projected else D - weighted_mean(sigma, D).unsqueeze(1)
 
-        c = centre(J)
-        deviations = c.square() if projected else c.square_()  # J itself is not ours
-        found = {"I": weighted_mean(sigma, deviations)}
-        if not {"V1", "V2", "C12"} & set(quantities):
+        def contract(J: Tensor, S: Tensor | None = None) -> dict[str, Tensor]:
+            c = centre(J)
+            deviations = c.square() if projected else c.square_()  # J itself is not ours
+            found = {"I": weighted_mean(sigma, deviations)}
+            if not {"V1", "V2", "C12"} & set(quantities):
+                return found
+            deviations -= found["I"].unsqueeze(1)
+            if S is not None:
+                s = centre(S)
+                if "C12" in quantities:
+                    found["C12"] = -weighted_mean(sigma, deviations * s)
+                if "V2" in quantities:
+                    found["V2"] = weighted_mean(sigma, s.square())
+            if "V1" in quantities:
+                found["V1"] = weighted_mean(sigma, deviations.square_())
             return found
-        deviations -= found["I"].unsqueeze(1)
-        if S is not None:
-            s = centre(S)
-            if "C12" in quantities:
-                found["C12"] = -weighted_mean(sigma, deviations * s)
-            if "V2" in quantities:
-                found["V2"] = weighted_mean(sigma, s.square())
-        if "V1" in quantities:
-            found["V1"] = weighted_mean(sigma, deviations.square_())
-        return found
+
+        return contract
 
     def outer_covariance_min(self, h: Tensor) -> Tensor:
         """0, reached along u ∝ 1: the softmax does not see a common shift of the logits."""

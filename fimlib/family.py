@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from fimlib.derivatives import Block, Derivatives
 
 # What ``moments`` knows: I and, of one label, N V₁, N V₂ and the covariance of Î₁ and Î₂.
 QUANTITIES = ("I", "V1", "V2", "C12")
+Moments = Callable[..., dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -289,34 +290,35 @@ class Family(ABC):
     def moments(
         self,
         h: Tensor,
-        J: Tensor,
-        S: Tensor | None = None,
         *,
         quantities: Collection[str] = QUANTITIES,
         dtype: torch.dtype = torch.float64,  # noqa: ARG002
         projected: bool = False,  # noqa: ARG002
-    ) -> dict[str, Tensor]:
-        """Several contractions of one label at once, by their names; a family may share work.
+    ) -> Moments:
+        """Several contractions of one label at once; a family may share work between them.
 
         Args:
             h: The natural parameters, [B, T].
-            J: [B, T, ...].
-            S: [B, T, ...], or None where V₂ and C₁₂ are not wanted.
             quantities: Which of "I", "V1", "V2", "C12"; I always comes.
             dtype: Of the contractions, where the family has a choice.
             projected: Whether J and S went through ``directions_of_labels`` already.
 
         Returns:
-            Quantity → [B, ...].
+            A function of J and S, [B, T, ...]: quantity → [B, ...]. Without S, V₂ and C₁₂ are
+            left out.
         """
-        found = {"I": self.information(h, J)}
-        if "V1" in quantities:
-            found["V1"] = self.variance1(h, J)
-        if S is not None and "V2" in quantities:
-            found["V2"] = self.variance2(h, S)
-        if S is not None and "C12" in quantities:
-            found["C12"] = self.covariance12(h, J, S)
-        return found
+
+        def contract(J: Tensor, S: Tensor | None = None) -> dict[str, Tensor]:
+            found = {"I": self.information(h, J)}
+            if "V1" in quantities:
+                found["V1"] = self.variance1(h, J)
+            if S is not None and "V2" in quantities:
+                found["V2"] = self.variance2(h, S)
+            if S is not None and "C12" in quantities:
+                found["C12"] = self.covariance12(h, J, S)
+            return found
+
+        return contract
 
     # What the spectra need of M (Eq. 13), and Proposition 4.3 of δ.
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Derivatives
 from fimlib.families import Family, Labels, weighted_variance
-from fimlib.family import QUANTITIES
+from fimlib.family import QUANTITIES, Moments
 from fimlib.fisher import check_labels
 from fimlib.precision import chebyshev, check_estimator
 from fimlib.spectra import Spectrum, spectrum
@@ -134,44 +134,40 @@ class Joint:
         eigenvalues = None
         if self.method is not None and labels is None:
             eigenvalues = spectrum(self.family, derivs.outputs, method=self.method)
+        contract = self._contraction(h, labels, derivs.projected)
         means: dict[str, PerParameter] = defaultdict(dict)
         for block in self.family.natural_derivatives(derivs).blocks:
-            lefts = self._lefts(block, h, labels, eigenvalues, derivs.projected)
-            second = [key for key in lefts if key in DEGREE_2]
-            fourth = [key for key in lefts if key not in DEGREE_2]
+            lefts = contract(block.J, block.S)
+            if "Var_x I" in self.quantities:
+                lefts["I²"] = lefts["I"].square()
+            if eigenvalues is not None:
+                lefts.update(_bounds(block.J, block.S, eigenvalues, self.dtype))
+            second = {key: left for key, left in lefts.items() if key in DEGREE_2}
+            fourth = {key: left for key, left in lefts.items() if key not in DEGREE_2}
             rights = {n: None if z is None else z.to(lefts["I"]) for n, z in block.inputs.items()}
-            for keys in (second, fourth):
+            for part in filter(None, (second, fourth)):
+                left = torch.stack(list(part.values()), dim=1)
                 rights = {n: None if z is None else z.square() for n, z in rights.items()}
-                for name, right in rights.items() if keys else ():
-                    left = torch.stack([lefts[key] for key in keys], dim=1)
-                    for key, mean in zip(keys, _means(left, right), strict=True):
+                for name, right in rights.items():
+                    for key, mean in zip(part, _means(left, right), strict=True):
                         means[key][name] = mean
         return dict(means)
 
-    def _lefts(
-        self,
-        block: Block,
-        h: Tensor,
-        labels: Labels | None,
-        eigenvalues: Spectrum | None,
-        projected: bool,
-    ) -> dict[str, Tensor]:
-        """Left factors [B, *K] of every quantity at each input."""
-        J, S, wanted = block.J, block.S, self.quantities
-        if labels is not None:
+    def _contraction(self, h: Tensor, labels: Labels | None, projected: bool) -> Moments:
+        """From J and S of a block, left factors [B, *K] of I and of what is wanted besides."""
+        if labels is None:
+            return self.family.moments(
+                h, quantities=self.quantities, dtype=self.dtype, projected=projected
+            )
+
+        def contract(J: Tensor, _: Tensor | None) -> dict[str, Tensor]:
             squares = labels.project(J).square()
             found = {"I": labels.mean(squares)}
-            if "V1" in wanted:
+            if "V1" in self.quantities:
                 found["V1"] = weighted_variance(labels.weights, squares)
-        else:
-            found = self.family.moments(
-                h, J, S, quantities=wanted, dtype=self.dtype, projected=projected
-            )
-        if "Var_x I" in wanted:
-            found["I²"] = found["I"].square()
-        if eigenvalues is not None:
-            found.update(_bounds(J, S, eigenvalues, self.dtype))
-        return found
+            return found
+
+        return contract
 
     def merge(self, other: Joint) -> None:
         r"""Take in the inputs that another accumulator has seen, by Chan's formula; exact.

@@ -683,7 +683,7 @@ def test_moments_at_once_are_the_moments_one_by_one(probabilities):
     generator = torch.Generator().manual_seed(0)
     J, S = (torch.randn(*h.shape, 6, generator=generator, dtype=torch.float64) for _ in "JS")
     family = fimlib.Categorical()
-    found = family.moments(h, J, S)
+    found = family.moments(h)(J, S)
     expected = {
         "I": family.information(h, J),
         "V1": family.variance1(h, J),
@@ -694,9 +694,9 @@ def test_moments_at_once_are_the_moments_one_by_one(probabilities):
     for key, value in expected.items():
         scale = expected["I"].square() if key != "I" else expected["I"]
         assert ((found[key] - value).abs() <= 1e-10 * (value.abs() + 1e-3 * scale)).all(), key
-    assert family.moments(h, J).keys() == {"I", "V1"}
-    assert family.moments(h, J, S, quantities=["I"]).keys() == {"I"}
-    assert family.moments(h, J, S, quantities=["V2"]).keys() == {"I", "V2"}
-    single = family.moments(h, J.float(), S.float(), dtype=torch.float32)
+    assert family.moments(h)(J).keys() == {"I", "V1"}
+    assert family.moments(h, quantities=["I"])(J, S).keys() == {"I"}
+    assert family.moments(h, quantities=["V2"])(J, S).keys() == {"I", "V2"}
+    single = family.moments(h, dtype=torch.float32)(J.float(), S.float())
     assert all(value.dtype == torch.float32 for value in single.values())
     assert torch.allclose(single["I"].double(), expected["I"], rtol=1e-5, atol=0)

@@ -76,7 +76,7 @@ TARGETS = (
     Target("MLP: exact diagonal I, in units", 2.0, True, in_units("ours-fisher"), PRODUCTS),
     Target("MLP: I, Var_x I and V₁, in units", 3.5, True, in_units("ours-first"), PRODUCTS),
     Target(
-        "MLP: everything, V₂ and C₁₂ included, in units", 5.5, True, in_units("ours-all"), PRODUCTS
+        "MLP: I, Var_x I, V₁ and V₂, in units", 5.5, True, in_units("ours-all"), PRODUCTS
     ),
     *(
         Target(
