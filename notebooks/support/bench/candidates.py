@@ -220,7 +220,9 @@ def backpack_everything(model: nn.Module, _: Network) -> Call:
         joint = fimlib.Joint(fimlib.Categorical(), method=None, dtype=torch.float32)
         joint.update(fimlib.Derivatives(outputs, tuple(blocks)))
         # Var_x I does not add up over streamed parts, and is left out
-        return {quantity: READ[quantity](joint) for quantity in OF_THE_PAPER if quantity != "Var_x I"}
+        return {
+            quantity: READ[quantity](joint) for quantity in OF_THE_PAPER if quantity != "Var_x I"
+        }
 
     return call
 
@@ -333,7 +335,7 @@ def basis_passes(model: nn.Module) -> int:
 
 
 EXACT_FISHER = "exact diagonal Fisher information"
-EVERYTHING = "I, V₁, V₂, C₁₂"
+EVERYTHING = "I, V₁, V₂"
 BACKPACK = "backpack-for-pytorch"
 CURVLINOPS = "curvlinops-for-pytorch"
 
