@@ -294,7 +294,7 @@ def eq_20_sampled(_cases: int, repeats: int = 4000) -> Check:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(population, (repeats * n_x,), generator=generator)
     blocks = tuple(
-        fimlib.Block(b.layer, b.J[chosen], b.S[chosen], {f"{b.layer}.bias": None})
+        fimlib.Block(b.layer, b.J[chosen], b.second[chosen], {f"{b.layer}.bias": None})
         for b in derivs.blocks
     )
     drawn_inputs = Derivatives(derivs.outputs[chosen], blocks)
@@ -342,7 +342,7 @@ def chebyshev(cases: int) -> Check:
                         fimlib.Block(
                             block.layer,
                             block.J[at].expand(repeats, -1, -1),
-                            block.S[at].expand(repeats, -1, -1),
+                            block.second[at].expand(repeats, -1, -1),
                             {"bias": None},
                         ),
                     ),
