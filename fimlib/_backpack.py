@@ -12,7 +12,14 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives, check_alone, check_no_global_hooks, separate
+from fimlib.derivatives import (
+    Block,
+    Derivatives,
+    check_alone,
+    check_no_global_hooks,
+    separate,
+    tensors,
+)
 
 
 def differentiate(
@@ -101,6 +108,10 @@ def check_modules(model: nn.Module) -> None:
             raise NotImplementedError(
                 f"BackPACK has no second derivatives for {kind}: it knows torch's own modules, and "
                 "none with buffers."
+            )
+        if any(t.requires_grad for t in tensors(vars(module) | {"_parameters": {}})):
+            raise NotImplementedError(
+                f"{kind} computes with a tensor that is made of other parameters: give it its own."
             )
         if id(module) in seen:
             raise NotImplementedError(f"{kind} is used twice: give every place its own module.")

@@ -241,10 +241,17 @@ def right_factors(
 
 def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
     """Refuse what the factorisation J ⊗ z does not hold for."""
-    if not {"weight"} <= set(module._parameters) <= {"weight", "bias"}:
+    own = module._parameters
+    made = isinstance(module.bias, Tensor) and module.bias.requires_grad and "bias" not in own
+    if not {"weight"} <= set(own) <= {"weight", "bias"} or made:
         raise NotImplementedError(
             f"layer {name!r} (Linear) computes its weight or bias from other parameters: make it "
             "plain first (torch.nn.utils.prune.remove, remove_weight_norm and the like)."
+        )
+    if z.dtype != module.weight.dtype:
+        raise ValueError(
+            f"layer {name!r} (Linear) is {module.weight.dtype} and gets {z.dtype}: convert the "
+            f"input by .to({module.weight.dtype})."
         )
     if z.ndim > 2 and z.shape[-1] == module.in_features:
         raise NotImplementedError(
@@ -292,7 +299,7 @@ def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, Elemen
         ValueError: a derivative is NaN or infinite at s.
     """
     if type(module) in (*PIECEWISE_LINEAR, *CURVED):
-        return known(module, s)
+        return known(name, module, s)
     kind = f"module {name!r} ({type(module).__name__})"
     refusal = NotImplementedError(
         f"{kind} is not supported by the layerwise engine, which knows nn.Sequential of Linear, "
@@ -304,8 +311,7 @@ def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, Elemen
         raise refusal
     try:
         z, first, second = two_derivatives(module, s)
-        if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-            raise ValueError(f"{kind} has no finite derivative at this input.")
+        check_derivatives(kind, first, second)
         fits = acts_unit_by_unit(module, s) and is_twice_differentiable(module, s, second)
     except CapturedError:
         raise
@@ -316,23 +322,44 @@ def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, Elemen
     return z, ElementwiseStep(first, second if second.any() else None)
 
 
-def known(module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
-    """Values, σ' and σ'' of one of torch's own activations; the commonest in closed form."""
-    if type(module) is nn.Sigmoid:
-        z = torch.sigmoid(s)
-        first = z * (1 - z)
-        return z, ElementwiseStep(first, first * (1 - 2 * z))
-    if type(module) is nn.Tanh:
-        z = torch.tanh(s)
-        first = 1 - z.square()
-        return z, ElementwiseStep(first, -2 * z * first)
-    if type(module) is nn.LogSigmoid:
-        first = torch.sigmoid(-s)
-        return nn.functional.logsigmoid(s), ElementwiseStep(first, first * (first - 1))
-    if type(module) is nn.ReLU:
-        return s.relu(), ElementwiseStep((s > 0).to(s.dtype), None)
+def known(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
+    """Values, σ' and σ'' of one of torch's own activations; most of them in closed form."""
+    match module:
+        case nn.Sigmoid():
+            z = torch.sigmoid(s)
+            first = z * (1 - z)
+            return z, ElementwiseStep(first, first * (1 - 2 * z))
+        case nn.Tanh():
+            z = torch.tanh(s)
+            first = 1 - z.square()
+            return z, ElementwiseStep(first, -2 * z * first)
+        case nn.LogSigmoid():
+            first = torch.sigmoid(-s)
+            return nn.functional.logsigmoid(s), ElementwiseStep(first, first * (first - 1))
+        case nn.ReLU():
+            return s.relu(), ElementwiseStep((s > 0).to(s), None)
+        case nn.LeakyReLU():
+            first = torch.full_like(s, module.negative_slope).masked_fill_(s > 0, 1.0)
+            return s * first, ElementwiseStep(first, None)
+        case nn.Hardtanh():  # and ReLU6
+            inside = (s > module.min_val) & (s < module.max_val)
+            z = s.clamp(module.min_val, module.max_val)
+            return z, ElementwiseStep(inside.to(s), None)
+        case nn.ELU() | nn.CELU():  # torch rounds α of the second
+            rate = 1 / module.alpha if isinstance(module, nn.CELU) else 1.0
+            scale, left = module.alpha, (s * rate).clamp_max(0)
+            z = torch.where(s > 0, s, scale * torch.expm1(left))
+            first = torch.where(s > 0, 1.0, scale * rate * left.exp())
+            return z, ElementwiseStep(first, torch.where(s > 0, 0.0, rate * first))
     z, first, second = two_derivatives(module, s)
-    return z, ElementwiseStep(first, None if type(module) in PIECEWISE_LINEAR else second)
+    check_derivatives(f"module {name!r} ({type(module).__name__})", first, second)
+    return z, ElementwiseStep(first, second)
+
+
+def check_derivatives(kind: str, first: Tensor, second: Tensor) -> None:
+    """A ValueError where σ' or σ'' is NaN or infinite."""
+    if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+        raise ValueError(f"{kind} has no finite derivative at this input.")
 
 
 def two_derivatives(

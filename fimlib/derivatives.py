@@ -485,6 +485,8 @@ def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:
 
 def check_model(model: nn.Module, x: Tensor) -> None:
     """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+    if x.is_meta:
+        raise ValueError("the input is on the meta device and has no values.")
     if torch.is_autocast_enabled(x.device.type):
         raise ValueError("torch.autocast is on and would round the derivatives: leave it first.")
     for name, module in model.named_modules():
@@ -507,16 +509,16 @@ def check_model(model: nn.Module, x: Tensor) -> None:
             raise ValueError(
                 f"parameter {name!r} has no values yet: call the model once on an input first."
             )
-        if not torch.isfinite(parameter.detach()).all():
-            raise ValueError(
-                f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
-                "file is damaged. Restore finite weights first."
-            )
         fits = parameter.dtype == x.dtype or not (x.is_floating_point() or x.is_complex())
         if not fits or parameter.device != x.device:
             raise ValueError(
                 f"the input is {x.dtype} on {x.device}, parameter {name!r} is {parameter.dtype} on "
                 f"{parameter.device}: convert one of them with .to(...)."
+            )
+        if not torch.isfinite(parameter.detach()).all():
+            raise ValueError(
+                f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
+                "file is damaged. Restore finite weights first."
             )
     if x.ndim < 2 or len(x) == 0:
         raise ValueError(

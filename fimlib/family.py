@@ -134,6 +134,11 @@ class Family(ABC):
         """
         if type(self).link is Family.link:
             return derivs
+        if derivs.projected:
+            raise ValueError(
+                f"{type(self).__name__} has a link, which must come before the projection on its "
+                "labels: differentiate without seeds."
+            )
         h = self.natural(derivs.outputs)
 
         def through_link(block: Block) -> Block:
@@ -282,8 +287,8 @@ class Family(ABC):
     def directions_of_labels(self, h: Tensor) -> Tensor | None:  # noqa: ARG002
         """The matrix [B, T, T] that takes J to the J·δ_k of all labels k; None: too many labels.
 
-        Derivatives may be carried back in this form (``Derivatives.projected``): ``moments`` need
-        nothing else.
+        Derivatives may be carried back in this form (``Derivatives.projected``), where the outputs
+        are the natural parameters: ``moments`` need nothing else.
         """
         return None
 

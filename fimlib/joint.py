@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimlib.derivatives import Derivatives
+from fimlib.derivatives import Block, Derivatives
 from fimlib.families import Family, Labels, weighted_variance
 from fimlib.family import QUANTITIES, Moments
 from fimlib.fisher import check_labels
@@ -53,15 +53,16 @@ class Joint:
         method: How λ_max(M) is found for the bounds, see ``spectrum``. "certified" is a true upper
             bound, and cheap for a classifier; for Gaussian outputs "multistart" is exact, and the
             cheaper one from about ten outputs on. None accumulates no bounds.
+        quantities: Which of "I" (always there), "Var_x I", "V1", "V2" and "C12" to accumulate;
+            None: all that the derivatives and labels allow. ``variance_i1`` needs "Var_x I" and
+            "V1", ``variance_i2`` "Var_x I" and "V2".
+        dtype: Of the contractions of a classifier. float32 halves memory and time; all averages
+            over inputs are kept in float64 all the same. A batch's sums are then off by about
+            1e-6 of themselves, and its Var_x I by about 1e-7 E_x I². Where float32 is too narrow,
+            which takes V₁ or V₂ below 1e-30, an error says so.
 
     Attributes:
         count: m, the inputs seen.
-
-        quantities: Which of "I" (always there), "Var_x I", "V1", "V2" and "C12" to accumulate;
-            None: all that the derivatives and labels allow.
-        dtype: Of the contractions of a classifier. float32 halves memory and time; all averages
-            over inputs are kept in float64 all the same. A batch's sums are then off by about
-            1e-6 of themselves, and its Var_x I by about 1e-7 E_x I².
 
     Memory: 88 bytes per parameter; 40 with method=None, 24 with data labels or order=1 and
     method=None, 8 for I alone.
@@ -107,12 +108,18 @@ class Joint:
         Raises:
             ValueError: the outputs do not fit the family; NaN or infinite derivatives; other
                 parameters than before; batches with and without data labels; labels for other
-                outputs or of another family. The accumulator is then left as it was.
+                outputs or of another family; float32 is too narrow. The accumulator is then left
+                as it was.
         """
-        batch = Joint(self.family)
+        if derivs.projected and (labels is not None or self.method is not None):
+            raise ValueError(
+                "these derivatives are projected on the model's labels: they serve no bounds and "
+                "no data labels. Use differentiate()."
+            )
+        batch = self._empty()
         batch.count = len(derivs.outputs)
-        means = self._batch_means(derivs, labels)
-        _check_finite(means, self.family, derivs.outputs)
+        means, smallest = self._batch_means(derivs, labels)
+        _check(means, smallest, self.family, derivs.outputs)
         mean_square = means.pop("I²", {})
         batch._means = means
         batch._scatter = {
@@ -125,7 +132,12 @@ class Joint:
         batch._layers = dict(layers)
         self.merge(batch)
 
-    def _batch_means(self, derivs: Derivatives, labels: Labels | None) -> dict[str, PerParameter]:
+    def _empty(self) -> Joint:
+        return Joint(self.family, method=self.method, quantities=self.quantities, dtype=self.dtype)
+
+    def _batch_means(
+        self, derivs: Derivatives, labels: Labels | None
+    ) -> tuple[dict[str, PerParameter], list[Narrow]]:
         """Every quantity averaged over the inputs of a batch; "I²" among them for Var_x I."""
         if labels is not None:
             _check_same_family(self.family, labels.family)
@@ -136,22 +148,25 @@ class Joint:
             eigenvalues = spectrum(self.family, derivs.outputs, method=self.method)
         contract = self._contraction(h, labels, derivs.projected)
         means: dict[str, PerParameter] = defaultdict(dict)
+        narrow: list[Narrow] = []
         for block in self.family.natural_derivatives(derivs).blocks:
             lefts = contract(block.J, block.S)
+            if self.dtype == torch.float32:
+                narrow += narrowest(block, lefts)
             if "Var_x I" in self.quantities:
-                lefts["I²"] = lefts["I"].square()
+                lefts["I²"] = lefts["I"].double().square()
             if eigenvalues is not None:
                 lefts.update(_bounds(block.J, block.S, eigenvalues, self.dtype))
             second = {key: left for key, left in lefts.items() if key in DEGREE_2}
             fourth = {key: left for key, left in lefts.items() if key not in DEGREE_2}
-            rights = {n: None if z is None else z.to(lefts["I"]) for n, z in block.inputs.items()}
+            factors = {n: Factor.of(z, self.dtype) for n, z in block.inputs.items()}
             for part in filter(None, (second, fourth)):
-                left = torch.stack(list(part.values()), dim=1)
-                rights = {n: None if z is None else z.square() for n, z in rights.items()}
-                for name, right in rights.items():
+                factors = {name: factor.square() for name, factor in factors.items()}
+                left = Factor.of(torch.stack([t.double() for t in part.values()], 1), self.dtype, 1)
+                for name, right in factors.items():
                     for key, mean in zip(part, _means(left, right), strict=True):
                         means[key][name] = mean
-        return dict(means)
+        return dict(means), narrow
 
     def _contraction(self, h: Tensor, labels: Labels | None, projected: bool) -> Moments:
         """From J and S of a block, left factors [B, *K] of I and of what is wanted besides."""
@@ -180,6 +195,12 @@ class Joint:
                 bounds in one of them only).
         """
         _check_same_family(self.family, other.family)
+        settings = [(j.method, sorted(j.quantities), j.dtype) for j in (self, other)]
+        if settings[0] != settings[1]:
+            raise ValueError(
+                f"the accumulators were made with different settings: {settings[0]} and "
+                f"{settings[1]}, (method, quantities, dtype). Make all of them alike."
+            )
         if other.count == 0:
             return
         if self.count == 0:
@@ -214,7 +235,10 @@ class Joint:
         A spread within one batch is told from rounding down to about 1e-15 E_x I².
         """
         if self._mean("I").keys() != self._scatter.keys():
-            raise ValueError('"Var_x I" is not among the quantities of this Joint: add it to them.')
+            raise ValueError(
+                '"Var_x I" is not among the quantities of this Joint, and all variances need it: '
+                "add it to them."
+            )
         return {name: scatter / self.count for name, scatter in self._scatter.items()}
 
     def label_variance(self, estimator: int) -> PerParameter:
@@ -461,12 +485,44 @@ def unchecked_natural(family: Family, outputs: Tensor) -> Tensor:
     return family.natural(outputs)
 
 
-def _means(left: Tensor, right: Tensor | None) -> Tensor:
+class Factor(NamedTuple):
+    """A factor of a batch's entries: ``values · scale``.
+
+    Attributes:
+        values: In the dtype of the matmul, in float32 at most about 1 in size: neither their
+            fourth powers nor sums of them leave its range. None for a factor of 1.
+        scale: A power of two, one for all values or for each entry of an axis; float64.
+    """
+
+    values: Tensor | None
+    scale: Tensor | float
+
+    @classmethod
+    def of(cls, values: Tensor | None, dtype: torch.dtype, axis: int | None = None) -> Factor:
+        """A tensor as a factor, with a scale for each entry along the axis if there is one."""
+        if values is None or dtype == torch.float64:
+            return cls(None if values is None else values.to(dtype), 1.0)
+        others = [d for d in range(values.ndim) if d != axis]
+        largest = values.abs().amax(others, keepdim=True).double()
+        scale = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+        return cls((values / scale).to(dtype), scale.flatten())
+
+    def square(self) -> Factor:
+        """The factor of the squared entries."""
+        return Factor(None if self.values is None else self.values.square(), self.scale**2)
+
+
+def _means(left: Factor, right: Factor) -> Tensor:
     """Averages over the inputs of q quantities, [B, q, *K] → [q, *shape], by one matmul."""
-    if right is None:
-        return left.sum(0, dtype=torch.float64) / len(left)
-    product = left.flatten(1).T @ right
-    return product.double().reshape(*left.shape[1:], -1) / len(left)
+    assert left.values is not None
+    size, q, *rest = left.values.shape
+    if right.values is None:
+        product = left.values.sum(0, dtype=torch.float64)
+    else:
+        product = (left.values.flatten(1).T @ right.values).double().reshape(q, *rest, -1)
+    if isinstance(left.scale, Tensor):
+        product *= (left.scale * right.scale).reshape(-1, *[1] * (product.ndim - 1))
+    return product.div_(size)
 
 
 def _bounds(J: Tensor, S: Tensor | None, lam: Spectrum, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -490,10 +546,37 @@ def _bounds(J: Tensor, S: Tensor | None, lam: Spectrum, dtype: torch.dtype) -> d
     return found
 
 
-def _check_finite(means: dict[str, PerParameter], family: Family, outputs: Tensor) -> None:
-    """A ValueError if anything is NaN or infinite; one look at the device if nothing is."""
+class Narrow(NamedTuple):
+    """The largest value of a form of degree 4 (or of I) in a block, and what it is a form of."""
+
+    layer: str
+    largest: Tensor
+    D: Tensor
+
+
+SMALLEST = 1e-30  # of float32 forms, whose terms may be as small as 1e-38
+
+
+def narrowest(block: Block, lefts: dict[str, Tensor]) -> list[Narrow]:
+    """What shows whether float32 is too narrow for a block."""
+    forms = [("V1" if "V1" in lefts else "I", block.J), ("V2", block.S)]
+    return [
+        Narrow(block.layer, lefts[key].amax(), D)
+        for key, D in forms
+        # zeros that are known beforehand are one number
+        if key in lefts and D is not None and lefts[key].numel() and any(D.stride())
+    ]
+
+
+def _check(
+    means: dict[str, PerParameter], narrow: list[Narrow], family: Family, outputs: Tensor
+) -> None:
+    """A ValueError if anything is NaN, infinite or lost; one look at the device if nothing is."""
     sums = [t.sum() for mean in means.values() for t in mean.values()]  # infinite if one of them is
-    if torch.isfinite(torch.stack(sums)).all():
+    is_fine = torch.isfinite(torch.stack(sums)).all()
+    if narrow:
+        is_fine = is_fine & torch.stack([n.largest >= SMALLEST for n in narrow]).all()
+    if is_fine:
         return
     family.natural(outputs)  # its message comes first
     for mean in means.values():
@@ -503,6 +586,12 @@ def _check_finite(means: dict[str, PerParameter], family: Family, outputs: Tenso
                     f"the derivatives of parameter {name!r} are NaN, infinite or too large to be "
                     "raised to the fourth power: check the weights and the inputs."
                 )
+    for layer, largest, D in narrow:
+        if largest < SMALLEST and D.any():
+            raise ValueError(
+                f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "
+                "this close to 0: take dtype=torch.float64."
+            )
 
 
 def _check_same_family(mine: Family, theirs: Family) -> None:

@@ -10,14 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import (
-    APPROXIMATE,
-    candidates,
-    check_model,
-    check_plain,
-    first_that_takes,
-    selected,
-)
+from fimlib.derivatives import APPROXIMATE, candidates, checked, separate
 from fimlib.streaming import memory
 
 REPETITIONS = 3
@@ -78,44 +71,33 @@ def plan(
         >>> found.engine, found.exact, list(found.refusals)
         ('traced', True, ['layerwise'])
     """
-    with torch.inference_mode(False):
-        check_model(model, x)
-        check_plain(model)
-        wanted = selected(model, layers)
-        names, refusals = candidates(model, engine, order), {}
-        for i, name in enumerate(names):
-            try:
-                derivs = first_that_takes(names[i : i + 1], model, x.clone(), order, wanted)
-                break
-            except (NotImplementedError, ImportError) as refusal:
-                refusals[name] = str(refusal)
-        else:  # the error that differentiate would raise
-            derivs = first_that_takes(names, model, x.clone(), order, wanted)
+    x, refusals = x.detach().clone(), {}
+    for name in candidates(model, engine, order):
+        try:
+            taken = checked(model, x, name, order, layers).engine
+            break
+        except (NotImplementedError, ImportError) as refusal:
+            refusals[name] = str(refusal)
+    else:  # the error that differentiate raises
+        taken = checked(model, x, engine, order, layers).engine
 
     def work(x: Tensor) -> None:
-        with torch.inference_mode(False):
-            first_that_takes((derivs.engine,), model, x, order, wanted)
+        checked(model, x, taken, order, layers)
 
+    own = separate(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)
-    unit = median_time(lambda: forward_backward(model, x), x.device)
-    return Plan(
-        derivs.engine,
-        derivs.engine not in APPROXIMATE,
-        order,
-        len(x),
-        seconds,
-        seconds / unit,
-        max(memory(work, x)),
-        refusals,
-    )
+    unit = median_time(lambda: forward_backward(own, x), x.device)
+    is_exact = taken not in APPROXIMATE or order == 1
+    peak = max(memory(work, x))
+    return Plan(taken, is_exact, order, len(x), seconds, seconds / unit, peak, refusals)
 
 
-def forward_backward(model: nn.Module, x: Tensor) -> None:
-    """One pass to the sum of the outputs and back to all parameters; no gradient is left."""
-    parameters = [p.detach().requires_grad_() for p in model.parameters()]
-    named = dict(zip((n for n, _ in model.named_parameters()), parameters, strict=True))
+def forward_backward(own: nn.Module, x: Tensor) -> None:
+    """One pass to the sum of the outputs and back to all parameters."""
     with torch.inference_mode(False), torch.enable_grad():
-        outputs: Tensor = torch.func.functional_call(model, named, (x.clone(),))
+        parameters = [p.detach().clone().requires_grad_() for p in own.parameters()]
+        named = dict(zip((n for n, _ in own.named_parameters()), parameters, strict=True))
+        outputs: Tensor = torch.func.functional_call(own, named, (x.clone(),))
         torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
 
 

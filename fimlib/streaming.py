@@ -98,7 +98,9 @@ def accumulate(
         return Joint(family, method=method, dtype=dtype, quantities=quantities)
 
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
-    seeds = None if method else family.directions_of_labels  # bounds are those of the outputs
+    # bounds are those of the outputs, and a link comes before the projection
+    plain = method is None and type(family).link is Family.link
+    seeds = family.directions_of_labels if plain else None
     again = prepare(model, seeds=seeds, **choice)
     joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)
     before, shape, number = snapshot(model), None, 0

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import reference
@@ -651,9 +652,69 @@ def test_known_activations_are_differentiated_like_unknown_ones():
 
     s = torch.linspace(-4, 4, 41).double().reshape(1, -1)
     for kind in (*_layerwise.CURVED, *_layerwise.PIECEWISE_LINEAR):
-        z, step = _layerwise.known(kind(), s)
-        expected, first, second = _layerwise.two_derivatives(kind(), s)
-        assert torch.allclose(z, expected, rtol=1e-14, atol=1e-16), kind
-        assert torch.allclose(step.first, first, rtol=1e-12, atol=1e-16), kind
-        found = torch.zeros_like(s) if step.second is None else step.second
-        assert torch.allclose(found, second, rtol=1e-10, atol=1e-15), kind
+        for module in (kind(), *OTHER_SETTINGS.get(kind, ())):
+            z, step = _layerwise.known("0", module, s)
+            expected, first, second = _layerwise.two_derivatives(module, s)
+            assert torch.allclose(z, expected, rtol=1e-14, atol=1e-16), module
+            assert torch.allclose(step.first, first, rtol=1e-12, atol=1e-16), module
+            found = torch.zeros_like(s) if step.second is None else step.second
+            assert torch.allclose(found, second, rtol=1e-10, atol=1e-15), module
+
+
+OTHER_SETTINGS = {
+    nn.Softplus: [nn.Softplus(beta=2.0), nn.Softplus(threshold=1.0)],
+    nn.GELU: [nn.GELU("tanh")],
+    nn.ELU: [nn.ELU(0.5)],
+    nn.LeakyReLU: [nn.LeakyReLU(0.3), nn.LeakyReLU(-0.5)],
+    nn.Hardtanh: [nn.Hardtanh(-0.5, 2.0)],
+}
+
+
+def test_celu_has_the_digits_that_torch_rounds_away():
+    """Its own derivative divides by α in single precision."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.CELU(0.3), nn.Linear(1, 1, bias=False))
+    nn.init.constant_(net[0].weight, -0.7)
+    nn.init.ones_(net[2].weight)
+    derivs = differentiate(net.double(), torch.ones(1, 1).double())
+    s = net[0].weight.item()
+    assert derivs.jacobian("0.weight").item() == pytest.approx(math.exp(s / 0.3), rel=1e-14)
+    assert derivs.second("0.weight").item() == pytest.approx(math.exp(s / 0.3) / 0.3, rel=1e-14)
+
+
+@pytest.mark.parametrize("kind", [nn.LeakyReLU(-0.5, inplace=True), nn.ELU(-2.0, inplace=True)])
+def test_activations_that_torch_cannot_differentiate_in_place(kind):
+    net = nn.Sequential(nn.Linear(3, 4), kind, nn.Linear(4, 2)).double()
+    plain = copy.deepcopy(net)
+    plain[1].inplace = False
+    x = inputs(2, 3)
+    for b in range(2):
+        J, S = reference.derivatives(plain, x[b : b + 1])
+        found = differentiate(net, x)
+        assert relative(found.jacobian("0.weight")[b], J["0.weight"]) < 1e-10
+        assert relative(found.second("0.weight")[b], S["0.weight"]) < 1e-10
+
+
+def test_an_infinite_second_derivative_is_refused():
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Mish(), nn.Linear(1, 1))
+    nn.init.constant_(net[0].weight, 89.0)
+    with pytest.raises(ValueError, match=r"'1' \(Mish\) has no finite derivative"):
+        differentiate(net, torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "layerwise", "hesscale"])
+def test_a_bias_made_of_another_layers_parameters_is_refused(engine):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    del net[2].bias
+    net[2].bias = net[0].bias * 2
+    with pytest.raises(NotImplementedError, match="'2' .Linear. computes"):
+        differentiate(net, inputs(2, 4), engine=engine)
+
+
+def test_integers_and_missing_values_are_refused_with_a_remedy():
+    net = mlp([3, 4, 2], nn.Sigmoid)
+    with pytest.raises(ValueError, match=r"is torch.float64 and gets torch.int64.*\.to\("):
+        differentiate(net, torch.ones(2, 3).long())
+    with pytest.raises(ValueError, match=r"input is on the meta device and has no values"):
+        differentiate(net, torch.ones(2, 3, device="meta").double())
+    with pytest.raises(ValueError, match=r"'0.weight' is torch.float64 on meta: convert"):
+        differentiate(net.to("meta"), torch.ones(2, 3).double())

@@ -690,8 +690,11 @@ def test_accumulators_that_do_not_fit_each_other():
     Joint(known[0]).merge(Joint(known[2]))
     with pytest.raises(ValueError, match="other parameters than before: .*4.* instead of .*2.*"):
         joint.update(differentiate(other_net, x))
-    with pytest.raises(ValueError, match="on one side only: keep one Joint"):
+    with pytest.raises(ValueError, match=r"different settings: .'certified'.*and .None"):
         joint.merge(accumulate(derivs, Categorical(), method=None))
+    for settings in ({"dtype": torch.float32}, {"quantities": ["V1"]}, {"method": "multistart"}):
+        with pytest.raises(ValueError, match="different settings"):
+            Joint(Categorical()).merge(Joint(Categorical(), **settings))
     labels = Categorical().sample(derivs.outputs, 2, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="on one side only: keep one Joint"):
         joint.update(derivs, labels)
@@ -811,3 +814,75 @@ def test_infinite_derivatives_are_named_and_nothing_is_taken_in():
     assert all(torch.equal(joint.fisher_information()[n], t) for n, t in before.items())
     with pytest.raises(ValueError, match="outputs hold NaN"):
         joint.update(fimlib.Derivatives(derivs.outputs * torch.nan, derivs.blocks))
+
+
+@pytest.mark.parametrize("gap", [0.0, 20.0, 60.0])
+@pytest.mark.parametrize("shrink", [1.0, 1e-6])
+def test_float32_reaches_far_or_says_that_it_does_not(gap, shrink):
+    """Confident softmaxes and small derivatives, whose fourth powers float32 cannot hold."""
+    net, x = mlp([4, 5, 4, 3], nn.Tanh), inputs(20, 4)
+    with torch.no_grad():
+        net[4].bias[0] += gap
+        net[4].weight *= shrink
+    net, x = net.float(), (x * shrink).float()
+    exact = Joint(Categorical(), method=None)
+    exact.update(differentiate(net, x))
+    single = Joint(Categorical(), method=None, dtype=torch.float32)
+    try:
+        single.update(differentiate(net, x))
+    except ValueError as error:
+        assert "float32 is too narrow" in str(error)  # noqa: PT017
+        assert min(float(t.max()) for t in exact._means["V2"].values() if t.any()) < 1e-25
+        return
+    spread = exact.input_variance()
+    for name, value in spread.items():
+        mean_square = value + exact._means["I"][name].square()
+        gap = (single.input_variance()[name] - value).abs()
+        assert gap.max() <= 1e-5 * mean_square.max(), name
+    for key in ("I", "V1", "V2"):
+        for name, value in exact._means[key].items():
+            assert (single._means[key][name] - value).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+def test_float32_that_is_too_narrow_is_refused():
+    net, x = mlp([4, 5, 4, 3], nn.Tanh), inputs(20, 4)
+    with torch.no_grad():
+        net[4].bias[0] += 95.0
+    joint = Joint(Categorical(), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"layer '\d': float32 is too narrow.*torch.float64"):
+        joint.update(differentiate(net.float(), x.float()))
+    assert joint.count == 0
+    dead = mlp([4, 5, 3], nn.ReLU)
+    with torch.no_grad():
+        dead[0].bias.fill_(-100.0)  # no unit is alive, and I is 0 as it should be
+    joint.update(differentiate(dead.float(), x.float()))
+    assert not joint.fisher_information()["0.weight"].any()
+
+
+def test_projected_derivatives_are_for_moments_only():
+    from fimlib.derivatives import prepare
+
+    class Capped(Categorical):
+        def link(self, h, at):  # noqa: ARG002
+            return 2 * torch.tanh(h / 2)
+
+        def mean(self, h):
+            return torch.softmax(2 * torch.tanh(h.double() / 2), dim=1)
+
+    net, x = mlp([3, 4, 3], nn.Sigmoid, scale=2.0), inputs(5, 3)
+    projected = prepare(net, seeds=Categorical().directions_of_labels)(x)
+    plain = Joint(Categorical(), method=None)
+    plain.update(differentiate(net, x))
+    joint = Joint(Categorical(), method=None)
+    joint.update(projected)
+    for key, means in plain._means.items():
+        for name, value in means.items():
+            assert (joint._means[key][name] - value).abs().max() <= 1e-12 * value.abs().max()
+    with pytest.raises(ValueError, match="serve no bounds"):
+        Joint(Categorical()).update(projected)
+    with pytest.raises(ValueError, match="Capped has a link"):
+        Joint(Capped(), method=None).update(projected)
+    capped = [Joint(Capped(), method=None), fimlib.accumulate(net, x, Capped(), method=None)]
+    capped[0].update(differentiate(net, x))
+    for name, value in capped[0].fisher_information().items():
+        assert torch.allclose(capped[1].fisher_information()[name], value, rtol=1e-12)

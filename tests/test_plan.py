@@ -63,3 +63,39 @@ def test_the_model_is_as_before():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight))
     assert net[0].bias.grad is None
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(3, 2), []
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x):
+        self.n += 1
+        self.calls.append(1)
+        return self.layer(x)
+
+
+def test_a_model_that_counts_its_calls_has_none():
+    net = Counts().double()
+    fimlib.plan(net, torch.ones(2, 3).double(), order=1)
+    assert float(net.n) == 0
+    assert net.calls == []
+
+
+def test_inputs_and_weights_of_every_kind():
+    x = torch.ones(2, 1, 4).double()
+    net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 2)).double()
+    for order in (1, 2):
+        found = fimlib.plan(net, x.clone().requires_grad_(), order=order)
+        assert found.engine == "traced"
+    with torch.inference_mode():
+        frozen = small_mlp()
+    assert fimlib.plan(frozen, torch.ones(2, 3).double()).engine == "layerwise"
+    assert fimlib.plan(small_mlp(), torch.ones(2, 3).double(), engine="hesscale", order=1).exact
+    broken = small_mlp()
+    with torch.no_grad():
+        broken[2].weight.fill_(1.7e308)
+    with pytest.raises(ValueError, match="outputs hold NaN or infinite values"):
+        fimlib.plan(broken, torch.ones(2, 3).double())
