@@ -109,6 +109,11 @@ class Derivatives:
         raise KeyError(f"no parameter {name!r}; there are: {known}")
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; mostly one sum shows it."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 def power(z: Tensor, degree: int) -> Tensor:
     """The power 1, 2 or 4 of z, by squaring."""
     return z if degree == 1 else power(z.square(), degree // 2)
@@ -190,10 +195,10 @@ def checked(
         check_model(model, x)
         check_plain(model)
         wanted = selected(model, layers)
-        x = x.detach().clone()  # the first module may work in place
+        x = x.detach()
         names = candidates(model, engine, order)
         derivs = first_that_takes(names, model, x, order, wanted, seeds)
-    if not torch.isfinite(derivs.outputs).all():
+    if not all_finite(derivs.outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     return derivs
 
@@ -287,8 +292,9 @@ def run(
 
     if engine != "functional":
         check_untied(model)
-    if engine == "layerwise":
+    if engine == "layerwise":  # which works in place on nothing that it is given
         return _layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
+    x = x.clone()  # the first module may work in place
     if engine in APPROXIMATE:
         return _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
     others = {"traced": _traced, "backpack": _backpack, "functional": _functional}
@@ -515,7 +521,7 @@ def check_model(model: nn.Module, x: Tensor) -> None:
                 f"the input is {x.dtype} on {x.device}, parameter {name!r} is {parameter.dtype} on "
                 f"{parameter.device}: convert one of them with .to(...)."
             )
-        if not torch.isfinite(parameter.detach()).all():
+        if not all_finite(parameter.detach()):
             raise ValueError(
                 f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
                 "file is damaged. Restore finite weights first."
@@ -525,5 +531,5 @@ def check_model(model: nn.Module, x: Tensor) -> None:
             f"the input must have shape [B, ...] with B ≥ 1, got {list(x.shape)}: for a single "
             "input add a batch dimension, x[None]."
         )
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise ValueError("the input holds NaN or infinite values.")

@@ -159,13 +159,12 @@ class Joint:
                 lefts.update(_bounds(block.J, block.S, eigenvalues, self.dtype))
             second = {key: left for key, left in lefts.items() if key in DEGREE_2}
             fourth = {key: left for key, left in lefts.items() if key not in DEGREE_2}
-            factors = {n: Factor.of(z, self.dtype) for n, z in block.inputs.items()}
-            for part in filter(None, (second, fourth)):
-                factors = {name: factor.square() for name, factor in factors.items()}
-                left = Factor.of(torch.stack([t.double() for t in part.values()], 1), self.dtype, 1)
-                for name, right in factors.items():
-                    for key, mean in zip(part, _means(left, right), strict=True):
-                        means[key][name] = mean
+            for name, z in block.inputs.items():
+                squares = None if z is None else z.to(self.dtype).square()
+                for key, mean in _means(second, squares, 1, self.dtype):
+                    means[key][name] = mean
+                for key, mean in _means(fourth, squares, 2, self.dtype):
+                    means[key][name] = mean
         return dict(means), narrow
 
     def _contraction(self, h: Tensor, labels: Labels | None, projected: bool) -> Moments:
@@ -485,44 +484,44 @@ def unchecked_natural(family: Family, outputs: Tensor) -> Tensor:
     return family.natural(outputs)
 
 
-class Factor(NamedTuple):
-    """A factor of a batch's entries: ``values · scale``.
+def _means(
+    lefts: dict[str, Tensor], squares: Tensor | None, power: int, dtype: torch.dtype
+) -> list[tuple[str, Tensor]]:
+    """Averages over the inputs of ``left · squares^power``, by one matmul in the given dtype.
 
-    Attributes:
-        values: In the dtype of the matmul, in float32 at most about 1 in size: neither their
-            fourth powers nor sums of them leave its range. None for a factor of 1.
-        scale: A power of two, one for all values or for each entry of an axis; float64.
+    Args:
+        lefts: Quantity → [B, *K].
+        squares: [B, n], or None for 1.
+        power: 1 or 2. What is squared once more is scaled to about 1 before, with its left factors,
+            so that float32 holds it.
+        dtype: Of the matmul.
+
+    Returns:
+        Quantity and its averages, [*K, n] or [*K], float64.
     """
+    if not lefts:
+        return []
+    left = torch.stack(list(lefts.values()), dim=1)
+    size, _, *rest = left.shape
+    if squares is None:
+        return list(zip(lefts, left.sum(0, dtype=torch.float64) / size, strict=True))
+    shrink = dtype == torch.float32 and power == 2
+    own = magnitude(left.abs(), (0, *range(2, left.ndim))) if shrink else None
+    theirs = magnitude(squares, (0, 1)) if shrink else None
+    if own is not None and theirs is not None:
+        left, squares = left / own, squares / theirs.to(dtype)
+    right = squares if power == 1 else squares.square()
+    product = (left.to(dtype).flatten(1).T @ right).double()
+    product = product.reshape(len(lefts), *rest, -1)
+    if own is not None and theirs is not None:
+        product *= (own[0] * theirs.square()).reshape(-1, *[1] * (product.ndim - 1))
+    return list(zip(lefts, product.div_(size), strict=True))
 
-    values: Tensor | None
-    scale: Tensor | float
 
-    @classmethod
-    def of(cls, values: Tensor | None, dtype: torch.dtype, axis: int | None = None) -> Factor:
-        """A tensor as a factor, with a scale for each entry along the axis if there is one."""
-        if values is None or dtype == torch.float64:
-            return cls(None if values is None else values.to(dtype), 1.0)
-        others = [d for d in range(values.ndim) if d != axis]
-        largest = values.abs().amax(others, keepdim=True).double()
-        scale = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
-        return cls((values / scale).to(dtype), scale.flatten())
-
-    def square(self) -> Factor:
-        """The factor of the squared entries."""
-        return Factor(None if self.values is None else self.values.square(), self.scale**2)
-
-
-def _means(left: Factor, right: Factor) -> Tensor:
-    """Averages over the inputs of q quantities, [B, q, *K] → [q, *shape], by one matmul."""
-    assert left.values is not None
-    size, q, *rest = left.values.shape
-    if right.values is None:
-        product = left.values.sum(0, dtype=torch.float64)
-    else:
-        product = (left.values.flatten(1).T @ right.values).double().reshape(q, *rest, -1)
-    if isinstance(left.scale, Tensor):
-        product *= (left.scale * right.scale).reshape(-1, *[1] * (product.ndim - 1))
-    return product.div_(size)
+def magnitude(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A power of two near the largest entry along the axes, which stay as 1; float64."""
+    largest = x.amax(axes, keepdim=True).double()
+    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
 
 
 def _bounds(J: Tensor, S: Tensor | None, lam: Spectrum, dtype: torch.dtype) -> dict[str, Tensor]:
