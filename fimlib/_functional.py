@@ -253,6 +253,11 @@ def doubted(way: Jacobian, own: nn.Module, x: Tensor, J: PerParameter) -> list[s
     return list(dict.fromkeys(wrong or names)) if len(left) else []
 
 
+def entries(rows: Tensor) -> Tensor:
+    """All numbers of a parameter in a row, one for a parameter without axes: [B, T, numel]."""
+    return rows.reshape(*rows.shape[:2], -1)
+
+
 def confirmed(own: nn.Module, x: Tensor, J: PerParameter) -> Tensor:
     """At which inputs J·v agrees with the difference quotient of the outputs: [B], bool.
 
@@ -261,7 +266,7 @@ def confirmed(own: nn.Module, x: Tensor, J: PerParameter) -> Tensor:
     its size, when it changes by its own, is lost in rounding.
     """
     v = direction(own, list(J))
-    flat = {n: (J[n].flatten(2), d.flatten()) for n, d in v.items()}
+    flat = {n: (entries(J[n]), d.flatten()) for n, d in v.items()}
     products = {n: (rows @ d).double() for n, (rows, d) in flat.items()}
     squares = {n: (rows.square() @ d.square()).double() for n, (rows, d) in flat.items()}
     influence = {n: float(terms.mean().sqrt()) for n, terms in squares.items()}

@@ -221,12 +221,11 @@ def unfolded(op: Any) -> Tensor:
 
 def embedding(op: Any, num_rows: int) -> Pull:
     """A table [V, D] whose rows are looked up, at any positions of an input."""
-    index = op._saved_indices.flatten(1)  # [B, positions]
+    index = op._saved_indices.flatten(1)  # [B, positions], none of them padding
     start = num_rows * torch.arange(len(index), device=index.device)[:, None]
-    is_trained = (index != op._saved_padding_idx).unsqueeze(-1)
 
     def pull(rows: Tensor, _power: int) -> Tensor:
-        given = rows.reshape(len(rows), *index.shape, -1) * is_trained
+        given = rows.reshape(len(rows), *index.shape, -1)
         left = given.new_zeros(len(rows), len(index) * num_rows, given.shape[-1])
         left = left.index_add(1, (start + index).flatten(), given.flatten(1, 2))
         return torch.unflatten(left, 1, (len(index), num_rows))

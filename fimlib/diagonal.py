@@ -38,7 +38,7 @@ class Term:
 
     def sum_and_count(self) -> tuple[Tensor, int]:
         """Sum over all entries, [B], and how many there are."""
-        left, size = self.left.flatten(1).sum(1), self.left[0].numel()
+        left, size = self.left.reshape(len(self.left), -1).sum(1), self.left[0].numel()
         sums = [left if r is None else left * r.sum(1) for r in self.rights.values()]
         count = sum(size if r is None else size * r.shape[1] for r in self.rights.values())
         return torch.stack(sums).sum(0), count

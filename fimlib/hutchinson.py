@@ -24,6 +24,7 @@ from fimlib._functional import (
     agree,
     checked_jacobian,
     direction,
+    entries,
     in_double,
     noise,
     one_by_one,
@@ -259,7 +260,7 @@ def summary(found: dict[str, tuple[Tensor, Tensor]], n: int) -> tuple[Part, Part
     inside: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, (r, k) in found.items():
         parameters[name] = estimate(r / n, k / n)
-        inside.setdefault(name.rpartition(".")[0], []).append((r.flatten(2), k.flatten(2)))
+        inside.setdefault(name.rpartition(".")[0], []).append((entries(r), entries(k)))
     for layer, both in inside.items():
         r, k = (torch.cat(parts, 2).mean(2) / n for parts in zip(*both, strict=True))
         layers[layer] = estimate(r, k)
@@ -420,11 +421,11 @@ def confirmed(way: Products, own: nn.Module, x: Tensor, names: list[str]) -> Ten
     def slopes(sign: int) -> Tensor:
         with shifted(precise, v, sign * step):
             J = one_by_one(precise, z, names)
-        return torch.cat([J[n].flatten(2) @ v[n].flatten() for n in names], dim=1)
+        return torch.cat([entries(J[n]) @ v[n].flatten() for n in names], dim=1)
 
     plus, minus = slopes(1), slopes(-1)
     products = way(precise, z, names, {n: d.expand(len(z), *d.shape) for n, d in v.items()})
-    terms = [(products[n] * v[n]).flatten(2).double() for n in names]
+    terms = [entries(products[n] * v[n]).double() for n in names]
     claim = torch.cat([t.sum(2) for t in terms], dim=1)
     scale = torch.cat([t.square().sum(2).sqrt() for t in terms], dim=1)
     quotient = (plus.double() - minus.double()) / (2 * step)

@@ -13,12 +13,14 @@ import numbers
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
@@ -67,9 +69,10 @@ def accumulate(
         with M = 0: the share of a process that has none.
 
     Raises:
-        ValueError: no batches; inputs of another shape than before; the model was changed or
-            moved on the way; batch_size < 1; and what ``differentiate`` and ``Joint.update``
-            refuse. The message names the batch, counted from 1.
+        ValueError: no batches; inputs of another shape than before, NaN or infinite; the model was
+            changed or moved on the way (what is written through ``.data`` cannot be seen);
+            batch_size < 1; and what ``differentiate`` and ``Joint.update`` refuse. The message
+            names the batch, counted from 1.
         NotImplementedError: as in ``differentiate``.
         TypeError: a data set instead of batches of it, or batches that are no tensors.
 
@@ -78,7 +81,9 @@ def accumulate(
 
     Cost: that of ``differentiate`` and ``Joint.update`` for every batch, and for six more inputs
         to find the size of a batch. With a thousand classes most of it goes into the eigenvalue
-        problems of the bounds, O(C³) for each input: ``method=None`` leaves them out.
+        problems of the bounds, O(C³) for each input: ``method=None`` leaves them out. Batches are
+        looked at for NaN where they are: those on the CPU before they move, so that a GPU is not
+        waited for; those on a GPU cost one more wait each.
 
     Precision: a float32 model with ``dtype=torch.float32`` is differentiated and contracted in
         float32 and accumulated in float64. Layer means of I, V₁ and V₂ are then within 1e-5 of
@@ -116,6 +121,7 @@ def accumulate(
             span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
             with named(f"batch {i if whole else number} ({span})"):
                 check_unchanged(before, snapshot(model))
+                check_finite(part)
                 try:
                     joint.update(again(part.to(device)))
                 except ValueError:
@@ -186,26 +192,66 @@ def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:
     return batch.shape[1:]
 
 
-def snapshot(model: nn.Module) -> list[tuple[str, int, torch.device, int]]:
-    """What changes when a parameter is replaced, moved, or written to."""
-    return [
-        (name, id(p), p.device, 0 if p.is_inference() else p._version)
-        for name, p in model.named_parameters()
-    ]
+def check_finite(batch: Tensor) -> None:
+    """Refuse NaN and infinite inputs, which a first activation may hide; wherever they are."""
+    if not batch.is_meta and not torch.isfinite(batch).all():
+        raise ValueError("the input holds NaN or infinite values.")
 
 
-def check_unchanged(before: list[Any], now: list[Any]) -> None:
+@dataclass(frozen=True)
+class Part:
+    """A module, parameter or buffer as it was.
+
+    Attributes:
+        held: Itself, so that no other gets its id.
+        device: Where it is.
+        state: What changes when it is replaced, set, or written to.
+    """
+
+    held: nn.Module | Tensor = field(compare=False)
+    device: torch.device | None
+    state: tuple[Any, ...]
+
+
+def snapshot(model: nn.Module) -> dict[str, Part]:
+    """The parts of a model, each by its kind and name, e.g. "parameter '0.bias'"."""
+    parameters = {f"parameter {name!r}": tensor_part(p) for name, p in model.named_parameters()}
+    buffers = {f"buffer {name!r}": tensor_part(b) for name, b in model.named_buffers()}
+    modules = {f"module {name!r}": module_part(m) for name, m in model.named_modules()}
+    return {**parameters, **buffers, **modules}
+
+
+def tensor_part(t: Tensor) -> Part:
+    """A parameter or buffer; where its numbers are changes when ``.data`` is replaced."""
+    if is_lazy(t):
+        return Part(t, t.device, (id(t),))
+    return Part(t, t.device, (id(t), t.data_ptr(), 0 if t.is_inference() else t._version))
+
+
+def module_part(m: nn.Module) -> Part:
+    """A module: its mode, numbers like ``eps``, and whether calls do more than its class says."""
+    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    settings = [(k, v) for k, v in vars(m).items() if isinstance(v, bool | int | float | str)]
+    return Part(m, None, (id(m), type(m), any(hooks) or "forward" in vars(m), *settings))
+
+
+def check_unchanged(before: dict[str, Part], now: dict[str, Part]) -> None:
     """Refuse averages over different networks."""
-    if now == before:
-        return
-    for old, new in zip(before, now, strict=False):
-        if old != new:
-            moved = f"moved from {old[2]} to {new[2]}" if old[2] != new[2] else "changed"
-            raise ValueError(
-                f"parameter {old[0]!r} was {moved} since the first batch: leave the model as it is "
-                "until the data are through, or give accumulate a copy of it."
-            )
-    raise ValueError("the model has got or lost parameters since the first batch.")
+    remedy = (
+        "since the first batch: leave the model as it is, its mode too, until the data are "
+        "through, or give accumulate a copy of it."
+    )
+    for name, old in before.items():
+        if name not in now:
+            raise ValueError(f"the model has lost {name} {remedy}")
+        new = now[name]
+        if new != old:
+            is_moved = new.device != old.device
+            how = f"moved from {old.device} to {new.device}" if is_moved else "changed"
+            raise ValueError(f"{name} was {how} {remedy}")
+    for name in now:
+        if name not in before:
+            raise ValueError(f"the model has got {name} {remedy}")
 
 
 def check_batch_size(size: int) -> int:
@@ -231,7 +277,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.history: list[int] = []
-        self._known: set[int] = set()
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -244,12 +290,12 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
-            self._known.add(key)
             self.live += size
-            weakref.finalize(storage, self._forget, key, size)
+            # not weakref.finalize, which would stay for as long as the storage
+            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
 
     def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        del self._known[key]
         self.live -= size
 
 

@@ -105,6 +105,17 @@ def controlled():
     return pair(forward)
 
 
+def tempered():
+    """With a learned temperature, a parameter without axes."""
+    return Call(
+        lambda self, x: torch.log_softmax(self.b(torch.tanh(self.a(x))) * self.t, dim=1),
+        seed=1,
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 3),
+        t=nn.Parameter(torch.tensor(0.7)),
+    )
+
+
 TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
 SEQUENCES = inputs(2, 8).view(2, 4, 2)
 NETWORKS = {
@@ -118,6 +129,7 @@ NETWORKS = {
     "parametrized": (parametrized, inputs(2, 3)),
     "in-place": (lambda: pair(lambda self, x: self.b(self.a(x.mul_(2)).relu_())), inputs(2, 3)),
     "control flow": (controlled, inputs(2, 3)),
+    "temperature": (tempered, inputs(2, 3)),
 }
 each = pytest.mark.parametrize("name", NETWORKS)
 
@@ -583,3 +595,19 @@ def test_no_warnings_reach_the_user():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         differentiate(recurrent(nn.LSTM), SEQUENCES, engine="functional", order=1)
+
+
+def test_a_single_number_is_a_layer_with_means():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.t = nn.Linear(4, 3), nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x):
+            return self.layer(x) * self.t
+
+    derivs = differentiate(Scaled().double(), inputs(2, 4), order=1)
+    I = fimlib.fisher_information(derivs, fimlib.Categorical())
+    assert torch.equal(I.layer_means()[""], I["t"])
+    expected = sum(I[name].reshape(2, -1).sum(1) for name in I)
+    assert torch.allclose(I.total(), expected, rtol=1e-14)

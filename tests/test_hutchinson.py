@@ -19,6 +19,7 @@ from test_functional import (
     pair,
     parametrized,
     recurrent,
+    tempered,
     tied,
     transformer,
 )
@@ -128,6 +129,31 @@ def test_networks_that_no_engine_has_second_derivatives_of(name):
     net, family = make(), fimlib.Categorical()
     found = hutchinson_variance_i2(net, x, family, num_probes=64, generator=seeded())
     check(found, exact(net, x, family), far=0.01)
+
+
+def test_a_parameter_without_axes():
+    net, x, family = tempered(), inputs(2, 3), fimlib.Categorical()
+    found = hutchinson_variance_i2(net, x, family, num_probes=64, generator=seeded())
+    expected = exact(net, x, family)
+    assert found.value["t"].shape == found.standard_error["t"].shape == (2,)
+    assert list(found.value) == list(expected)
+    # S in t is the same for all outputs, so that no label tells of it
+    assert not expected["t"].any()
+    for name, V2 in expected.items():
+        off = (found.value[name] - V2).abs()
+        assert (off <= 5 * found.standard_error[name] + 1e-12).all(), name
+    mean, error = found.layer_means[""]
+    assert torch.allclose(mean, found.value["t"], rtol=1e-12)
+    assert torch.allclose(error, found.standard_error["t"], rtol=1e-12)
+
+
+def test_only_a_parameter_without_axes():
+    """h = sin(t x) has S = −x² sin(t x), which every probe finds."""
+    net = Call(lambda self, x: torch.sin(self.t * x), t=nn.Parameter(torch.tensor(0.7)))
+    x = inputs(2, 3)
+    found = hutchinson_variance_i2(net, x, fimlib.Gaussian(), num_probes=3, generator=seeded())
+    S = -x.square() * torch.sin(net.t.detach() * x)
+    assert torch.allclose(found.value["t"], S.square().sum(1), rtol=1e-10)
 
 
 def test_the_cross_term_of_tied_parameters_is_there():

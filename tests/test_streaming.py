@@ -1,6 +1,7 @@
 """A data set in batches: the same answer for every size of them, in bounded memory."""
 
 import copy
+import gc
 import re
 import traceback
 import weakref
@@ -206,6 +207,42 @@ def test_the_batch_with_nan_is_named():
         accumulate(NET, x[8:], Categorical())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("engine", ["layerwise", "traced"])
+def test_inputs_whose_activations_are_finite_are_looked_at_themselves(value, engine):
+    flat = nn.Sequential(nn.Hardtanh(), *mlp([4, 3, 3], nn.Sigmoid)).eval()
+    for net in (mlp([4, 3, 3], nn.Sigmoid), flat):
+        options = {"layers": [f"{len(net) - 1}"], "engine": engine}
+        x = X.clone()
+        x[7, 1] = value
+        assert value != value or net(x).isfinite().all()
+        message = "the input holds NaN or infinite values"
+        with pytest.raises(ValueError, match=rf"^batch 2 \(inputs 4 to 7\): {message}"):
+            accumulate(net, x, Categorical(), batch_size=4, **options)
+        with pytest.raises(ValueError, match=rf"^batch 2 \(inputs 6 to 10\): {message}"):
+            accumulate(net, [x[:6], x[6:]], Categorical(), **options)
+
+
+class Traveller(torch.Tensor):
+    """Notes what is done to it, until it goes to the model's device."""
+
+    done = ()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = func.__name__
+        cls.done = (*cls.done, name)
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if name == "to" else result
+
+
+def test_batches_are_looked_at_before_they_move():
+    Traveller.done = ()
+    accumulate(NET, X.as_subclass(Traveller), Categorical(), batch_size=4)
+    steps = [name for name in Traveller.done if name in ("isfinite", "to")]
+    assert steps == ["isfinite", "to"] * 3
+
+
 def test_inputs_of_another_shape():
     pooled = nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.Flatten(), NET).eval()
     assert accumulate(pooled, [X[:, None], X[:, None]], Categorical()).count == 22
@@ -224,6 +261,18 @@ def test_what_differentiate_refuses_keeps_its_kind():
         accumulate(net, X, Categorical(), batch_size=2, engine="layerwise")
 
 
+class Shift(nn.Module):
+    """Adds the buffers of a batch norm."""
+
+    def __init__(self, size=1):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("running_var", torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + self.running_mean + self.running_var
+
+
 def batches_and(change, net):
     yield X[:6]
     change(net)
@@ -235,18 +284,56 @@ def batches_and(change, net):
     [
         (lambda net: net.to("meta"), r"'0.weight' was moved from cpu to meta"),
         (lambda net: net[0].weight.data.zero_(), None),  # hidden by .data: not seen
+        (lambda net: setattr(net[0].weight, "data", net[0].weight * 2), "'0.weight' was changed"),
         (lambda net: nn.init.zeros_(net[2].bias), r"'2.bias' was changed since the first batch"),
         (lambda net: setattr(net[0], "bias", nn.Parameter(net[0].bias * 2)), "'0.bias' was chang"),
-        (lambda net: net.append(nn.Linear(3, 3).double()), "has got or lost parameters"),
+        (lambda net: setattr(net[0], "bias", None), "has lost parameter '0.bias'"),
+        (lambda net: net.append(nn.Linear(3, 3).double()), "has got parameter '7.weight'"),
+        (lambda net: net.append(nn.Tanh()), "has got module '7'"),
+        (lambda net: net.train(), "module '' was changed"),
+        (lambda net: net[5].train(), "module '5' was changed"),
+        (lambda net: setattr(net, "1", nn.ReLU()), "module '1' was changed"),
+        (lambda net: setattr(net, "1", nn.Tanh()), "module '1' was changed"),
+        (lambda net: setattr(net[6], "negative_slope", 0.5), "'6' was changed"),
+        (lambda net: net[1].register_forward_hook(print), "module '1' was changed"),
+        (lambda net: net[1].register_forward_pre_hook(print), "'1' was changed"),
+        (lambda net: setattr(net[1], "forward", torch.sin), "module '1' was changed"),
+        (lambda net: net[4].running_mean.add_(5), "buffer '4.running_mean' was changed"),
+        (
+            lambda net: setattr(net[4], "running_var", net[4].running_var * 2),
+            "buffer '4.running_var' was changed",
+        ),
     ],
 )
-def test_the_model_must_not_change_on_the_way(change, message):
-    net = mlp([4, 5, 3], nn.Tanh)
+@pytest.mark.parametrize("engine", ["layerwise", "traced"])
+def test_the_model_must_not_change_on_the_way(change, message, engine):
+    norm = nn.BatchNorm1d(3, track_running_stats=True).double()
+    net = nn.Sequential(
+        *mlp([4, 5, 3], nn.Tanh), nn.Identity(), norm, nn.Dropout(0.5), nn.LeakyReLU()
+    ).eval()
+    if engine == "layerwise":  # which has no rule for batch norm: nothing looks at it
+        net[4] = Shift()
+    options = {"batch_size": 10, "engine": engine}
     if message is None:
-        accumulate(net, batches_and(change, net), Categorical(), batch_size=10)
+        accumulate(net, batches_and(change, net), Categorical(), **options)
         return
     with pytest.raises(ValueError, match=rf"^batch 2 \(inputs 6 to 10\): .*{message}"):
-        accumulate(net, batches_and(change, net), Categorical(), batch_size=10)
+        accumulate(net, batches_and(change, net), Categorical(), **options)
+
+
+def test_weights_that_are_not_there_yet():
+    with pytest.raises(ValueError, match=r"^batch 1.*call the model once on an input first"):
+        accumulate(nn.Sequential(nn.LazyLinear(3, dtype=X.dtype)), X, Categorical())
+
+
+def test_an_unchanged_model_is_taken_whatever_it_holds():
+    net = nn.Sequential(Shift(), mlp([4, 3], nn.Tanh), nn.Identity()).eval()
+    net.register_buffer("nothing", None)
+    net.rate = float("nan")
+    assert accumulate(net, [X, X], Categorical()).count == 22
+    with torch.inference_mode():
+        net = nn.Sequential(Shift(4), *mlp([4, 3], nn.Tanh))
+    assert accumulate(net, [X, X], Categorical()).count == 22
 
 
 def test_weights_made_in_inference_mode():
@@ -348,6 +435,21 @@ def test_live_bytes_counts_what_lives():
         del c
         assert live.live == 0
     assert max(live.history) == 8000
+
+
+def test_nothing_is_left_to_follow_afterwards():
+    kept = []
+    before = len(weakref.finalize._registry)
+    for _ in range(3):
+        memory(lambda x: kept.append(x + 1), torch.zeros(1, 4))
+        accumulate(NET, X, Categorical())
+    assert len(weakref.finalize._registry) == before
+    with LiveBytes() as live:
+        kept.append(torch.zeros(10))
+    reference = weakref.ref(live)
+    del live
+    gc.collect()
+    assert reference() is None  # though what it followed is there
 
 
 def peak(action):
@@ -621,6 +723,9 @@ def test_waits_are_counted():
 def test_one_wait_for_every_batch_and_two_for_its_eigenvalues(method, most):
     net, x = mlp([4, 6, 5, 3], nn.Sigmoid), inputs(12, 4)
     places = waits_of_one_batch(net, x, engine="layerwise", method=method)
+    # the one look at a batch before it moves, on a CPU: no GPU is waited for
+    looks = [place for place in places if " check_finite (" in place]
+    assert [places.pop(place) for place in looks] == [1]
     assert sum(places.values()) == most, places
 
 

@@ -495,7 +495,7 @@ def test_what_lies_before_the_layers_asked_for_does_not_matter():
         differentiate(net, x, engine="traced", layers=["first"])
 
 
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"padding_idx": -2}])
 def test_embeddings_of_integers(options):
     tables = {"table": nn.Embedding(5, 2, **options), "mix": nn.Linear(6, 3)}
     net = Call(token_net, **tables, head=nn.Linear(3, 2))
@@ -504,6 +504,28 @@ def test_embeddings_of_integers(options):
     assert derivs.jacobian("table.weight").shape == (2, 2, 5, 2)
     assert errors(net, x, derivs) < 1e-10
     assert_first_order(net, x)
+
+
+@pytest.mark.parametrize("lookup", [None, F.embedding])
+@pytest.mark.parametrize("order", [1, 2])
+def test_padding_that_the_outputs_depend_on_is_refused(order, lookup):
+    table = nn.Embedding(5, 2, padding_idx=None if lookup else 0)
+
+    def forward(self, x):
+        z = lookup(x, self.table.weight, padding_idx=-5) if lookup else self.table(x)
+        return self.head(torch.tanh(self.mix(z.flatten(1))))
+
+    net = Call(forward, table=table, mix=nn.Linear(6, 3), head=nn.Linear(3, 2))
+    options = {"engine": "traced", "order": order}
+    for padded in ([[4, 0, 2]], [[3, 1, 2], [0, 0, 0]]):
+        with pytest.raises(NotImplementedError, match=r"embedding\(\).*padding_idx=None, and mask"):
+            differentiate(net, torch.tensor(padded), **options)
+    x = torch.tensor([[4, 1, 2]])
+    derivs = differentiate(net, x, **options)
+    expected, _ = reference.derivatives(net, x)
+    assert torch.allclose(derivs.jacobian("table.weight")[0], expected["table.weight"])
+    # where no table is asked for, padding does not matter
+    differentiate(net, torch.tensor([[4, 0, 2]]), layers=["head"], **options)
 
 
 @pytest.mark.parametrize(
