@@ -145,11 +145,11 @@ def differentiate(
             ``Dropout``, ``Flatten``, ``Identity``; anything without parameters before the first
             ``Linear``), "traced" (ours: any ``forward()`` made of layers that are linear in
             each parameter, elementwise functions and products of activations, sums, views and
-            pooling: convolutional and residual networks, batch norm, gates; no softmax,
-            layer norm, attention or recurrence), "backpack" (the paper's way: ``nn.Sequential``
-            of what BackPACK has second derivatives for; keeps J and S dense, much slower, and
-            rounds S to about the precision of ‖J‖²), "functional" (``torch.func``: any module,
-            tied parameters too, first derivatives only), "becker-lecun" and "hesscale" (J exact,
+            pooling: convolutional and residual networks, batch norm, gates; softmax, layer norm,
+            attention and recurrence with order=1 only), "backpack" (the paper's way:
+            ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and S dense, much
+            slower, and rounds S to about the precision of ‖J‖²), "functional" (``torch.func``: any
+            module, tied parameters too, first derivatives only), "becker-lecun" and "hesscale" (J exact,
             S approximate), or "auto": the first exact one that takes the model; ``plan`` says
             which.
         order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
@@ -162,6 +162,7 @@ def differentiate(
         NotImplementedError: no engine supports a module, or it cannot be copied; the message
             names it. The outputs for one input depend on the others of the batch.
         ImportError: BackPACK is asked for and not installed.
+        TypeError: the model is no module, or x no tensor.
 
     Cost: one forward pass, and one backward sweep that carries T + U rows for each of the B
     inputs, U the hidden units behind the next layer: split large batches where memory is short
@@ -275,7 +276,8 @@ def first_that_takes(
                 raise
             refusals.append(refusal)
     told = " Nor does it: ".join(str(refusal) for refusal in refusals[1:])
-    remedy = " For I, V₁ and Î₁ alone take order=1." if order == 2 else ""
+    helps = order == 2 and not any(word in told for word in ("order=1", " cuts "))
+    remedy = " For I, V₁ and Î₁ alone take order=1." if helps else ""
     raise NotImplementedError(f"{told}{remedy}") from refusals[-1]
 
 
@@ -357,7 +359,7 @@ def check_untied(model: nn.Module) -> None:
         raise ValueError(
             f"parameter {found[1]!r} is the same tensor as {found[0]!r}: tied parameters are not "
             "supported by this engine. Untie them, e.g. by copy.deepcopy of the module; or take "
-            "order=1 with engine='functional', and for V₂ fimlib.hutchinson_variance_i2."
+            "order=1 (engine 'auto' or 'functional'), and for V₂ fimlib.hutchinson_variance_i2."
         )
 
 
@@ -491,6 +493,14 @@ def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:
 
 def check_model(model: nn.Module, x: Tensor) -> None:
     """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"the input must be a tensor, got {type(x).__name__}: convert it, e.g. by "
+            "torch.as_tensor(x, dtype=...); for a network that takes a dict or several tensors "
+            "write a module with one that unpacks it."
+        )
     if x.is_meta:
         raise ValueError("the input is on the meta device and has no values.")
     if torch.is_autocast_enabled(x.device.type):

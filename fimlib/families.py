@@ -7,7 +7,8 @@ results are float64.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class Categorical(Family):
             left = left - counts[:, k]
         return Labels(self, h, counts / num_samples, num_samples)
 
-    def observed(self, h: Tensor, y: Tensor) -> Labels:
+    def observed(self, h: Tensor, y: Tensor | Sequence[Any]) -> Labels:
         """Classes that were observed, by their counts.
 
         Args:
@@ -91,7 +92,7 @@ class Categorical(Family):
         Raises:
             ValueError: y is not of an integer type, has another shape, or holds no class.
         """
-        h = self.natural(h)
+        h, y = self.natural(h), torch.as_tensor(y)
         size, num_classes = h.shape
         if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
             raise ValueError(f"classes must be integers, got {y.dtype}: use y.long().")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,7 +212,7 @@ class Family(ABC):
     def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
         """What ``sample`` does once its arguments are checked."""
 
-    def observed(self, h: Tensor, y: Tensor) -> Labels:
+    def observed(self, h: Tensor, y: Tensor | Sequence[Any]) -> Labels:
         """Labels that were observed, as a sample like those of ``sample``.
 
         Args:
@@ -223,6 +224,7 @@ class Family(ABC):
             ValueError: h or the shape of y does not fit the family, or y holds a value that a
                 label cannot take.
         """
+        y = torch.as_tensor(y)
         h, name = self.natural(h), type(self).__name__
         size, width = len(h), self.label_size(h)
         labels = y.to(h)[:, None] if y.ndim == 2 else y.to(h)
@@ -353,6 +355,15 @@ class Family(ABC):
             f"{type(self).__name__}: ‖t(y) − η‖² has no upper bound over the labels, so "
             "Proposition 4.3 does not apply. Use the spectrum of 𝓚 itself."
         )
+
+
+def check_family(family: object) -> None:
+    """Raise a TypeError unless this is an output family."""
+    if not isinstance(family, Family):
+        is_class = isinstance(family, type) and issubclass(family, Family)
+        remedy = "make an instance" if is_class else "pass e.g. fimlib.Categorical()"
+        name = family.__name__ if is_class else repr(family)  # type: ignore[attr-defined]
+        raise TypeError(f"{name} is no output family: {remedy}{f', {name}()' if is_class else ''}.")
 
 
 def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:

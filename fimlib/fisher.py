@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fimlib.derivatives import Block, Derivatives, check_model
 from fimlib.diagonal import Diagonal
 from fimlib.families import Family, Labels, check_num_samples, weighted_variance
+from fimlib.family import check_family
 
 
 def fisher_information(derivs: Derivatives, family: Family) -> Diagonal:
@@ -39,7 +40,7 @@ def fisher_information(derivs: Derivatives, family: Family) -> Diagonal:
         >>> round(float(I["weight"][0, 0, 0]) * 9, 12)
         2.0
     """
-    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    derivs, h = natural(derivs, family)
     return derivs.contract(lambda block: family.information(h, block.J), degree=2)
 
 
@@ -68,7 +69,7 @@ def variance_i1(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
         >>> round(float(V1["weight"][0, 0, 0]) * 81, 12)
         2.0
     """
-    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
     return derivs.contract(lambda block: family.variance1(h, block.J) / n, degree=4)
 
@@ -80,7 +81,7 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
 
     Args, Returns, Raises: as ``variance_i1``.
     """
-    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
     return derivs.contract(lambda block: family.variance2(h, block.second) / n, degree=4)
 
@@ -92,7 +93,7 @@ def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 
 
     Args, Returns, Raises: as ``variance_i1``.
     """
-    derivs, h = family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
     return derivs.contract(
         lambda block: family.covariance12(h, block.J, block.second) / n, degree=4
@@ -151,6 +152,12 @@ def sample_variance_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
 def sample_variance_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
     """Unbiased estimate of V₂ from the N ≥ 2 labels themselves; see ``sample_variance_i1``."""
     return _sample_variance(derivs, labels, lambda block, labels: labels.project(block.second))
+
+
+def natural(derivs: Derivatives, family: Family) -> tuple[Derivatives, Tensor]:
+    """Derivatives of the natural parameters, and these themselves, [B, T]."""
+    check_family(family)
+    return family.natural_derivatives(derivs), family.natural(derivs.outputs)
 
 
 def _squared_scores(block: Block, labels: Labels) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fimlib.derivatives import Block, Derivatives
 from fimlib.families import Family, Labels, weighted_variance
-from fimlib.family import QUANTITIES, Moments
+from fimlib.family import QUANTITIES, Moments, check_family
 from fimlib.fisher import check_labels
 from fimlib.precision import chebyshev, check_estimator
 from fimlib.spectra import Spectrum, spectrum
@@ -53,9 +53,9 @@ class Joint:
         method: How λ_max(M) is found for the bounds, see ``spectrum``. "certified" is a true upper
             bound, and cheap for a classifier; for Gaussian outputs "multistart" is exact, and the
             cheaper one from about ten outputs on. None accumulates no bounds.
-        quantities: Which of "I" (always there), "Var_x I", "V1", "V2" and "C12" to accumulate;
-            None: all that the derivatives and labels allow. ``variance_i1`` needs "Var_x I" and
-            "V1", ``variance_i2`` "Var_x I" and "V2".
+        quantities: Which of "I" (always there), "Var_x I", "V1", "V2", "C12" and "bounds" to
+            accumulate; None: all that the derivatives, labels and ``method`` allow.
+            ``variance_i1`` needs "Var_x I" and "V1", ``variance_i2`` "Var_x I" and "V2".
         dtype: Of the contractions of a classifier. float32 halves memory and time; all averages
             over inputs are kept in float64 all the same. A batch's sums are then off by about
             1e-6 of themselves, and its Var_x I by about 1e-7 E_x I². Where float32 is too narrow,
@@ -64,8 +64,8 @@ class Joint:
     Attributes:
         count: m, the inputs seen.
 
-    Memory: 88 bytes per parameter; 40 with method=None, 24 with data labels or order=1 and
-    method=None, 8 for I alone.
+    Memory: 88 bytes per parameter, 56 with order=1; without bounds 40, with data labels or order=1
+    24; 8 for I alone.
 
     Example: h = w·x with a Gaussian label: I(w|x) = x², which is 1 and 9 here.
         >>> from fimlib import Gaussian, differentiate
@@ -86,9 +86,10 @@ class Joint:
         quantities: Collection[str] | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
+        check_family(family)
         self.family = family
-        self.method = method
         self.quantities = check_quantities(quantities)
+        self.method = method if "bounds" in self.quantities else None
         self.dtype = check_dtype(dtype)
         self.count = 0
         self._layers: dict[str, list[str]] = {}
@@ -458,7 +459,7 @@ def joint_covariance(
 
 def check_quantities(quantities: Collection[str] | None) -> frozenset[str]:
     """The names of quantities to accumulate, "I" among them; None: all."""
-    known = (*QUANTITIES, "Var_x I")
+    known = (*QUANTITIES, "Var_x I", "bounds")
     if quantities is None:
         return frozenset(known)
     if isinstance(quantities, str) or not set(quantities) <= set(known):

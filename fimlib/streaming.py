@@ -104,7 +104,7 @@ def accumulate(
 
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     # bounds are those of the outputs, and a link comes before the projection
-    plain = method is None and type(family).link is Family.link
+    plain = empty().method is None and type(family).link is Family.link
     seeds = family.directions_of_labels if plain else None
     again = prepare(model, seeds=seeds, **choice)
     joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)

@@ -718,3 +718,25 @@ def test_integers_and_missing_values_are_refused_with_a_remedy():
         differentiate(net, torch.ones(2, 3, device="meta").double())
     with pytest.raises(ValueError, match=r"'0.weight' is torch.float64 on meta: convert"):
         differentiate(net.to("meta"), torch.ones(2, 3).double())
+
+
+@pytest.mark.parametrize("x", [[[1.0, 2.0]], {"x": torch.ones(1, 3)}, torch.ones(1, 3).numpy()])
+def test_what_is_no_tensor_is_refused_with_a_remedy(x):
+    with pytest.raises(TypeError, match=r"must be a tensor, got \w+: convert it"):
+        differentiate(mlp([3, 2], nn.Sigmoid), x)
+    with pytest.raises(TypeError, match="must be an nn.Module, got function"):
+        differentiate(lambda x: x, torch.ones(1, 3))
+
+
+def test_a_class_in_the_place_of_a_family_is_refused():
+    derivs = differentiate(mlp([3, 4, 2], nn.Sigmoid), inputs(1, 3))
+    for call in (fimlib.fisher_information, fimlib.variance_i1, fimlib.variance_i2):
+        with pytest.raises(TypeError, match=r"Categorical is no output family: .* Categorical\(\)"):
+            call(derivs, fimlib.Categorical)
+    with pytest.raises(TypeError, match=r"'categorical' is no output family: pass e.g."):
+        fimlib.Joint("categorical")
+    family = fimlib.Categorical()
+    for y in ([1], torch.tensor([1]).numpy()):
+        labels = family.observed(derivs.outputs, y)
+        expected = family.observed(derivs.outputs, torch.tensor([1]))
+        assert torch.equal(labels.weights, expected.weights)

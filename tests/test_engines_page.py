@@ -17,7 +17,7 @@ def test_the_code_on_the_page_runs(capsys):
     assert names["found"].engine == "traced"
     said = capsys.readouterr().out
     assert "engine 'traced' (exact)" in said
-    assert said.count("±") == 4
+    assert said.count("±") == 2
     assert names["joint"].count == 64
 
 

@@ -762,6 +762,9 @@ def test_only_what_is_asked_for_is_kept(quantities, numbers):
     kept = [*(t for m in joint._means.values() for t in m.values()), *joint._scatter.values()]
     assert sum(t.numel() for t in kept) == numbers * sum(p.numel() for p in net.parameters())
     assert all(t.dtype == torch.float64 for t in kept)
+    named = Joint(Categorical(), quantities=quantities)
+    assert named.method == ("certified" if quantities is None else None)
+    assert Joint(Categorical(), quantities=["V1", "bounds"]).method == "certified"
     if quantities == ["I"]:
         with pytest.raises(ValueError, match='"Var_x I" is not among the quantities'):
             joint.input_variance()
