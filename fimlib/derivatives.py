@@ -149,9 +149,9 @@ def differentiate(
             attention and recurrence with order=1 only), "backpack" (the paper's way:
             ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and S dense, much
             slower, and rounds S to about the precision of ‖J‖²), "functional" (``torch.func``: any
-            module, tied parameters too, first derivatives only), "becker-lecun" and "hesscale" (J exact,
-            S approximate), or "auto": the first exact one that takes the model; ``plan`` says
-            which.
+            module, tied parameters too, first derivatives only), "becker-lecun" and "hesscale" (J
+            exact, S approximate), or "auto": the first exact one that takes the model; ``plan``
+            says which.
         order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
         layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
             and work for others is saved. None: all.

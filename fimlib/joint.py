@@ -64,8 +64,8 @@ class Joint:
     Attributes:
         count: m, the inputs seen.
 
-    Memory: 88 bytes per parameter, 56 with order=1; without bounds 40, with data labels or order=1
-    24; 8 for I alone.
+    Memory: 88 bytes per parameter; 56 with order=1; 40 with method=None, 24 with data labels or
+    order=1 and method=None; 8 for I alone.
 
     Example: h = w·x with a Gaussian label: I(w|x) = x², which is 1 and 9 here.
         >>> from fimlib import Gaussian, differentiate

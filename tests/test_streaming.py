@@ -405,6 +405,7 @@ def tensors_in(value):
     ("options", "stated"),
     [
         ({}, r"(\d+) bytes per parameter"),
+        ({"order": 1}, r"(\d+) with order=1"),
         ({"method": None}, r"(\d+) with method=None"),
         ({"method": None, "order": 1}, r"(\d+) with data labels or order=1"),
         ({"method": None, "quantities": ["I"]}, r"(\d+) for I alone"),
