@@ -215,8 +215,8 @@ def meaning(found: Found) -> str:
         )
     if everything:
         sentences.append(
-            f"With the variances of both estimators, their covariance and the variance over "
-            f"inputs, all exact, it takes {everything:.2g} times: to know how far an estimate can "
+            f"With the variances of both estimators and the variance over inputs, all exact, it "
+            f"takes {everything:.2g} times: to know how far an estimate can "
             f"be trusted costs about as much as {everything:.0f} steps of training."
         )
     sampled = ratio(found, "ours-i1-1", "mlp", batch)
