@@ -89,7 +89,7 @@ def differentiate(
             f"the traced engine cannot follow the forward pass of {type(model).__name__}: "
             f"{type(error).__name__}: {error}. {REMEDY}"
         ) from error
-    few = torch.linspace(0, len(x) - 1, min(len(x), INPUTS_TO_CHECK)).long().to(x.device)
+    few = torch.linspace(0, len(x) - 1, min(len(x), INPUTS_TO_CHECK), device=x.device).long()
     check_alone(model, x[few], derivs.outputs[few])
     return replace(derivs, engine="traced")
 

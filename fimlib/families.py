@@ -92,7 +92,8 @@ class Categorical(Family):
         Raises:
             ValueError: y is not of an integer type, has another shape, or holds no class.
         """
-        h, y = self.natural(h), torch.as_tensor(y)
+        h = self.natural(h)
+        y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=h.device)
         size, num_classes = h.shape
         if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
             raise ValueError(f"classes must be integers, got {y.dtype}: use y.long().")

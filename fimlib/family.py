@@ -224,8 +224,8 @@ class Family(ABC):
             ValueError: h or the shape of y does not fit the family, or y holds a value that a
                 label cannot take.
         """
-        y = torch.as_tensor(y)
         h, name = self.natural(h), type(self).__name__
+        y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=h.device)
         size, width = len(h), self.label_size(h)
         labels = y.to(h)[:, None] if y.ndim == 2 else y.to(h)
         if labels.ndim != 3 or 0 in labels.shape or labels.shape[::2] != (size, width):

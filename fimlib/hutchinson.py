@@ -151,7 +151,7 @@ def hutchinson_variance_i2(
 
 def rows_at_a_time(batch: int, numbers_of_one: int) -> tuple[Tensor, ...]:
     """Positions of the inputs, in parts that memory can hold."""
-    parts: tuple[Tensor, ...] = torch.arange(batch).split(
+    parts: tuple[Tensor, ...] = torch.arange(batch, device="cpu").split(
         max(1, NUMBERS_AT_A_TIME // max(1, numbers_of_one))
     )
     return parts

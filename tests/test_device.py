@@ -5,6 +5,8 @@ mixing it with those of a network on the CPU is an error: as a CPU tensor beside
 What is computed there must equal what is computed outside.
 """
 
+import copy
+
 import pytest
 import torch
 from strategies import inputs, mlp
@@ -128,6 +130,63 @@ def test_nothing_is_made_elsewhere(name, compute):
         ours = tensors(compute(fimlib.differentiate(NETWORK, X), family, observed))
     assert len(ours) == len(expected)
     assert ours or compute is softmax
+    for a, b in zip(ours, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)
+
+
+CNN = nn.Sequential(
+    nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten()
+)
+NETWORKS = {
+    "layerwise": (NETWORK, X),
+    "traced": (nn.Sequential(CNN, nn.Linear(2, 3)).double().eval(), inputs(2, 9).view(2, 1, 3, 3)),
+    "functional": (nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 4)).double(), X),
+}
+
+
+def first_order(engine, net, x):
+    derivs = fimlib.differentiate(net, x, engine=engine, order=1)
+    return fimlib.variance_i1(derivs, fimlib.Categorical())
+
+
+def second_order(engine, net, x):
+    if engine == "functional":
+        generator = torch.Generator("cpu").manual_seed(0)
+        found = fimlib.hutchinson_variance_i2(
+            net, x, fimlib.Categorical(), num_probes=4, generator=generator
+        )
+        return found.value, found.standard_error
+    approximate = ["hesscale"] if engine == "layerwise" else []
+    return [
+        fimlib.variance_i2(fimlib.differentiate(net, x, engine=e), fimlib.Categorical())
+        for e in (engine, *approximate)
+    ]
+
+
+def streamed(engine, net, x):
+    order = 1 if engine == "functional" else 2
+    options = {"engine": engine, "order": order}
+    single = copy.deepcopy(net).float()
+    return [
+        joint.variance_i1(2)
+        for joint in (
+            fimlib.accumulate(net, x, fimlib.Categorical(), **options),
+            fimlib.accumulate(
+                single, x.float(), fimlib.Categorical(), dtype=torch.float32, method=None, **options
+            ),
+        )
+    ]
+
+
+@pytest.mark.parametrize("compute", [first_order, second_order, streamed])
+@pytest.mark.parametrize("engine", NETWORKS)
+def test_engines_make_nothing_elsewhere(engine, compute):
+    net, x = NETWORKS[engine]
+    expected = tensors(compute(engine, net, x))
+    with torch.device("meta"):
+        ours = tensors(compute(engine, net, x))
+    assert len(ours) == len(expected) > 0
     for a, b in zip(ours, expected, strict=True):
         assert a.device.type == "cpu"
         assert torch.equal(a, b)

@@ -55,12 +55,54 @@ def quantities(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{name} {parameter}", tensor
 
 
+class Attention(nn.Module):
+    """A layer of attention, a norm and a head: what only first derivatives are exact for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, length, 8] → [B, 3]."""
+        z, _ = self.attention(x, x, x, need_weights=False)
+        h: Tensor = self.head(self.norm(x + z).mean(1))
+        return h
+
+
+def by_engine(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """I and the variances by every engine, and streamed, on a device."""
+    torch.manual_seed(0)
+    family, numbers = fimlib.Categorical(), torch.Generator().manual_seed(1)
+    conv = [nn.Conv2d(1, 4, 5), nn.BatchNorm2d(4), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten()]
+    for engine, net, shape, order in (
+        ("layerwise", network(), (784,), 2),
+        ("traced", nn.Sequential(*conv, nn.Linear(576, 10)).eval(), (1, 28, 28), 2),
+        ("functional", Attention().eval(), (5, 8), 1),
+    ):
+        x = torch.rand(8, *shape, generator=numbers).to(device, dtype)
+        net = net.to(device, dtype)
+        derivs = fimlib.differentiate(net, x, engine=engine, order=order)
+        found = {"I": fimlib.fisher_information, "V1": fimlib.variance_i1}
+        found |= {"V2": fimlib.variance_i2} if order == 2 else {}
+        joint = fimlib.accumulate(
+            net, x, family, engine=engine, order=order, dtype=dtype, method=None, batch_size=3
+        )
+        streamed = joint.variance_i1(num_inputs=2)
+        for parameter in streamed:
+            for name, quantity in found.items():
+                mean = quantity(derivs, family).mean_over_inputs()[parameter]
+                yield f"{engine} {name} {parameter}", mean
+            yield f"{engine} streamed V1 {parameter}", streamed[parameter]
+
+
 def largest_differences(device: str, dtype: torch.dtype) -> dict[str, float]:
     """Largest |device − CPU| of every quantity, relative to its largest entry."""
     x = torch.randn(64, 784, generator=torch.Generator().manual_seed(1)).to(dtype)
     net = network().to(dtype)
-    on_cpu = dict(quantities(net, x))
+    on_cpu = dict(quantities(net, x)) | dict(by_engine("cpu", dtype))
     on_device = dict(quantities(copy.deepcopy(net).to(device), x.to(device)))
+    on_device |= dict(by_engine(device, dtype))
     return {
         name: float((on_device[name].cpu() - value).abs().max())
         / max(float(value.abs().max()), 1e-300)
