@@ -95,6 +95,39 @@ def test_what_is_not_finished_is_not_written(error, status, message, tmp_path, m
     assert os.listdir(tmp_path) == ["bench.json"]
 
 
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    kept, measured = tmp_path / "rows.jsonl", []
+
+    def attempt(_work, key, case, _threads):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((key, case.batch))
+        return {"status": "failed" if key == "broken" else "skipped", "n": len(measured)}
+
+    monkeypatch.setattr(bench, "attempt", attempt)
+    monkeypatch.setattr(tables, "cell", lambda *_: "")
+    plan = [("unit", Case("mlp", b), {"errors": b}) for b in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.carry_out(iter(plan), [1], "cost", kept)
+    kept.write_text(kept.read_text() + '["cut sho')
+    measured.clear()
+    rows = bench.carry_out(iter([*plan, ("broken", Case("mlp", 1), {})]), [1], "cost", kept)
+    assert measured == [("unit", 3), ("broken", 1)]
+    assert [row["n"] for row in rows] == [1, 2, 1, 2]
+    assert len(bench.read_kept(kept)) == 3  # what failed is tried again
+    assert bench.read_kept(tmp_path / "none") == bench.read_kept(None) == {}
+    other = bench.carry_out(iter(plan[:1]), [1, 2], "cost", tmp_path / "other")
+    assert other[0]["batch"] == 1
+
+
+def test_rows_are_kept_under_what_decides_them(monkeypatch):
+    first = bench.place(False)
+    assert first == bench.place(False)
+    monkeypatch.setattr(bench.results, "version", lambda _: "0.0")
+    assert bench.place(False) != first
+    assert bench.place(True) is None
+
+
 def test_a_quick_run_leaves_the_book_s_file_alone(monkeypatch, tmp_path):
     written = []
     monkeypatch.setattr(bench, "run", lambda quick: {"quick": quick})

@@ -7,6 +7,9 @@ and backward pass to all parameters of the same batch (float32, eval mode).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -90,22 +93,59 @@ def attempt(work: object, *arguments: object) -> object:
         return {"status": "failed", "why": str(error)}
 
 
-def carry_out(plan: Plan, threads: Sequence[int], total: str) -> list[Row]:
-    """Measure, and say how it goes."""
-    rows = []
+def carry_out(
+    plan: Plan, threads: Sequence[int], total: str, kept: Path | None = None
+) -> list[Row]:
+    """Measure, and say how it goes; what an interrupted run has kept is not measured again."""
+    rows, done = [], read_kept(kept)
     for key, case, more in plan:
         numbers = [1] if case.device == "cuda" else list(threads)
+        where = {k: v for k, v in more.items() if k != "errors"}
+        name = json.dumps([total, key, *dataclasses.astuple(case), numbers, where])
+        if name in done:
+            rows.append(done[name])
+            continue
         row = attempt(measure.measure, key, case, numbers)
         assert isinstance(row, dict)
         row = measure.heading(key, case) | row | more
         rows.append(row)
+        if kept is not None and row["status"] in ("measured", "skipped"):
+            with kept.open("a", encoding="utf-8") as file:
+                # a line of its own, even where the one before it was cut short
+                file.write("\n" + json.dumps([name, row], ensure_ascii=False))
         seen = tables.cell(row, "1")
         print(f"{total}, {row['network']}, B = {case.batch:,}, {key}: {seen}", flush=True)
     return rows
 
 
+def read_kept(kept: Path | None) -> dict[str, Row]:
+    """Rows by what they measure; a last line that was cut short is left out."""
+    if kept is None or not kept.is_file():
+        return {}
+    done = {}
+    for line in kept.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            name, row = json.loads(line)
+            done[name] = row
+    return done
+
+
+def place(quick: bool) -> Path | None:
+    """Where rows are kept until all are there, one file for everything that decides them."""
+    if quick:
+        return None
+    made = [runs.fimlib_digest(), torch.__version__, *map(results.version, PACKAGES)]
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    made += [source.read_text(encoding="utf-8") for source in sources]
+    digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
+    found = results.ROOT / "results" / f"bench-{digest}.jsonl"
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
 def run(quick: bool) -> Row:
     """All measurements, and what made them."""
+    kept = place(quick)
     started, load = time.time(), os.getloadavg()[0]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     threads = [1] if quick else sorted({1, apart.cores()})
@@ -116,10 +156,12 @@ def run(quick: bool) -> Row:
             **{f"cpu {n}": apart.apart(measure.matmul_speed, "cpu", n, quick) for n in threads},
             **{d: apart.apart(measure.matmul_speed, d, 1, quick) for d in devices[1:]},
         },
-        "peers": carry_out(beside(devices, quick), threads, "beside others"),
-        "costs": carry_out(varied(quick), [1], "cost"),
-        "approximate": carry_out(approximate(quick), [1], "approximate"),
+        "peers": carry_out(beside(devices, quick), threads, "beside others", kept),
+        "costs": carry_out(varied(quick), [1], "cost", kept),
+        "approximate": carry_out(approximate(quick), [1], "approximate", kept),
     }
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     return {"record": record(started, load, quick)} | found
 
 
@@ -155,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written.", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from here.", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
         print(f"error: {error}; nothing was written.", file=sys.stderr)
