@@ -109,7 +109,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     plan = [("unit", Case("mlp", b), {"errors": b}) for b in (1, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
         bench.carry_out(iter(plan), [1], "cost", kept)
-    kept.write_text(kept.read_text() + '["cut sho')
+    kept.write_text(kept.read_text() + '\n["cut sho')
     measured.clear()
     rows = bench.carry_out(iter([*plan, ("broken", Case("mlp", 1), {})]), [1], "cost", kept)
     assert measured == [("unit", 3), ("broken", 1)]
