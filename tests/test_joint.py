@@ -889,3 +889,19 @@ def test_projected_derivatives_are_for_moments_only():
     capped[0].update(differentiate(net, x))
     for name, value in capped[0].fisher_information().items():
         assert torch.allclose(capped[1].fisher_information()[name], value, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "is_lost"), [(1e-6, True), (1.0, False)])
+def test_float32_is_too_narrow_for_v2_unless_that_is_rounding(size, is_lost):
+    """V₂ is about 1e-36, below float32's reach: lost beside I² = 1e-24, nothing beside 1."""
+    generator = torch.Generator().manual_seed(0)
+    J, S = (torch.randn(2, 3, 4, generator=generator) for _ in "JS")
+    block = fimlib.Block("layer", size * J, 1e-18 * S, {"p": None})
+    joint = Joint(Categorical(), method=None, dtype=torch.float32)
+    derivs = fimlib.Derivatives(inputs(2, 3).float(), (block,))
+    if is_lost:
+        with pytest.raises(ValueError, match="layer 'layer': float32 is too narrow"):
+            joint.update(derivs)
+    else:
+        joint.update(derivs)
+        assert joint.count == 2
