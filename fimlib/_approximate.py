@@ -36,30 +36,14 @@ under two names. ``hessian_diagonal_approximation`` shows where they differ.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from fimlib import _layerwise
-from fimlib._layerwise import (
-    KNOWN,
-    ElementwiseStep,
-    LinearStep,
-    chain,
-    check_parameters,
-    forward,
-    forward_of_copy,
-    right_factors,
-)
-from fimlib.derivatives import (
-    Block,
-    Derivatives,
-    check_model,
-    check_no_global_hooks,
-    check_plain,
-    check_untied,
-)
+from fimlib._layerwise import ElementwiseStep, LinearStep, Steps, right_factors
+from fimlib.derivatives import Block, Derivatives, check_model, check_plain, check_untied
 from fimlib.diagonal import Diagonal, Term
 from fimlib.families import Categorical
 from fimlib.family import Labels
@@ -99,7 +83,7 @@ def differentiate(
     """
     check_method(method)
     if order == 1:
-        exact = _layerwise.differentiate(model, x, order=1, wanted=wanted)
+        exact = _layerwise.differentiate(model, x, order=1, wanted=wanted).derivatives()
         return dataclasses.replace(exact, engine=method)
     outputs, steps = record(model, x)
     size, num_outputs = outputs.shape
@@ -190,7 +174,7 @@ def at_the_outputs(labels: Labels, method: str) -> tuple[Tensor, Tensor]:
 
 
 def recursion(
-    steps: Sequence[LinearStep | ElementwiseStep],
+    steps: Steps,
     rows: Tensor,
     diagonals: Tensor | None,
     wanted: frozenset[str] | None = None,
@@ -219,26 +203,19 @@ def recursion(
             continue
         yield step, rows, torch.zeros_like(rows) if diagonals is None else diagonals
         if i > first:
-            weight = step.module.weight.detach()
-            rows = rows @ weight
-            diagonals = None if diagonals is None else diagonals @ weight.square()
+            rows = rows @ step.weight
+            diagonals = None if diagonals is None else diagonals @ step.squared_weight
 
 
-def record(model: nn.Module, x: Tensor) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
+def record(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
     """The outputs and the steps of a forward pass of a chain.
 
     Raises:
         NotImplementedError: the model is no chain of linear and elementwise modules.
         ValueError: the outputs are not finite.
     """
-    check_no_global_hooks()
     try:
-        with torch.no_grad():
-            if all(type(module) in KNOWN for module in model.modules()):
-                outputs, steps = forward(chain(model), x, {})
-            else:
-                outputs, steps = forward_of_copy(model, x)
-        check_parameters(model, steps)
+        outputs, steps = _layerwise.record(model, x)
     except NotImplementedError as refusal:
         raise NotImplementedError(
             f"the approximate engines take what the layerwise engine takes. {refusal}"

@@ -13,12 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from fimlib._trace import CapturedError, Uncaptured
-from fimlib.derivatives import Block, Derivatives, Seeds, check_no_global_hooks, is_same, separate
+from fimlib.derivatives import (
+    Batch,
+    Block,
+    Derivatives,
+    Seeds,
+    check_no_global_hooks,
+    is_same,
+    separate,
+)
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
@@ -40,11 +49,23 @@ KNOWN = (nn.Sequential, nn.Linear, nn.Flatten, *TRANSPARENT, *PIECEWISE_LINEAR, 
 
 @dataclass(frozen=True)
 class LinearStep:
-    """A linear layer as it was met on the way forward; ``z`` is its input, [B, n]."""
+    """A linear layer as it was met on the way forward.
+
+    Attributes:
+        name: Its name in the model.
+        weight: W, [m, n].
+        inputs: What multiplies the left factors of each of its parameters: z, [B, n], or None
+            where that is 1 (the bias).
+    """
 
     name: str
-    module: nn.Linear
-    z: Tensor
+    weight: Tensor
+    inputs: Mapping[str, Tensor | None]
+
+    @cached_property
+    def squared_weight(self) -> Tensor:
+        """W∘W."""
+        return self.weight.square()
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,13 @@ class ElementwiseStep:
     first: Tensor
     second: Tensor | None
 
+    def part(self, at: slice) -> ElementwiseStep:
+        """The same at some of the inputs."""
+        return ElementwiseStep(self.first[at], None if self.second is None else self.second[at])
+
+
+Steps = list[LinearStep | ElementwiseStep]
+
 
 def differentiate(
     model: nn.Module,
@@ -62,23 +90,56 @@ def differentiate(
     order: int = 2,
     wanted: frozenset[str] | None = None,
     seeds: Seeds | None = None,
-) -> Derivatives:
+) -> Batch:
     """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``.
 
     All rows at the outputs are as good as those of the outputs themselves: see ``prepare`` for
     ``seeds``.
     """
+    outputs, steps = record(model, x)
+    directions = None if seeds is None else seeds(outputs)
+    rows = identity(outputs) if directions is None else directions.to(outputs)
+    factors = [(s.name, right_factors(s, wanted)) for s in steps if isinstance(s, LinearStep)]
+
+    def sweep(at: slice) -> Derivatives:
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [s.part(at) if isinstance(s, ElementwiseStep) else s for s in steps]
+            carried = backward(rows[at], parts, order, wanted)
+        blocks = tuple(
+            Block(name, *carried[name], {n: None if z is None else z[at] for n, z in own.items()})
+            for name, own in factors
+            if own
+        )
+        return Derivatives(outputs[at], blocks, "layerwise", projected=directions is not None)
+
+    inputs = tuple((name, own) for name, own in factors if own)
+    on_cpu = outputs.device.type == "cpu"
+    size = piece_size(steps, rows, order) if on_cpu else max(1, len(outputs))
+    return Batch(outputs, inputs, sweep, size, "layerwise", directions is not None)
+
+
+PIECE_BYTES = 4 * 2**20  # of the largest array that a piece carries
+BLOCK_BYTES = 2**19  # about half of a core's own cache
+
+
+def piece_size(steps: Steps, rows: Tensor, order: int) -> int:
+    """How many inputs to carry back at a time, so that the largest array stays in the cache."""
+    widths = [len(step.weight) for step in steps if isinstance(step, LinearStep)]
+    curved = [sum(widths[layer + 2 : -1]) if order == 2 else 0 for layer in range(len(widths))]
+    most = max((rows.shape[1] + u) * n for u, n in zip(curved, widths, strict=True))
+    return max(16, PIECE_BYTES // (most * rows.element_size()))
+
+
+def record(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
+    """The outputs and the steps of a forward pass, of a copy if the model may do anything."""
     check_no_global_hooks()
     with torch.no_grad():
         if all(type(module) in KNOWN for module in model.modules()):
             outputs, steps = forward(chain(model), x, {})
         else:
             outputs, steps = forward_of_copy(model, x)
-        check_parameters(model, steps)
-        directions = None if seeds is None else seeds(outputs)
-        rows = identity(outputs) if directions is None else directions.to(outputs)
-        blocks = backward(rows, steps, order, wanted)
-        return Derivatives(outputs, blocks, "layerwise", projected=directions is not None)
+    check_parameters(model, steps)
+    return outputs, steps
 
 
 def identity(outputs: Tensor) -> Tensor:
@@ -87,9 +148,7 @@ def identity(outputs: Tensor) -> Tensor:
     return eye.expand(len(outputs), -1, -1)
 
 
-def forward_of_copy(
-    model: nn.Module, x: Tensor
-) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
+def forward_of_copy(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
     """As ``forward``, of a model with modules that may do anything: they do it to a copy."""
     own = separate(model)
     # a parameter in a list of the copy is the copy's, in a closure it is the model's
@@ -106,17 +165,12 @@ def forward_of_copy(
     return outputs, steps
 
 
-def check_parameters(model: nn.Module, steps: list[LinearStep | ElementwiseStep]) -> None:
+def check_parameters(model: nn.Module, steps: Steps) -> None:
     """Refuse parameters that belong to no linear layer of the chain."""
-    known = {name for s in steps if isinstance(s, LinearStep) for name in names(s)}
+    known = {name for step in steps for name in right_factors(step, None)}
     for name, _ in model.named_parameters():
         if name not in known:
             raise NotImplementedError(f"parameter {name!r} belongs to no Linear layer: remove it.")
-
-
-def names(step: LinearStep) -> dict[str, str]:
-    """The layer's parameters, "weight" and "bias", by their full names."""
-    return {join(step.name, n): n for n, _ in step.module.named_parameters()}
 
 
 def chain(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
@@ -138,7 +192,7 @@ def join(prefix: str, name: str) -> str:
 
 def forward(
     modules: list[tuple[str, nn.Module]], x: Tensor, parameters: Mapping[int, str]
-) -> tuple[Tensor, list[LinearStep | ElementwiseStep]]:
+) -> tuple[Tensor, Steps]:
     """The outputs, and what the backward sweep needs of every step.
 
     Args:
@@ -146,11 +200,13 @@ def forward(
         x: The inputs.
         parameters: The names of those that only ``Linear`` layers may use, by id.
     """
-    steps: list[LinearStep | ElementwiseStep] = []
+    steps: Steps = []
     for name, module in modules:
         if type(module) is nn.Linear:
             check_linear(name, module, x)
-            steps.append(LinearStep(name, module, x))
+            own = {"weight": x, "bias": None}
+            inputs = {join(name, n): own[n] for n, p in module._parameters.items() if p is not None}
+            steps.append(LinearStep(name, module.weight.detach(), inputs))
             x = module(x)
         elif type(module) is nn.Flatten and module.start_dim == 1:
             x = module(x)
@@ -160,65 +216,81 @@ def forward(
             with Uncaptured(parameters, f"module {name!r} ({type(module).__name__})"):
                 x = preprocess(name, module, x)
         else:
-            with Uncaptured(parameters, f"module {name!r} ({type(module).__name__})"):
-                x, step = elementwise(name, module, x)
+            x, step = elementwise(name, module, x, parameters)
             steps.append(step)
     return x, steps
 
 
 def backward(
     J: Tensor,
-    steps: list[LinearStep | ElementwiseStep],
+    steps: Steps,
     order: int = 2,
     wanted: frozenset[str] | None = None,
-) -> tuple[Block, ...]:
+) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Carry rows J at the outputs, [B, T, T], back to the first wanted layer.
 
     At every place J and S, [B, T, n], are derivatives by the n values there. ``own``, [B, T, n], is
     the part of S that acts value by value: that of the units before the layer that comes next on
     the way forward. ``units`` are those behind it that are curved: their weights
     V = σ''(s_u) ∂h^a/∂z_u, [B, T, U], and their rows ∂s_u, [B, U, n].
+
+    Returns:
+        J and S at every layer's pre-activations, by its name; S is None with order=1.
     """
     S: Tensor | None = None
     own: Tensor | None = None
     units: tuple[Tensor, Tensor] | None = None
-    blocks: list[Block] = []
-    at = [i for i, step in enumerate(steps) if right_factors(step, None)]
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    at = [i for i, step in enumerate(steps) if isinstance(step, LinearStep)]
     first = min(i for i in at if right_factors(steps[i], wanted))
     for i, step in reversed(list(enumerate(steps[first:], first))):
         if isinstance(step, ElementwiseStep):
+            slope = step.first[:, None]
             if order == 2:
                 bent = None if step.second is None else J * step.second[:, None]
-                S, own = (bend(D, step.first.square()[:, None], bent) for D in (S, own))
-                units = None if units is None else (units[0], units[1] * step.first[:, None])
-            J = J * step.first[:, None] if i == len(steps) - 1 else J.mul_(step.first[:, None])
+                squared = None if S is None else slope.square()
+                S, own = (bend(D, squared, bent) for D in (S, own))
+                units = None if units is None else (units[0], units[1] * slope)
+            J = J * slope if i == len(steps) - 1 else J.mul_(slope)
             continue
-        inputs = right_factors(step, wanted)
-        if inputs:
-            zero = J.new_zeros(()).expand_as(J) if order == 2 else None  # nothing is curved
-            blocks.append(Block(step.name, J, zero if S is None else S, inputs))
+        zero = J.new_zeros(()).expand_as(J) if order == 2 else None  # nothing is curved
+        found[step.name] = J, zero if S is None else S
         if i == first:
             break
         deeper = at[at.index(i) - 1] > first  # a layer further down needs the units one by one
-        weight = step.module.weight
-        J, S = J @ weight, None if own is None else own @ weight.square()
-        if units is not None:
-            V, rows = units[0], units[1] @ weight
-            units = (V, rows) if deeper else None
-            squares = rows.square() if deeper else rows.square_()
-            S = V @ squares if S is None else torch.baddbmm(S, V, squares)
+        J, S = J @ step.weight, None if own is None else own @ step.squared_weight
+        if units is not None and deeper:
+            units = (units[0], units[1] @ step.weight)
+            S = plus(S, units[0] @ units[1].square())
+        elif units is not None:
+            S = plus_squares(torch.zeros_like(J) if S is None else S, *units, step.weight)
+            units = None
         if deeper and own is not None:
-            fresh = (own, weight.expand(len(J), -1, -1))
+            fresh = (own, step.weight.expand(len(J), -1, -1))
             units = fresh if units is None else joined(units, fresh)
         own = None
-    return tuple(reversed(blocks))
+    return found
 
 
-def bend(D: Tensor | None, squared: Tensor, bent: Tensor | None) -> Tensor | None:
+def bend(D: Tensor | None, squared: Tensor | None, bent: Tensor | None) -> Tensor | None:
     """Second derivatives before a nonlinearity: D σ'² + J σ'', either of which may be missing."""
-    if D is None:
+    if D is None or squared is None:
         return bent
     return D * squared if bent is None else torch.addcmul(bent, D, squared)
+
+
+def plus(S: Tensor | None, more: Tensor) -> Tensor:
+    """S + more; no S is 0."""
+    return more if S is None else S.add_(more)
+
+
+def plus_squares(S: Tensor, V: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """Add V (rows W)∘² to S, for so few inputs at a time that the squares stay in the cache."""
+    size = max(1, BLOCK_BYTES // (rows.shape[1] * weight.shape[1] * rows.element_size()))
+    size = size if S.device.type == "cpu" else max(1, len(S))
+    for total, v, r in zip(S.split(size), V.split(size), rows.split(size), strict=True):
+        total.baddbmm_(v, (r @ weight).square_())
+    return S
 
 
 def joined(units: tuple[Tensor, Tensor], fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -232,11 +304,7 @@ def right_factors(
     """What multiplies the left factors of a layer's wanted parameters: z, or 1 for the bias."""
     if isinstance(step, ElementwiseStep):
         return {}
-    return {
-        full: step.z if n == "weight" else None
-        for full, n in names(step).items()
-        if wanted is None or full in wanted
-    }
+    return {n: z for n, z in step.inputs.items() if wanted is None or n in wanted}
 
 
 def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
@@ -289,13 +357,16 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
     return z
 
 
-def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
+def elementwise(
+    name: str, module: nn.Module, s: Tensor, parameters: Mapping[int, str]
+) -> tuple[Tensor, ElementwiseStep]:
     """Values z = σ(s), σ' and σ'', for any module that acts unit by unit.
 
     Of torch's own modules that is known; of all others it is found out.
 
     Raises:
-        NotImplementedError: it does not, or autograd cannot differentiate it twice.
+        NotImplementedError: it does not, or autograd cannot differentiate it twice; or it uses
+            one of the parameters, which are named by id.
         ValueError: a derivative is NaN or infinite at s.
     """
     if type(module) in (*PIECEWISE_LINEAR, *CURVED):
@@ -310,9 +381,10 @@ def elementwise(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, Elemen
     if next(module.parameters(), None) is not None:
         raise refusal
     try:
-        z, first, second = two_derivatives(module, s)
-        check_derivatives(kind, first, second)
-        fits = acts_unit_by_unit(module, s) and is_twice_differentiable(module, s, second)
+        with Uncaptured(parameters, kind):
+            z, first, second = two_derivatives(module, s)
+            check_derivatives(kind, first, second)
+            fits = acts_unit_by_unit(module, s) and is_twice_differentiable(module, s, second)
     except CapturedError:
         raise
     except (RuntimeError, AttributeError) as error:  # autograd, or the module, cannot
@@ -327,8 +399,8 @@ def known(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseS
     match module:
         case nn.Sigmoid():
             z = torch.sigmoid(s)
-            first = z * (1 - z)
-            return z, ElementwiseStep(first, first * (1 - 2 * z))
+            first = (1 - z).mul_(z)
+            return z, ElementwiseStep(first, torch.rsub(z, 1, alpha=2).mul_(first))
         case nn.Tanh():
             z = torch.tanh(s)
             first = 1 - z.square()

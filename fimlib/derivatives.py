@@ -109,6 +109,47 @@ class Derivatives:
         raise KeyError(f"no parameter {name!r}; there are: {known}")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """B inputs after their forward pass, whose J and S come when they are asked for.
+
+    A backward sweep carries T or more rows for every input. What it carries for a few inputs at a
+    time stays in the processor's cache; for small networks that decides the speed.
+
+    Attributes:
+        outputs: The network's outputs h at all of them, [B, T].
+        inputs: The layer of every block, and its right factors at all of them, as in ``Block``.
+        sweep: From a slice of the inputs to the derivatives there.
+        size: How many inputs to take at a time.
+        engine: As in ``Derivatives``.
+        projected: As in ``Derivatives``.
+    """
+
+    outputs: Tensor
+    inputs: tuple[tuple[str, Mapping[str, Tensor | None]], ...]
+    sweep: Callable[[slice], Derivatives]
+    size: int
+    engine: str
+    projected: bool = False
+
+    @classmethod
+    def of(cls, derivs: Derivatives) -> Batch:
+        """Derivatives that are there already, in one piece."""
+        inputs = tuple((block.layer, block.inputs) for block in derivs.blocks)
+        size = max(1, len(derivs.outputs))
+        return cls(derivs.outputs, inputs, lambda _: derivs, size, derivs.engine, derivs.projected)
+
+    def derivatives(self) -> Derivatives:
+        """Those at all inputs."""
+        return self.sweep(slice(None))
+
+    def pieces(self) -> Iterator[tuple[slice, Derivatives]]:
+        """The inputs in order, ``size`` at a time, and the derivatives there; one piece of none."""
+        for start in range(0, max(1, len(self.outputs)), self.size):
+            at = slice(start, start + self.size)
+            yield at, self.sweep(at)
+
+
 def all_finite(x: Tensor) -> bool:
     """Whether no entry is NaN or infinite; mostly one sum shows it."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
@@ -177,7 +218,7 @@ def differentiate(
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
-    return checked(model, x, engine, order, layers)
+    return checked(model, x, engine, order, layers).derivatives()
 
 
 Seeds = Callable[[Tensor], Tensor | None]
@@ -190,7 +231,7 @@ def checked(
     order: int,
     layers: Sequence[str] | None,
     seeds: Seeds | None = None,
-) -> Derivatives:
+) -> Batch:
     """``differentiate``; for ``seeds`` see ``prepare``."""
     with torch.inference_mode(False):
         check_model(model, x)
@@ -198,10 +239,10 @@ def checked(
         wanted = selected(model, layers)
         x = x.detach()
         names = candidates(model, engine, order)
-        derivs = first_that_takes(names, model, x, order, wanted, seeds)
-    if not all_finite(derivs.outputs):
+        batch = first_that_takes(names, model, x, order, wanted, seeds)
+    if not all_finite(batch.outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
-    return derivs
+    return batch
 
 
 def prepare(
@@ -211,7 +252,7 @@ def prepare(
     order: int = 2,
     layers: Sequence[str] | None = None,
     seeds: Seeds | None = None,
-) -> Callable[[Tensor], Derivatives]:
+) -> Callable[[Tensor], Batch]:
     """``differentiate`` for many batches alike, with everything looked at once, in the first.
 
     The others go to the engine that took the first. Whether such a batch, or what comes of it, is
@@ -223,7 +264,7 @@ def prepare(
     """
     first: list[tuple[str, torch.dtype, torch.device]] = []
 
-    def again(x: Tensor) -> Derivatives:
+    def again(x: Tensor) -> Batch:
         taken, *kind = first[0] if first else (engine, x.dtype, x.device)
         if [x.dtype, x.device] != kind:
             raise ValueError(
@@ -233,9 +274,9 @@ def prepare(
         if first and taken == "layerwise":
             with torch.inference_mode(False):
                 return run(taken, model, x.detach(), order, selected(model, layers), seeds)
-        derivs = checked(model, x, taken, order, layers, seeds)
-        first[:] = [(derivs.engine, x.dtype, x.device)]
-        return derivs
+        batch = checked(model, x, taken, order, layers, seeds)
+        first[:] = [(batch.engine, x.dtype, x.device)]
+        return batch
 
     return again
 
@@ -261,7 +302,7 @@ def first_that_takes(
     order: int,
     wanted: frozenset[str] | None,
     seeds: Seeds | None = None,
-) -> Derivatives:
+) -> Batch:
     """Derivatives by the first of the engines that supports the model.
 
     Raises:
@@ -288,7 +329,7 @@ def run(
     order: int,
     wanted: frozenset[str] | None,
     seeds: Seeds | None = None,
-) -> Derivatives:
+) -> Batch:
     """Derivatives by one engine, of a checked model."""
     from fimlib import _approximate, _backpack, _functional, _layerwise, _traced
 
@@ -298,10 +339,11 @@ def run(
         return _layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
     x = x.clone()  # the first module may work in place
     if engine in APPROXIMATE:
-        return _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
+        derivs = _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
+        return Batch.of(derivs)
     others = {"traced": _traced, "backpack": _backpack, "functional": _functional}
-    derivs: Derivatives = others[engine].differentiate(model, x, order=order, wanted=wanted)
-    return replace(derivs, engine=engine)
+    derivs = others[engine].differentiate(model, x, order=order, wanted=wanted)
+    return Batch.of(replace(derivs, engine=engine))
 
 
 def selected(model: nn.Module, layers: Sequence[str] | None) -> frozenset[str] | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import numbers
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Batch, Derivatives
 from fimlib.families import Family, Labels, weighted_variance
 from fimlib.family import QUANTITIES, Moments, check_family
 from fimlib.fisher import check_labels
@@ -112,61 +114,72 @@ class Joint:
                 outputs or of another family; float32 is too narrow. The accumulator is then left
                 as it was.
         """
-        if derivs.projected and (labels is not None or self.method is not None):
+        self.update_batch(Batch.of(derivs), labels)
+
+    def update_batch(self, batch: Batch, labels: Labels | None = None) -> None:
+        """Take in a batch of inputs whose derivatives come piece by piece; see ``update``."""
+        if batch.projected and (labels is not None or self.method is not None):
             raise ValueError(
                 "these derivatives are projected on the model's labels: they serve no bounds and "
                 "no data labels. Use differentiate()."
             )
-        batch = self._empty()
-        batch.count = len(derivs.outputs)
-        means, smallest = self._batch_means(derivs, labels)
-        _check(means, smallest, self.family, derivs.outputs)
+        means, narrow = self._batch_means(batch, labels)
+        _check(means, narrow, self.family, batch)
+        fresh = self._empty()
+        fresh.count = len(batch.outputs)
         mean_square = means.pop("I²", {})
-        batch._means = means
-        batch._scatter = {
-            name: batch.count * (square - means["I"][name].square()).clamp_min(0)
+        fresh._means = means
+        fresh._scatter = {
+            name: square.sub_(means["I"][name].square()).clamp_min_(0).mul_(fresh.count)
             for name, square in mean_square.items()
         }
         layers: dict[str, list[str]] = defaultdict(list)
-        for block in derivs.blocks:
-            layers[block.layer].extend(block.inputs)
-        batch._layers = dict(layers)
-        self.merge(batch)
+        for layer, inputs in batch.inputs:
+            layers[layer].extend(inputs)
+        fresh._layers = dict(layers)
+        self.merge(fresh)
 
     def _empty(self) -> Joint:
         return Joint(self.family, method=self.method, quantities=self.quantities, dtype=self.dtype)
 
     def _batch_means(
-        self, derivs: Derivatives, labels: Labels | None
+        self, batch: Batch, labels: Labels | None
     ) -> tuple[dict[str, PerParameter], list[Narrow]]:
         """Every quantity averaged over the inputs of a batch; "I²" among them for Var_x I."""
         if labels is not None:
             _check_same_family(self.family, labels.family)
-            check_labels(derivs.outputs, labels)
-        h = unchecked_natural(self.family, derivs.outputs)
-        eigenvalues = None
-        if self.method is not None and labels is None:
-            eigenvalues = spectrum(self.family, derivs.outputs, method=self.method)
-        contract = self._contraction(h, labels, derivs.projected)
+            check_labels(batch.outputs, labels)
         means: dict[str, PerParameter] = defaultdict(dict)
         narrow: list[Narrow] = []
-        for block in self.family.natural_derivatives(derivs).blocks:
-            lefts = contract(block.J, block.S)
-            if self.dtype == torch.float32:
-                narrow += narrowest(block, lefts)
-            if "Var_x I" in self.quantities:
-                lefts["I²"] = lefts["I"].double().square()
-            if eigenvalues is not None:
-                lefts.update(_bounds(block.J, block.S, eigenvalues, self.dtype))
-            second = {key: left for key, left in lefts.items() if key in DEGREE_2}
-            fourth = {key: left for key, left in lefts.items() if key not in DEGREE_2}
-            for name, z in block.inputs.items():
-                squares = None if z is None else z.to(self.dtype).square()
-                for key, mean in _means(second, squares, 1, self.dtype):
-                    means[key][name] = mean
-                for key, mean in _means(fourth, squares, 2, self.dtype):
+        forms = self._forms(batch, labels)
+        for index, ((layer, inputs), form) in enumerate(zip(batch.inputs, forms, strict=True)):
+            largest = form.largest() if self.dtype == torch.float32 else None
+            if largest is not None:
+                narrow += narrowest(index, layer, dict(zip(form.keys, largest, strict=True)))
+            for name, z in inputs.items():
+                for key, mean in form.means(z, self.dtype, largest):
                     means[key][name] = mean
         return dict(means), narrow
+
+    def _forms(self, batch: Batch, labels: Labels | None) -> list[Forms]:
+        """Left factors of every quantity, for each block of the batch."""
+        h = unchecked_natural(self.family, batch.outputs)
+        eigenvalues = None
+        if self.method is not None and labels is None:
+            eigenvalues = spectrum(self.family, batch.outputs, method=self.method)
+        found: list[list[Forms]] = [[] for _ in batch.inputs]
+        for at, derivs in batch.pieces():
+            contract = self._contraction(h[at], labels, batch.projected)
+            blocks = self.family.natural_derivatives(derivs).blocks
+            for block, parts in zip(blocks, found, strict=True):
+                lefts = contract(block.J, block.S)
+                if "Var_x I" in self.quantities:
+                    lefts["I²"] = lefts["I"]
+                if eigenvalues is not None:
+                    lam = Spectrum(*(values[at] for values in eigenvalues))
+                    lefts.update(_bounds(block.J, block.S, lam, self.dtype))
+                parts.append(Forms.of(lefts))
+        return [Forms.joined(parts) for parts in found]
 
     def _contraction(self, h: Tensor, labels: Labels | None, projected: bool) -> Moments:
         """From J and S of a block, left factors [B, *K] of I and of what is wanted besides."""
@@ -205,11 +218,10 @@ class Joint:
             return
         if self.count == 0:
             self.count, self._layers = other.count, other._layers
-            # copies: they may be parts of larger tensors, which they would keep
             self._means = {
-                key: {n: t.clone() for n, t in means.items()} for key, means in other._means.items()
+                key: {n: alone(t) for n, t in means.items()} for key, means in other._means.items()
             }
-            self._scatter = {n: t.clone() for n, t in other._scatter.items()}
+            self._scatter = {n: alone(t) for n, t in other._scatter.items()}
             return
         self._check_same_content(other)
         count = self.count + other.count
@@ -485,44 +497,117 @@ def unchecked_natural(family: Family, outputs: Tensor) -> Tensor:
     return family.natural(outputs)
 
 
-def _means(
-    lefts: dict[str, Tensor], squares: Tensor | None, power: int, dtype: torch.dtype
-) -> list[tuple[str, Tensor]]:
-    """Averages over the inputs of ``left · squares^power``, by one matmul in the given dtype.
+def alone(t: Tensor) -> Tensor:
+    """A tensor that keeps no larger one, of which it would be a part."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+
+
+ROWS = 256  # inputs in a product, so that their powers stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Left factors of several quantities for one block.
+
+    Attributes:
+        keys: The quantities, those of degree 2 first; what stands for "I²" is I itself.
+        low: How many are of degree 2.
+        values: [B, Q, *K].
+    """
+
+    keys: tuple[str, ...]
+    low: int
+    values: Tensor
+
+    @classmethod
+    def of(cls, lefts: Mapping[str, Tensor]) -> Forms:
+        """From [B, *K] for every quantity."""
+        low = [key for key in lefts if key in DEGREE_2]
+        keys = (*low, *(key for key in lefts if key not in DEGREE_2))
+        return cls(keys, len(low), torch.stack([lefts[key] for key in keys], dim=1))
+
+    @classmethod
+    def joined(cls, parts: list[Forms]) -> Forms:
+        """Those at some inputs, and at more inputs, in one."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return cls(first.keys, first.low, torch.cat([part.values for part in parts]))
+
+    def largest(self) -> Tensor:
+        """The largest absolute value of each quantity, [Q]."""
+        flat = self.values.flatten(2) if self.values.ndim > 2 else self.values[:, :, None]
+        return flat.abs().amax((0, 2)) if flat.numel() else flat.new_zeros(len(self.keys))
+
+    def means(
+        self, z: Tensor | None, dtype: torch.dtype, largest: Tensor | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Averages over the inputs of ``left · z²`` or, of degree 4, ``left · z⁴``.
+
+        Args:
+            z: [B, n], or None for 1.
+            dtype: Of the matmuls.
+            largest: As ``largest`` says, where dtype may be too narrow for what is squared once
+                more: that is brought to about 1 before.
+
+        Yields:
+            Quantity and its averages, [*K, n] or [*K], float64, each a tensor of its own.
+        """
+        size, _, *rest = self.values.shape
+        if z is None:
+            for key, left in zip(self.keys, self.values.unbind(1), strict=True):
+                left = left.double().square() if key == "I²" else left
+                yield key, left.sum(0, dtype=torch.float64).div_(size)
+            return
+        low, high = self.values.to(dtype).tensor_split([self.low], dim=1)
+        sizes, shrink = z.new_ones(high.shape[1], dtype=torch.float64), None
+        if largest is not None and high.numel() and z.numel():
+            sizes = magnitudes(largest[self.low :])
+            furthest = torch.stack(z.aminmax()).abs().amax()
+            shrink = 1 / magnitudes(furthest.double().square())
+        high = high * (1 / sizes).to(dtype).reshape(-1, *[1] * len(rest))
+        scale = sizes if shrink is None else sizes / shrink.square()
+        if "I²" in self.keys:
+            at = self.keys.index("I²") - self.low
+            high[:, at].square_()
+            scale = scale.clone()
+            scale[at] *= sizes[at]
+        totals = sums_of_products(low.flatten(1), high.flatten(1), z, shrink)
+        parts = [t.unflatten(0, (-1, *rest)) for t in totals if len(t)]
+        factors = torch.cat([scale.new_ones(self.low), scale]) / size
+        for key, part, factor in zip(self.keys, chain.from_iterable(parts), factors, strict=True):
+            yield key, part.double().mul_(factor)
+
+
+def sums_of_products(
+    low: Tensor, high: Tensor, z: Tensor, shrink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums over the inputs of ``low · z²`` and of ``high · (z²·shrink)²``.
 
     Args:
-        lefts: Quantity → [B, *K].
-        squares: [B, n], or None for 1.
-        power: 1 or 2. What is squared once more is scaled to about 1 before, with its left factors,
-            so that float32 holds it.
-        dtype: Of the matmul.
+        low: [B, k].
+        high: [B, m]; m may be 0.
+        z: [B, n].
+        shrink: One number; None for 1.
 
     Returns:
-        Quantity and its averages, [*K, n] or [*K], float64.
+        [k, n] and [m, n], of the dtype of ``low``.
     """
-    if not lefts:
-        return []
-    left = torch.stack(list(lefts.values()), dim=1)
-    size, _, *rest = left.shape
-    if squares is None:
-        return list(zip(lefts, left.sum(0, dtype=torch.float64) / size, strict=True))
-    shrink = dtype == torch.float32 and power == 2
-    own = magnitude(left.abs(), (0, *range(2, left.ndim))) if shrink else None
-    theirs = magnitude(squares, (0, 1)) if shrink else None
-    if own is not None and theirs is not None:
-        left, squares = left / own, squares / theirs.to(dtype)
-    right = squares if power == 1 else squares.square()
-    product = (left.to(dtype).flatten(1).T @ right).double()
-    product = product.reshape(len(lefts), *rest, -1)
-    if own is not None and theirs is not None:
-        product *= (own[0] * theirs.square()).reshape(-1, *[1] * (product.ndim - 1))
-    return list(zip(lefts, product.div_(size), strict=True))
+    lows, highs = (left.new_zeros(left.shape[1], z.shape[1]) for left in (low, high))
+    rows = ROWS if z.device.type == "cpu" else max(1, len(z))
+    for start in range(0, len(z), rows):
+        at = slice(start, start + rows)
+        right = z[at].to(low.dtype).square()
+        lows.addmm_(low[at].T, right)
+        if high.shape[1]:
+            right = right if shrink is None else right.mul_(shrink)
+            highs.addmm_(high[at].T, right.square_())
+    return lows, highs
 
 
-def magnitude(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """A power of two near the largest entry along the axes, which stay as 1; float64."""
-    largest = x.amax(axes, keepdim=True).double()
-    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+def magnitudes(largest: Tensor) -> Tensor:
+    """A power of two near each number, whose inverse float32 holds; float64."""
+    return torch.frexp(largest).exponent.clamp_min(-120).double().exp2()
 
 
 def _bounds(J: Tensor, S: Tensor | None, lam: Spectrum, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -547,32 +632,30 @@ def _bounds(J: Tensor, S: Tensor | None, lam: Spectrum, dtype: torch.dtype) -> d
 
 
 class Narrow(NamedTuple):
-    """Whether float32 may be too narrow for a form in a block, and what it is a form of."""
+    """Whether float32 may be too narrow for a form of J or of S in a block."""
 
+    block: int
     layer: str
     is_low: Tensor
-    D: Tensor
+    which: str
 
 
 SMALLEST = 1e-30  # of float32 forms, whose terms may be as small as 1e-38
 NOTHING = 1e-20  # V₂ in units of I², below which it is rounding where S is a difference
 
 
-def narrowest(block: Block, lefts: dict[str, Tensor]) -> list[Narrow]:
-    """What shows whether float32 is too narrow for a block."""
-    if not lefts["I"].numel():
-        return []
-    first, nothing = lefts.get("V1", lefts["I"]), lefts["I"].amax().double().square() * NOTHING
-    found = [Narrow(block.layer, first.amax() < SMALLEST, block.J)]
-    # zeros that are known beforehand are one number
-    if block.S is not None and "V2" in lefts and any(block.S.stride()):
-        largest = lefts["V2"].amax()
-        found.append(Narrow(block.layer, (largest < SMALLEST) & (largest >= nothing), block.S))
+def narrowest(block: int, layer: str, largest: Mapping[str, Tensor]) -> list[Narrow]:
+    """What shows whether float32 is too narrow for a block, by its largest forms."""
+    nothing = largest["I"].double().square() * NOTHING
+    found = [Narrow(block, layer, largest.get("V1", largest["I"]) < SMALLEST, "J")]
+    if "V2" in largest:
+        is_low = (largest["V2"] < SMALLEST) & (largest["V2"] >= nothing)
+        found.append(Narrow(block, layer, is_low, "S"))
     return found
 
 
 def _check(
-    means: dict[str, PerParameter], narrow: list[Narrow], family: Family, outputs: Tensor
+    means: dict[str, PerParameter], narrow: list[Narrow], family: Family, batch: Batch
 ) -> None:
     """A ValueError if anything is NaN, infinite or lost; one look at the device if nothing is."""
     sums = [t.sum() for mean in means.values() for t in mean.values()]  # infinite if one of them is
@@ -581,7 +664,7 @@ def _check(
         is_fine = is_fine & ~torch.stack([n.is_low for n in narrow]).any()
     if is_fine:
         return
-    family.natural(outputs)  # its message comes first
+    family.natural(batch.outputs)  # its message comes first
     for mean in means.values():
         for name, tensor in mean.items():
             if not torch.isfinite(tensor).all():
@@ -589,8 +672,9 @@ def _check(
                     f"the derivatives of parameter {name!r} are NaN, infinite or too large to be "
                     "raised to the fourth power: check the weights and the inputs."
                 )
-    for layer, is_low, D in narrow:
-        if is_low and D.any():
+    for index, layer, is_low, which in narrow:
+        pieces = (derivs.blocks[index] for _, derivs in batch.pieces())
+        if is_low and any(getattr(block, which).any() for block in pieces):
             raise ValueError(
                 f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "
                 "this close to 0: take dtype=torch.float64."

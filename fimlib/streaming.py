@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from fimlib.derivatives import Derivatives, differentiate, prepare
+from fimlib.derivatives import Batch, all_finite, differentiate, prepare
 from fimlib.families import Family
 from fimlib.joint import Joint
 
@@ -108,7 +108,8 @@ def accumulate(
     seeds = family.directions_of_labels if plain else None
     again = prepare(model, seeds=seeds, **choice)
     joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)
-    before, shape, number = snapshot(model), None, 0
+    before: dict[str, Part] = {}
+    shape, number = None, 0
     device = next((p.device for p in model.parameters()), None)
     for number, batch in batches(inputs):
         with named(f"batch {number}"):
@@ -120,10 +121,11 @@ def accumulate(
         for i, part in enumerate(batch.split(size), start=1):
             span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
             with named(f"batch {i if whole else number} ({span})"):
-                check_unchanged(before, snapshot(model))
+                if len(part) < len(batch) or not whole:  # others come
+                    before = check_unchanged(before, snapshot(model))
                 check_finite(part)
                 try:
-                    joint.update(again(part.to(device)))
+                    joint.update_batch(again(part.to(device)))
                 except ValueError:
                     differentiate(model, part.to(device), **choice)  # which looks closer
                     raise
@@ -135,9 +137,9 @@ def accumulate(
     return joint
 
 
-def take(again: Callable[[Tensor], Derivatives], empty: Callable[[], Joint], x: Tensor) -> None:
+def take(again: Callable[[Tensor], Batch], empty: Callable[[], Joint], x: Tensor) -> None:
     """One batch, and nothing else."""
-    empty().update(again(x))
+    empty().update_batch(again(x))
 
 
 def batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
@@ -194,7 +196,7 @@ def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:
 
 def check_finite(batch: Tensor) -> None:
     """Refuse NaN and infinite inputs, which a first activation may hide; wherever they are."""
-    if not batch.is_meta and not torch.isfinite(batch).all():
+    if not batch.is_meta and not all_finite(batch):
         raise ValueError("the input holds NaN or infinite values.")
 
 
@@ -235,8 +237,10 @@ def module_part(m: nn.Module) -> Part:
     return Part(m, None, (id(m), type(m), any(hooks) or "forward" in vars(m), *settings))
 
 
-def check_unchanged(before: dict[str, Part], now: dict[str, Part]) -> None:
-    """Refuse averages over different networks."""
+def check_unchanged(before: dict[str, Part], now: dict[str, Part]) -> dict[str, Part]:
+    """The parts as they are now; a ValueError if there were some before, and others."""
+    if not before:
+        return now
     remedy = (
         "since the first batch: leave the model as it is, its mode too, until the data are "
         "through, or give accumulate a copy of it."
@@ -252,6 +256,7 @@ def check_unchanged(before: dict[str, Part], now: dict[str, Part]) -> None:
     for name in now:
         if name not in before:
             raise ValueError(f"the model has got {name} {remedy}")
+    return before
 
 
 def check_batch_size(size: int) -> int:

@@ -619,7 +619,8 @@ def test_prepared_derivatives_are_the_same_and_refuse_other_types():
     again = prepare(net)
     for _ in range(2):
         for name, _ in net.named_parameters():
-            assert torch.equal(again(x).second(name), differentiate(net, x).second(name))
+            found = again(x).derivatives().second(name)
+            assert torch.equal(found, differentiate(net, x).second(name))
     with pytest.raises(ValueError, match=r"float32.*those before were torch.float64"):
         again(x.float())
     by_trace = prepare(net, engine="traced")
@@ -636,7 +637,9 @@ def test_seeds_are_carried_back_in_the_place_of_the_outputs():
     again = prepare(net, seeds=family.directions_of_labels)
     plain = differentiate(net, x)
     assert not plain.projected
-    for derivs in (again(x), again(x)):
+    for batch in (again(x), again(x)):
+        derivs = batch.derivatives()
+        assert batch.projected
         assert derivs.projected
         for mine, block in zip(derivs.blocks, plain.blocks, strict=True):
             for found, D in ((mine.J, block.J), (mine.second, block.second)):

@@ -873,7 +873,7 @@ def test_projected_derivatives_are_for_moments_only():
             return torch.softmax(2 * torch.tanh(h.double() / 2), dim=1)
 
     net, x = mlp([3, 4, 3], nn.Sigmoid, scale=2.0), inputs(5, 3)
-    projected = prepare(net, seeds=Categorical().directions_of_labels)(x)
+    projected = prepare(net, seeds=Categorical().directions_of_labels)(x).derivatives()
     plain = Joint(Categorical(), method=None)
     plain.update(differentiate(net, x))
     joint = Joint(Categorical(), method=None)

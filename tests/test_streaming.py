@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fimlib
-from fimlib import Categorical, Gaussian, Joint, differentiate, streaming
+from fimlib import Categorical, Gaussian, Joint, _layerwise, differentiate, streaming
+from fimlib import joint as joint_module
 from fimlib.derivatives import prepare
 from fimlib.streaming import LiveBytes, accumulate, default_batch_size, memory
 
@@ -66,6 +67,37 @@ def whole(model, x, family, **options):
 @pytest.mark.parametrize("family", [Categorical(), Gaussian()], ids=["categorical", "gaussian"])
 def test_every_batch_size_gives_the_same(family, batch_size):
     assert_same(accumulate(NET, X, family, batch_size=batch_size), whole(NET, X, family))
+
+
+@pytest.mark.parametrize("method", [None, "certified"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pieces_as_small_as_they_get_give_the_same(dtype, method, monkeypatch):
+    """As large batches go through the cache: many pieces, and blocks and products within them."""
+    net, x = mlp([4, 6, 5, 5, 3], nn.Sigmoid, scale=2.0), inputs(50, 4)
+    net, x = net.to(dtype), x.to(dtype)
+    expected = whole(net, x, Categorical(), method=method, dtype=dtype)
+    sizes = []
+    sweep = _layerwise.backward
+    monkeypatch.setattr(_layerwise, "PIECE_BYTES", 1)
+    monkeypatch.setattr(_layerwise, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(joint_module, "ROWS", 7)
+    monkeypatch.setattr(
+        _layerwise, "backward", lambda J, *rest: (sizes.append(len(J)), sweep(J, *rest))[1]
+    )
+    found = accumulate(net, x, Categorical(), batch_size=50, method=method, dtype=dtype)
+    assert sizes == [16, 16, 16, 2]
+    assert_same(found, expected, 1e-12 if dtype == torch.float64 else 2e-6)
+
+
+def test_float32_that_is_too_narrow_is_seen_in_any_piece(monkeypatch):
+    monkeypatch.setattr(_layerwise, "PIECE_BYTES", 1)
+    net, x = mlp([4, 5, 4, 3], nn.Tanh).float(), inputs(40, 4).float()
+    options = {"batch_size": 40, "dtype": torch.float32, "method": None}
+    assert accumulate(net, x, Categorical(), **options).count == 40
+    with torch.no_grad():
+        net[4].bias[0] += 95.0
+    with pytest.raises(ValueError, match=r"layer '\d': float32 is too narrow"):
+        accumulate(net, x, Categorical(), **options)
 
 
 def test_it_is_what_the_oracle_averages():
@@ -725,7 +757,7 @@ def test_one_wait_for_every_batch_and_two_for_its_eigenvalues(method, most):
     net, x = mlp([4, 6, 5, 3], nn.Sigmoid), inputs(12, 4)
     places = waits_of_one_batch(net, x, engine="layerwise", method=method)
     # the one look at a batch before it moves, on a CPU: no GPU is waited for
-    looks = [place for place in places if " check_finite (" in place]
+    looks = [place for place in places if " all_finite (" in place]
     assert [places.pop(place) for place in looks] == [1]
     assert sum(places.values()) == most, places
 
