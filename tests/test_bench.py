@@ -265,8 +265,8 @@ def test_a_prediction_knows_passes_and_what_is_held():
 
 @pytest.mark.parametrize(
     ("seconds", "quick", "n"),
-    [(1e-4, False, 200), (0.005, False, 40), (0.9, False, 20), (1.1, False, 3), (9, False, 1),
-     (1e-4, True, 3)],
+    [(1e-4, False, 200), (0.005, False, 40), (0.24, False, 20), (0.3, False, 10), (1.1, False, 3),
+     (9, False, 1), (1e-4, True, 3)],
 )  # fmt: skip
 def test_repetitions(seconds, quick, n):
     assert measure.repetitions(seconds, quick=quick) == n

@@ -73,6 +73,7 @@ def heading(key: str, case: Case) -> Row:
 
 def _measure(candidate: Candidate, case: Case, threads: Sequence[int]) -> Row:
     warnings.simplefilter("ignore")  # torch's and the libraries' notices on hooks
+    keep_freed()
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
     network = networks.network(case.network, quick=case.quick)
@@ -163,6 +164,18 @@ def resident(field: str) -> float:
         return 1e6 * results.peak_memory()
 
 
+def keep_freed() -> None:
+    """Let the allocator keep what is freed, for all candidates alike.
+
+    By default glibc gives it back to the system after nearly every call, and the time to get it
+    again, page by page, depends on what else the process has done before.
+    """
+    with suppress(OSError, AttributeError):  # no glibc
+        trim_threshold, mmap_threshold, libc = -1, -3, ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**30)
+
+
 def give_back() -> None:
     """Let the allocator return what is free, so that it is not counted as held."""
     with suppress(OSError, AttributeError):  # no glibc
@@ -170,12 +183,12 @@ def give_back() -> None:
 
 
 def repetitions(seconds: float, *, quick: bool) -> int:
-    """At least 20 where one takes less than a second, more of short ones, few of long ones."""
+    """At least 20 where one takes less than a quarter of a second, fewer of longer ones."""
     if quick:
         return 3
-    if seconds < 1:
+    if seconds < 0.25:
         return max(20, min(200, int(0.2 / max(seconds, 1e-6))))
-    return 3 if seconds < SLOW else 1
+    return max(3, int(3 / seconds)) if seconds < SLOW else 1
 
 
 def interleaved(
