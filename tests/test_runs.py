@@ -99,6 +99,23 @@ def test_a_notebook_depends_on_fimlib_and_on_the_support_that_it_mentions(tmp_pa
     assert {"fimlib/fisher.py", "fimlib/__init__.py"} <= names
 
 
+def test_docstrings_are_no_code_and_all_else_is(tmp_path):
+    path = tmp_path / "module.py"
+
+    def digest(text):
+        path.write_text(text)
+        return runs.code(path)
+
+    plain = 'def f(x):\n    return x + 1\n\n\nclass A:\n    s = """a\n    b"""\n'
+    documented = (
+        '"""M.\n\nMore.\n"""\ndef f(x):\n    """F.\n\n    >>> f(1)\n    """\n    return x + 1\n'
+    )
+    documented += 'class A:\n    """A."""\n    s = """a\n    b"""\n'
+    assert digest(plain) == digest(documented)
+    for old, new in (("+ 1", "- 1"), ("    b", "   b"), ("return", "x = 2\n    return")):
+        assert digest(plain) != digest(plain.replace(old, new))
+
+
 def test_a_damaged_run_is_none_and_made_again(made, capsys):
     folder, again = made
     for file in ("record.json", "values.csv", "notebook.ipynb"):

@@ -238,7 +238,7 @@ def fingerprint(spec: Spec, dataset: str, digest: str = "") -> str:
         digest: The data set's digest, where that is known; else the data are read.
     """
     parts = [spec.notebook.read_bytes(), repr(sorted(spec.parameters.items())).encode()]
-    parts += [path.read_bytes() for path in sources(spec.notebook)]
+    parts += [code(path) for path in sources(spec.notebook)]
     if "dataset" in check_parameters(spec.notebook, spec.parameters):
         parts.append((digest or data_digest(dataset)).encode())
     return results.digest(parts)
@@ -254,8 +254,21 @@ def sources(notebook: Path) -> list[Path]:
 
 
 def fimlib_digest() -> str:
-    """SHA-256 of fimlib."""
-    return results.digest(path.read_bytes() for path in sorted(FIMLIB.glob("*.py")))
+    """SHA-256 of fimlib's code."""
+    return results.digest(code(path) for path in sorted(FIMLIB.glob("*.py")))
+
+
+def code(path: Path) -> bytes:
+    """A Python file without its docstrings, which change no result."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            for number in range(first.lineno - 1, first.end_lineno or first.lineno):
+                lines[number] = ""
+    return "\n".join(line for line in lines if line).encode()
 
 
 @functools.cache
