@@ -537,7 +537,8 @@ class Forms:
     def largest(self) -> Tensor:
         """The largest absolute value of each quantity, [Q]."""
         flat = self.values.flatten(2) if self.values.ndim > 2 else self.values[:, :, None]
-        return flat.abs().amax((0, 2)) if flat.numel() else flat.new_zeros(len(self.keys))
+        flat = flat.abs() if "C12" in self.keys else flat  # all others are ≥ 0
+        return flat.amax((0, 2)) if flat.numel() else flat.new_zeros(len(self.keys))
 
     def means(
         self, z: Tensor | None, dtype: torch.dtype, largest: Tensor | None
