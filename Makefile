@@ -125,7 +125,7 @@ test-full: lint ## the same with the long loops
 mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (an hour)
 	@"$(PY)" tests/mutants.py
 
-bench: $(ENV) ## measure the cost beside other libraries, in about half an hour (QUICK=1: try it out)
+bench: $(ENV) ## measure the cost beside other libraries, in about a quarter of an hour (QUICK=1: try it out)
 	@"$(PY)" -m support.bench $(if $(QUICK),--quick)
 
 gpu-check: $(ENV) ## compare results of CPU and GPU where there is a GPU

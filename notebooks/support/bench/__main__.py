@@ -56,7 +56,7 @@ def varied(quick: bool) -> Plan:
             c: ((first, *hidden, c), batch) for c in ((3, 9) if quick else (10, 100, 1000))
         },
         "hidden layers of 64 units": {
-            d: ((first, *[64] * d, last), batch) for d in ((1, 2) if quick else (1, 2, 4, 8, 16))
+            d: ((first, *[64] * d, last), batch) for d in ((1, 2) if quick else (1, 2, 4, 8))
         },
         "units in each of 3 hidden layers": {
             w: ((first, w, w, w, last), batch) for w in ((4, 8) if quick else (64, 256, 1024))

@@ -13,7 +13,7 @@ from support.bench.measure import Row
 from support.bench.targets import TARGETS, Found, large, quotient, ratio, verdict
 
 FOUND = results.ROOT / "data" / "bench.json"
-MISSING = "There are no measurements yet: `make bench` makes them, in about half an hour.\n"
+MISSING = "There are no measurements yet: `make bench` makes them, in about a quarter of an hour.\n"
 OURS = [key for key, candidate in CANDIDATES.items() if candidate.name == "fimlib"]
 
 
