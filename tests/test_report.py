@@ -31,7 +31,7 @@ QUANTITIES = {
 # What else the claims read, the same everywhere.
 OTHERS = {
     "I_lower": 0, "V1_lower": 0, "V2_lower": 0, "C12": 0.5, "I1_minus_I2_squared": 4,
-    "I1_negative": 0, "I2_negative": 3,
+    "I1_negative": 0, "I2_negative": 3, "I_upper": 9,
 }  # fmt: skip
 OF_THE_NETWORK = {"largest_probability": 0.15, "sum_of_squares": 0.1}
 PARAMETERS = {

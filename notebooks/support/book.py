@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from support import (
     cells,
     comparison,
+    explorers,
     figures,
     forks,
     listings,
@@ -119,6 +120,7 @@ def prepare(
         of_experiment.setdefault(run.record["experiment"], run)
     for run in of_experiment.values():
         made |= save_pictures(run)
+    made |= explorers.write(main, GENERATED)
     made |= fill_gaps(set(made))
     passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})
     write_fragments(main, aside)
