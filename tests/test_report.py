@@ -540,3 +540,14 @@ def test_the_page_names_the_settings_of_the_reference():
         assert f"batches of {p['batch_size']}**" in page
         assert f"$N =$ **{p['num_samples']:,}**" in page
         assert (p["activation"], p["input_index"]) == ("Sigmoid", "random")
+
+
+def test_what_figure_1_shows_is_told(group):
+    """Ten of the hidden layers' numbers stand in QUANTITIES: V₁ and V₂, and their bounds."""
+    wide = group["a"].values.pivot(index=["layer", "epoch"], columns="quantity", values="value")
+    hidden = wide.loc[["1", "2"]]
+    below = sum(a < b for a, b in zip(hidden.V1, hidden.V2, strict=True))
+    assert figures.count_below([group["a"].values] * 2) == (2 * below, 8)
+    text = figures.seen(group["a"].values)
+    assert f"V1 is the smaller of the two at {below} of 4 points" in text
+    assert "V2 is 0 in layer 3." in text

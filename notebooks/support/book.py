@@ -319,10 +319,7 @@ def mutation() -> str:
 def shown(group: Mapping[str, Run], prefix: str) -> str:
     """Figure 1 with its caption."""
     run, warn = first(group), report.warning(group)
-    alt = (
-        "One column per layer. Above, over the epochs: Fisher information, standard deviations of "
-        "both estimators, upper bounds. Below: log-ratios of bounds and variances."
-    )
+    alt = figures.seen(run.values)
     return (
         f"```{{figure}} _generated/{prefix}figure-1.svg\n:alt: {warn + '. ' if warn else ''}{alt}\n"
         f":width: 100%\n\nOur counterpart of the paper's Figure 1, from "
@@ -337,9 +334,11 @@ def seeds(group: Mapping[str, Run], prefix: str) -> str:
         f"[{report.seed(r)}](_generated/{'not-counted' if warn else 'notebooks'}/{name}.ipynb)"
         for name, r in group.items()
     )
+    below, points = figures.count_below([run.values for run in group.values()])
     return (
         f"```{{figure}} _generated/{prefix}seeds.svg\n:alt: Ratio of the two variances in each "
-        f"hidden layer over the epochs, one line per seed\n:width: 100%\n\nRatio of the layers' "
+        f"hidden layer over the epochs, one line per seed; below 1 at {below} of {points} points\n"
+        f":width: 100%\n\nRatio of the layers' "
         f"mean variances, one line per seed; below 1 the paper's V₁ < V₂ holds. "
         f"{warn + '. ' if warn else ''}Executed notebooks by seed: "
         f"{links}.\n```\n"

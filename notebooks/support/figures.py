@@ -1,7 +1,9 @@
 """The figures, drawn from a run's table of values; nothing is computed here.
 
 Colours are those of Okabe and Ito, which stay apart for colour-blind readers: Î₁ is blue and Î₂
-vermilion throughout, the Fisher information green, as in the paper.
+vermilion throughout, the Fisher information green, as in the paper; no other thing has these
+three. `compact` makes the white grounds transparent, so that the book's dark theme can turn a
+picture inside out (``book/_static/figures.css``).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,16 @@ from support import results
 from support.results import NETWORK
 
 GREEN, BLUE, SKY, VERMILION = "#009E73", "#0072B2", "#56B4E9", "#D55E00"
-GREY = "#666666"
+GREY, BLACK, ORANGE, PURPLE = "#666666", "#000000", "#E69F00", "#CC79A7"
 SVG = "image/svg+xml"
-COLORS = ["#000000", "#E69F00", "#56B4E9", "#CC79A7", "#666666"]
+INDEX = ["layer", "epoch"]
+COLORS = [BLACK, ORANGE, SKY, PURPLE, GREY]
+# The lines of Figure 1, column by column.
+LEGEND = [
+    "Fisher information I", r"$\sqrt{V_1}$", r"$\sqrt{V_2}$", r"bound of $\sqrt{V_1}$",
+    r"bound of $\sqrt{V_2}$", r"bound of $\sqrt{V_1}$, certified", r"$\sqrt{V_1}$ at N = 1",
+    r"log(UB/$V_1$)", r"log(UB/$V_2$)",
+]  # fmt: skip
 DASHES: Any = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 STYLE: Any = {
     "svg.hashsalt": "fimlib",  # the same figure gives the same file
@@ -47,11 +56,11 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") ->
         record: What made it.
         warn: What to write on top; empty: what the record itself asks for.
     """
-    wide = by_layer(values, ["layer", "epoch"])
+    wide = by_layer(values, INDEX)
     layers = list(wide.index.get_level_values("layer").unique())
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(layers), figsize=(2.6 * len(layers) + 0.6, 6.4), sharex=True, sharey="row",
+            2, len(layers), figsize=(1.2 * len(layers) + 4, 6.2), sharex=True, sharey="row",
             squeeze=False, height_ratios=[3, 2], layout="constrained",
         )  # fmt: skip
         for k, layer in enumerate(layers):
@@ -70,7 +79,9 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") ->
             for ax in axes.flat
             for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5)
+        order = sorted(entries, key=LEGEND.index)
+        lines = [entries[text] for text in order]
+        figure.legend(lines, order, loc="outside lower center", ncols=3)
         if warn or warning(record):
             figure.suptitle(warn or warning(record), color="#B00020", weight="bold")
     return figure
@@ -85,11 +96,11 @@ def draw_variances(ax: Axes, data: pd.DataFrame, *, at_one: int) -> None:
         at_one: N, where √V₁ is to be shown for a single label, too; else 1.
     """
     ax.set_yscale("log")
-    ax.plot(data.I, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
+    ax.plot(data.I, color=GREEN, linewidth=4, alpha=0.75, label=LEGEND[0])
     ax.plot(np.sqrt(data.V1), color=BLUE, label=r"$\sqrt{V_1}$")
     ax.plot(np.sqrt(data.V1_upper), color=BLUE, linestyle="--", label=r"bound of $\sqrt{V_1}$")
     ax.plot(
-        np.sqrt(data.V1_certified), color="#000000", linestyle=":", linewidth=1.2, zorder=3,
+        np.sqrt(data.V1_certified), color=BLACK, linestyle=":", linewidth=1.2, zorder=3,
         label=r"bound of $\sqrt{V_1}$, certified",
     )  # fmt: skip
     if at_one > 1:
@@ -121,12 +132,12 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
         runs: Tables of values by the name of their line.
         warn: What to write on top if these runs do not count.
     """
-    tables = {name: by_layer(values, ["layer", "epoch"]) for name, values in runs.items()}
+    tables = {name: by_layer(values, INDEX) for name, values in runs.items()}
     ratios = {name: wide.V1 / wide.V2 for name, wide in tables.items()}
     layers = sorted({layer for ratio in ratios.values() for layer, _ in ratio.index})[:-1]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(layers), figsize=(3.1 * len(layers) + 0.6, 3.6), sharey=True, squeeze=False,
+            1, len(layers), figsize=(1.7 * len(layers) + 2.2, 3.6), sharey=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for ax, layer in zip(axes[0], layers, strict=True):
@@ -183,10 +194,11 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def compact(svg: str) -> str:
-    r"""A picture of matplotlib in fewer bytes, looking the same; any other picture as it is.
+    r"""A picture of matplotlib in fewer bytes, on no ground; any other picture as it is.
 
     Coordinates, in units of 1/72 inch, are rounded to two decimals. The date, the white space, and
-    groups that only bear a number are dropped.
+    groups that only bear a number are dropped. The white behind figure and axes, which has no
+    edge, becomes transparent.
 
     >>> compact('<svg><g id="figure_1">\n <path d="M 1.23456 2 \nL 0.999 -0.001 "/></g></svg>')
     '<svg><path d="M 1.23 2 L 1 0"/></svg>'
@@ -197,6 +209,7 @@ def compact(svg: str) -> str:
         return svg
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(?<=\s)(?:d|x|y)="[^"]*"|translate\([^)]*\)', rounded, svg)
+    svg = svg.replace('style="fill: #ffffff"/>', 'style="fill: none"/>')
     svg = re.sub(r'<g id="[^"]*"/>', "", re.sub(r">\s+<", "><", svg))
     bare = []  # of the groups that are open: whether this one is dropped
 
@@ -243,6 +256,32 @@ def caption(record: Mapping[str, Any], warn: str = "") -> str:
         f"Test input {record['input_index']}; N = {record['parameters']['num_samples']:,} labels; "
         f"{record['network']}. Widths, dropout rate, optimiser, learning rate, batch size and N "
         "are our choices. The solid variances are exact, not sampled."
+    )
+
+
+def count_below(tables: Iterable[pd.DataFrame]) -> tuple[int, int]:
+    """How often V₁ < V₂ in the layers' means of some runs, and of how many: where V₂ is not 0."""
+    both = pd.concat([wide[wide.V2 > 0] for wide in (by_layer(t, INDEX) for t in tables)])
+    return int((both.V1 < both.V2).sum()), len(both)
+
+
+def seen(values: pd.DataFrame) -> str:
+    """What a run's Figure 1 shows, for those who do not see it.
+
+    Args:
+        values: The table of the run.
+    """
+    wide = by_layer(values, INDEX)
+    both = wide[wide.V2 > 0]
+    below, points = count_below([values])
+    silent = [str(layer) for layer, data in wide.groupby("layer") if vanishes(data.V2)]
+    looser = (both.V1_upper / both.V1 > both.V2_upper / both.V2).sum()
+    where = f"V2 is 0 in layer {', '.join(silent)}. " if silent else ""
+    return (
+        "One column per layer. Above, over the epochs: Fisher information, standard deviations of "
+        "both estimators, upper bounds. Below: log-ratios of bounds and variances. Where V2 is not "
+        f"0, V1 is the smaller of the two at {below} of {points} points, and "
+        f"its bound the looser one at {looser}. {where}".strip()
     )
 
 

@@ -83,7 +83,7 @@ def validity(values: pd.DataFrame) -> Figure:
     activations = list(dict.fromkeys(activation_of))
     with mpl.rc_context(figures.STYLE):
         figure, axes = plt.subplots(
-            1, len(activations), figsize=(2.1 * len(activations) + 0.7, 3.9), sharex=True,
+            1, len(activations), figsize=(1.45 * len(activations) + 0.9, 3.9), sharex=True,
             sharey=True, squeeze=False, layout="constrained",
         )  # fmt: skip
         for ax, activation in zip(axes[0], activations, strict=True):
