@@ -469,7 +469,6 @@
     }
 
     function draw() {
-      choices();
       root.querySelector('[data-value="epoch"]').textContent = shown().epochs[+epoch.value];
       drawPlot();
       fill();
@@ -480,7 +479,13 @@
       epoch.value = nearest(xs, x);
       draw();
     });
-    for (const control of [experiment, seed, layer, epoch]) control.addEventListener("input", draw);
+    for (const control of [experiment, seed, layer]) {
+      control.addEventListener("input", () => {
+        choices();
+        draw();
+      });
+    }
+    epoch.addEventListener("input", draw);
     choices();
     epoch.value = epoch.max;
     return draw;
