@@ -48,7 +48,7 @@ RUNS = $(RESULTS)/$(CHOSEN)
 TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
 RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full mutants bench gpu-check clean
+.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full test-book mutants bench gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -121,6 +121,9 @@ test: lint ## lint, types, tests and doctests
 
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest
+
+test-book: $(ENV) ## open every page of the book in Chromium and see that it is right (some minutes)
+	@"$(PY)" -m pytest -m browser -rs tests/test_book_browser.py
 
 mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (an hour)
 	@"$(PY)" tests/mutants.py

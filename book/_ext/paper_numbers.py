@@ -4,6 +4,7 @@ r"""Give equations and theorem boxes the numbers of the paper.
   ``{eq}`` that points at it, from any page.
 * A ``prf:*`` box with the option ``:number: 4.1`` has the number 4.1: in its title, and in every
   ``{prf:ref}`` that points at it. A box without a number says so with ``:nonumber:``.
+  The search of the book finds it by its number.
 
 A number that is not the paper's would mislead. So an equation or a box without one is a warning,
 and figures, tables and listings have captions but no numbers.
@@ -14,6 +15,7 @@ from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
@@ -37,7 +39,9 @@ class NumberedBox(ElementDirective):  # type: ignore[misc]  # sphinx-proof has n
             message = "%s '%s' needs either :number: (the paper's) or :nonumber:"
             logger.warning(message, self.name, box["label"], location=self.get_location())
         if "nonumber" not in self.options:
-            box["paper_number"] = self.options.get("number", UNKNOWN)
+            box["paper_number"] = number = self.options.get("number", UNKNOWN)
+            entry = f"{self.name.removeprefix('prf:').title()} {number}"  # for the search
+            box += addnodes.index(entries=[("single", entry, box["ids"][0], "main", None)])
         return [box]
 
 

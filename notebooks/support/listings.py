@@ -36,7 +36,8 @@ def page(path: Path) -> str:
         f"({label(path, first)})=\n## `{starts[first]}`\n\n{block(lines, first, end)}"
         for first, end in itertools.pairwise(bounds)
     ]
-    return "\n".join(["---\norphan: true\n---", f"# {relative(path)}\n", head, *sections])
+    title = relative(path).replace("_", r"\_")
+    return "\n".join(["---\norphan: true\n---", f"# {title}\n", head, *sections])
 
 
 def block(lines: list[str], first: int, end: int) -> str:

@@ -1,0 +1,203 @@
+"""The book as its readers see it: every page in Chromium, opened from disk, without a network.
+
+``make test-book`` runs these tests; it builds the book from the committed results first, or takes
+one that is built already: ``make test-book BOOK=book/_build/html``. The last tests plant a defect
+of every kind on a page, and see it found.
+"""
+
+import asyncio
+import os
+import shutil
+from importlib.metadata import files
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import book_browser
+import book_links
+import pytest
+from project import copy, make
+from support import browser
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.browser, pytest.mark.full]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _chromium():
+    """These tests are for machines that have a browser."""
+    try:
+        browser.find()
+    except browser.BrowserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """The script of axe-core."""
+    script = book_browser.axe()
+    if script is None:
+        pytest.skip("axe-core is missing: pip install --no-deps -r requirements-browser.txt")
+    return script
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """The folder of the built book."""
+    if built := os.environ.get("BOOK"):
+        return (ROOT / built).resolve()
+    project = copy(tmp_path_factory.mktemp("book"))
+    done = make(project, "book")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project / "book/_build/html"
+
+
+def told(found):
+    """Faults of many pages, to read."""
+    return "\n".join(f"{a}\n    " + "\n    ".join(faults) for a, faults in found.items() if faults)
+
+
+def test_every_link_leads_somewhere(book):
+    assert len(book_links.pages(book)) > 100
+    faults = book_links.faults(book)
+    assert not faults, "\n".join(faults)
+
+
+def test_every_page_looks_right(book):
+    """See `book_browser.look` and book_checks.js for what is looked at."""
+    addresses = [path.as_uri() for path in book_links.pages(book)]
+    found = book_browser.each(addresses, book_browser.look)
+    assert len(found) == len(addresses) > 100
+    assert not told(found), told(found)
+
+
+def test_readers_with_other_eyes_can_use_it(book, axe):
+    """The rules of WCAG 2.2, levels A and AA, as far as axe-core can decide them."""
+    addresses = [path.as_uri() for path in book_links.kinds(book)]
+    found = book_browser.each(addresses, book_browser.judge, axe)
+    assert len(found) == len(addresses) > 40
+    assert not told(found), told(found)
+
+
+def test_the_search_finds(book):
+    async def search(*queries):
+        async with browser.launch() as chromium:
+            tab = await chromium.tab()
+            return [await book_browser.search(tab, book, words) for words in queries]
+
+    theorem, fisher, nothing = asyncio.run(search("Theorem 4.1", "Fisher", "zzyzx"))
+    assert not theorem[1] + fisher[1] + nothing[1]
+    first = urlsplit(theorem[0][0])
+    page = (book / first.path).read_text(encoding="utf-8")
+    assert first.fragment == "theorem-4-1"
+    assert '<span class="caption-number">Theorem 4.1 </span>' in page
+    assert len(fisher[0]) > 20
+    assert not nothing[0]
+
+
+# -- Can these tests fail? -------------------------------------------------------------------
+
+MATHJAX = next(f for f in files("sphinx-mathjax-offline") or [] if f.name == "tex-svg-full.js")
+DOT = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
+PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>A page</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>@media (prefers-color-scheme: dark) {
+  body { background: #000; color: #fff } a { color: #8cf }
+}</style>
+</head><body><main>BODY</main></body></html>"""
+SCRIPT = '<script src="tex-svg-full.js"></script>'
+FLAWLESS = r"""<h1>Î₁ and θᵢ ↔ ∂²F — “fine”</h1>
+<p><span class="math">\(x^2\)</span>, <code>\(x\)</code></p>
+<img src="dot.svg" alt="A dot"> <a href="flawless.html#end">The end</a> <p id="end">…</p>
+<div style="overflow-x: auto" tabindex="0"><p style="width: 3000px">A wide one.</p></div>"""
+
+LOOKS = {
+    "lost image": ('<img src="lost.svg" alt="x">', "image lost.svg is not shown"),
+    "image without words": ('<img src="dot.svg" alt="_images/dot.svg">', "file name for its alt"),
+    "raw TeX": (r"<p>\(x\)</p>", r"raw TeX: \(x\)"),
+    "equation not made": ('<p class="math">x</p>', "no equation made of x"),
+    "wrong equation": (rf'{SCRIPT}<p class="math">\(\frac\)</p>', "MathJax cannot read Missing"),
+    "unknown macro": (rf'{SCRIPT}<p class="math">\(\fisher\)</p>', r"MathJax cannot read \fisher"),
+    "missing glyph": ("<p>a \ue123</p>", "no font has \ue123 (U+e123)"),
+    "wide table": ("<table><tr><td style='min-width: 600px'>x</table>", "at 390 pixels it scrolls"),
+    "wide page": ('<p style="width: 2000px">x</p>', "at 1280 pixels it scrolls"),
+    "complaint": ('<script>console.error("alas")</script>', "console: alas"),
+    "error": ("<script>undefined.x</script>", "script: TypeError"),
+    "no promise kept": ('<script>Promise.reject(Error("no"))</script>', "script: Error: no"),
+    "network": ('<img src="https://example.org/x.svg" alt="x">', "asks for https://example.org/x"),
+    "no server": ('<script>fetch("dot.svg")</script>', "dot.svg did not load"),
+    "lost style": ('<link rel="stylesheet" href="lost.css">', "lost.css did not load"),
+}
+JUDGED = {
+    "pale": ('<p style="color: #aaa; background: #fff">pale words</p>', "light: color-contrast: p"),
+    "dark on dark": ('<p style="color: #222">dark words</p>', "dark: color-contrast: p"),
+    "image without alt": ('<img src="dot.svg">', "image-alt: img"),
+    "link without name": ('<a href="flawless.html"></a>', "link-name: a"),
+}
+LINKS = {
+    "lost page": ('<a href="lost.html">x</a>', "lost.html is no file"),
+    "lost anchor": ('<a href="flawless.html#lost">x</a>', "flawless.html#lost: no such anchor"),
+    "lost download": ('<a download href="_downloads/x.ipynb">x</a>', "x.ipynb is no file"),
+    "twice the same id": ('<p id="a">x</p><p id="a">y</p>', "id a stands 2 times"),
+    "elsewhere": ('<a href="file:///etc/hostname">x</a>', "file:///etc/hostname leaves the book"),
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """A folder with a flawless page, and a page for every defect."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    (folder / "dot.svg").write_text(DOT)
+    shutil.copy(str(MATHJAX.locate()), folder)
+    bodies = {"flawless": FLAWLESS + SCRIPT}
+    bodies |= {name: body for name, (body, _) in (LOOKS | JUDGED | LINKS).items()}
+    for name, body in bodies.items():
+        (folder / f"{name}.html").write_text(PAGE.replace("BODY", body), encoding="utf-8")
+    return folder
+
+
+def check(spoilt, planted, found):
+    """Each planted defect was found on its page, and none on the flawless one."""
+    assert found.pop((spoilt / "flawless.html").as_uri()) == []
+    for name, (_, fault) in planted.items():
+        faults = found.pop((spoilt / f"{name}.html").as_uri())
+        assert any(fault in line for line in faults), (name, faults)
+    assert not found
+
+
+def test_what_looks_wrong_is_found(spoilt):
+    pages = [(spoilt / f"{name}.html").as_uri() for name in ("flawless", *LOOKS)]
+    check(spoilt, LOOKS, book_browser.each(pages, book_browser.look))
+
+
+def test_what_other_eyes_cannot_use_is_found(spoilt, axe):
+    pages = [(spoilt / f"{name}.html").as_uri() for name in ("flawless", *JUDGED)]
+    check(spoilt, JUDGED, book_browser.each(pages, book_browser.judge, axe))
+
+
+def test_what_leads_nowhere_is_found(spoilt):
+    faults = book_links.faults(spoilt)
+    assert not [line for line in faults if line.startswith("flawless")]
+    for name, (_, fault) in LINKS.items():
+        assert [line for line in faults if line.startswith(f"{name}.html: ") and fault in line]
+
+
+def test_a_missing_browser_is_said_with_what_to_do(monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
+    with pytest.raises(browser.BrowserError, match="CHROMIUM=/nowhere/chromium is no program"):
+        browser.find()
+    monkeypatch.delenv("CHROMIUM")
+    monkeypatch.setattr(browser, "NAMES", ())
+    monkeypatch.setattr(browser, "MACOS", "/nowhere")
+    with pytest.raises(browser.BrowserError, match="apt-get install -y chromium"):
+        browser.find()
+
+
+def test_a_browser_that_stops_is_said(monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "true")
+
+    async def start():
+        async with browser.launch():
+            pass
+
+    with pytest.raises(browser.BrowserError, match="the browser has stopped"):
+        asyncio.run(start())
