@@ -48,7 +48,7 @@ RUNS = $(RESULTS)/$(CHOSEN)
 TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
 RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data quote experiments report book reproduce smoke fork run reference lint test test-full test-book mutants bench gpu-check clean
+.PHONY: help env data quote experiments report book pdf reproduce smoke fork run reference lint test test-full test-book mutants bench gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -88,6 +88,9 @@ quote: $(ENV) ## say what `make reproduce` will take here, and what is done; run
 
 book: $(ENV) ## build the book: from results on the last data set chosen, else data/reference
 	@"$(PY)" -m support.book $(SIZE) --results "$(RUNS)" --output "$(BOOK_OUTPUT)"
+
+pdf: book ## print the book into book/_build/fimlib-book.pdf; needs Chromium (CHROMIUM=/path/to/it)
+	@"$(PY)" -m support.pdf --built "$(BOOK_OUTPUT)/_build/html" --output "$(BOOK_OUTPUT)/_build/fimlib-book.pdf"
 
 report: $(ENV) ## print what the runs on the last data set chosen say of the paper's statements
 	@"$(PY)" -m support.report $(SIZE) --results "$(RUNS)"

@@ -7,6 +7,7 @@ of every kind on a page, and see it found.
 
 import asyncio
 import os
+import re
 import shutil
 from importlib.metadata import files
 from pathlib import Path
@@ -16,9 +17,11 @@ import book_browser
 import book_links
 import pytest
 from project import copy, make
-from support import browser
+from pypdf import PdfReader
+from support import browser, pdf
 
 ROOT = Path(__file__).parents[1]
+PAPER = 643  # pixels: 170 mm, A4 within its margins
 pytestmark = [pytest.mark.browser, pytest.mark.full]
 
 
@@ -92,6 +95,65 @@ def test_the_search_finds(book):
     assert '<span class="caption-number">Theorem 4.1 </span>' in page
     assert len(fisher[0]) > 20
     assert not nothing[0]
+
+
+@pytest.fixture(scope="session")
+def printed(book, tmp_path_factory):
+    """The book as PDF, and beside it the page that was printed."""
+    output = tmp_path_factory.mktemp("printed") / "book.pdf"
+    pdf.write(book, output)
+    return output
+
+
+def test_the_pdf_is_the_whole_book(printed, book):
+    """Every page of the book starts where the list of contents says, and so does a theorem."""
+    reader, anchors = PdfReader(printed), pdf.page_numbers(printed.read_bytes())
+    paths = pdf.Pages(book).paths
+    assert len(reader.pages) > 100
+    assert len(paths) > 30
+    contents = spelled(reader.pages[1]) + spelled(reader.pages[2])
+    for path in paths:
+        title = re.sub(r"\W", "", pdf.read(path).h1.find(string=True))
+        number = anchors[path.stem]
+        assert title in spelled(reader.pages[number - 1]).replace("|", "")
+        line = r"\|?".join(title) + rf"\|?{number}\|"
+        assert re.search(line, contents), (title, number, contents)
+    theorem = reader.pages[anchors["section-4--theorem-4-1"] - 1]
+    assert "Theorem 4.1" in theorem.extract_text()
+
+
+def spelled(page):
+    """Letters and digits of a page, with a bar for the end of a line."""
+    return "".join(re.sub(r"\W", "", line) + "|" for line in page.extract_text().splitlines())
+
+
+def test_every_link_in_the_pdf_leads_somewhere(printed):
+    reader = PdfReader(printed)
+    names = {name.removeprefix("/") for name in reader.named_destinations}
+    links = [
+        annotation.get_object() for page in reader.pages for annotation in page.get("/Annots") or []
+    ]
+    inside = {str(link["/Dest"]).removeprefix("/") for link in links if "/Dest" in link}
+    outside = {str(link["/A"]["/URI"]) for link in links if "/A" in link}
+    assert len(inside) > 100
+    assert inside <= names
+    assert not [address for address in outside if not address.startswith("https://")]
+
+
+def test_what_is_printed_looks_right(printed):
+    """A page that is too wide would also make Chromium print all pages smaller."""
+
+    async def look():
+        async with browser.launch() as chromium:
+            tab = await chromium.tab()
+            await tab.call("Emulation.setEmulatedMedia", media="print")
+            await book_browser.resize(tab, PAPER)
+            await tab.goto(printed.with_suffix(".html").as_uri())
+            faults = await tab.evaluate(book_browser.CHECKS, limit=300)
+            wide = await tab.evaluate(book_browser.WIDTH)
+            return [*faults, *([wide] if wide else []), *book_browser.complaints(tab.events)]
+
+    assert asyncio.run(look()) == []
 
 
 # -- Can these tests fail? -------------------------------------------------------------------
@@ -179,25 +241,3 @@ def test_what_leads_nowhere_is_found(spoilt):
     assert not [line for line in faults if line.startswith("flawless")]
     for name, (_, fault) in LINKS.items():
         assert [line for line in faults if line.startswith(f"{name}.html: ") and fault in line]
-
-
-def test_a_missing_browser_is_said_with_what_to_do(monkeypatch):
-    monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
-    with pytest.raises(browser.BrowserError, match="CHROMIUM=/nowhere/chromium is no program"):
-        browser.find()
-    monkeypatch.delenv("CHROMIUM")
-    monkeypatch.setattr(browser, "NAMES", ())
-    monkeypatch.setattr(browser, "MACOS", "/nowhere")
-    with pytest.raises(browser.BrowserError, match="apt-get install -y chromium"):
-        browser.find()
-
-
-def test_a_browser_that_stops_is_said(monkeypatch):
-    monkeypatch.setenv("CHROMIUM", "true")
-
-    async def start():
-        async with browser.launch():
-            pass
-
-    with pytest.raises(browser.BrowserError, match="the browser has stopped"):
-        asyncio.run(start())
