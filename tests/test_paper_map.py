@@ -175,6 +175,7 @@ TOC = """
 format: jb-book
 root: index
 chapters:
+  - file: api
   - glob: _generated/notebooks/*
 """
 
@@ -199,6 +200,14 @@ See {eq}`eq-23`.
 | 1 | 2 |
 
 ```{paper-map}
+```
+"""
+API = """
+# Reference
+
+```{py:method} fimlib.Family.mean(h)
+```
+```{py:function} fimlib.variance_i1(derivs)
 ```
 """
 
@@ -248,6 +257,7 @@ def build(book, tiny=TINY):
         "_config.yml": CONFIG.replace("EXTENSIONS", str(BOOK / "_ext")),
         "_toc.yml": TOC,
         "index.md": PAGE,
+        "api.md": API,
         "paper.yml": tiny,
         "_generated/notebooks/run.ipynb": RESULTS,
     } | {f"_generated/source/{listings.page_name(p)}.md": listings.page(p) for p in LISTED}
@@ -270,6 +280,7 @@ def test_the_map_is_shown(tmp_path):
     for link in (
         "#equation-eq-23", "#lemma-a-1", "#table-1", "_generated/notebooks/run.html",
         f"_generated/source/fimlib-fisher.html#source-fimlib-fisher-{line}",
+        "api.html#fimlib.Family.mean", "api.html#fimlib.variance_i1",
     ):  # fmt: skip
         assert html.count(f'href="{link}"') >= 1, link
     for page, name in (("tests-test_checks", "test_the_other_kinds"), ("fimlib-family", "Family")):
@@ -294,3 +305,9 @@ def test_lost_anchors_fail_the_build(tmp_path):
     for label in ("eq-23", "lemma-a-1", "table-1"):
         assert re.search(rf"WARNING.*\b{label}-lost", done.said)
     assert "Traceback" not in done.said
+
+
+def test_code_without_an_entry_in_the_reference_fails_the_build(tmp_path):
+    done = build(tmp_path, tiny=TINY.replace("Family.mean", "Family.covariance"))
+    assert done.status != 0
+    assert re.search(r"WARNING.*py:obj.*fimlib\.Family\.covariance", done.said)

@@ -86,11 +86,11 @@ def link(number: str, anchor: str) -> str:
 
 
 def where(name: str) -> str:
-    """A name of the library and its place: file and line."""
+    """A name of the library, linked to its entry in the reference, and its place in the source."""
     target = pkgutil.resolve_name(name)
     path, (_, line) = Path(inspect.getfile(target)), inspect.getsourcelines(target)
     place = f"{{ref}}`line {line} <{listings.label(path, line)}>`"
-    return f"`{name}` {path.parent.name}/{path.name}, {place}"
+    return f"{{py:obj}}`{name}` {path.parent.name}/{path.name}, {place}"
 
 
 def outcome(check: str, results: dict[str, str]) -> str:

@@ -1,7 +1,8 @@
 r"""Give equations and theorem boxes the numbers of the paper.
 
 * A labelled equation that contains ``\tag{23}`` has the number 23: beside it, and in every
-  ``{eq}`` that points at it, from any page.
+  ``{eq}`` that points at it, from any page. Its label serves ``{ref}`` as well, so that a text
+  may point at it in words of its own.
 * A ``prf:*`` box with the option ``:number: 4.1`` has the number 4.1: in its title, and in every
   ``{prf:ref}`` that points at it. A box without a number says so with ``:nonumber:``.
   The search of the book finds it by its number.
@@ -45,7 +46,7 @@ class NumberedBox(ElementDirective):  # type: ignore[misc]  # sphinx-proof has n
         return [box]
 
 
-def take_tags(_app: Sphinx, doctree: nodes.document) -> None:
+def take_tags(app: Sphinx, doctree: nodes.document) -> None:
     r"""Move the ``\tag`` of each labelled equation out of its LaTeX, onto its node."""
     for equation in doctree.findall(nodes.math_block):
         if not equation.get("label"):
@@ -58,6 +59,8 @@ def take_tags(_app: Sphinx, doctree: nodes.document) -> None:
         equation["paper_number"] = tag[1] if tag else UNKNOWN
         equation.clear()
         equation += nodes.Text(TAG.sub("", latex))
+        labels: dict[str, tuple[str, str]] = app.env.get_domain("std").data["anonlabels"]
+        labels[equation["label"]] = (app.env.docname, equation["ids"][0])
 
 
 def number_as_in_paper(_app: Sphinx, env: BuildEnvironment) -> list[str]:
