@@ -48,7 +48,7 @@ RUNS = $(RESULTS)/$(CHOSEN)
 TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
 RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data quote experiments report book pdf reproduce smoke fork run reference lint test test-full test-book mutants bench gpu-check clean
+.PHONY: help env data quote experiments report book pdf reproduce smoke fork run reference launch lint test test-full test-book mutants bench gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -113,6 +113,9 @@ run: check-run data ## run a fork, or a run: make run NAME=mynet PARAMS="activat
 
 reference: $(ENV) ## replace data/reference by the results made here (real MNIST only)
 	@"$(PY)" -m support.reference --results "$(RESULTS)/mnist"
+
+launch: $(ENV) ## let the notebooks open in the browser, from the address in the file REPO_URL
+	@"$(PY)" -m support.launch
 
 lint: $(ENV) ## ruff (notebooks too) and mypy
 	@echo "ruff …" && "$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .

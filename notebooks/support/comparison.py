@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
+from nbformat import NotebookNode
 
-from support import cells, forks, passports
+from support import cells, forks, launch, passports
 from support.results import NETWORK, Run
 
 CASE, KEYS = "run", ["epoch", "layer", "quantity"]
@@ -163,6 +164,11 @@ def code_changes(first: Run, fork: Run) -> str:
 
 
 def sources(run: Run) -> list[str]:
-    """The code cells of a run's notebook, but for its parameters and `forks.MARK`."""
-    found = [c for c in passports.ready(run).cells if c.cell_type == "code"]
-    return [c.source.replace(forks.MARK, "") for c in found if "parameters" not in cells.tags(c)]
+    """The code cells of a run's notebook that `compared` keeps."""
+    return compared([c for c in passports.ready(run).cells if c.cell_type == "code"])
+
+
+def compared(found: list[NotebookNode]) -> list[str]:
+    """Code cells but for the parameters, `forks.MARK`, and the cell of `launch`."""
+    kept = [c for c in found if not {"parameters", launch.TAG} & set(cells.tags(c))]
+    return [c.source.replace(forks.MARK, "") for c in kept]

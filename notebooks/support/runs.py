@@ -38,7 +38,7 @@ import torch
 import yaml
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
-from support import checkpoint, data, figures, results, speed
+from support import checkpoint, data, figures, launch, results, speed
 
 NOTEBOOKS = results.ROOT / "notebooks"
 SUPPORT = NOTEBOOKS / "support"
@@ -237,7 +237,10 @@ def fingerprint(spec: Spec, dataset: str, digest: str = "") -> str:
         dataset: "mnist" or "digits".
         digest: The data set's digest, where that is known; else the data are read.
     """
-    parts = [spec.notebook.read_bytes(), repr(sorted(spec.parameters.items())).encode()]
+    parts = [
+        launch.without_cell(spec.notebook.read_bytes()),
+        repr(sorted(spec.parameters.items())).encode(),
+    ]
     parts += [code(path) for path in sources(spec.notebook)]
     if "dataset" in check_parameters(spec.notebook, spec.parameters):
         parts.append((digest or data_digest(dataset)).encode())
@@ -246,7 +249,8 @@ def fingerprint(spec: Spec, dataset: str, digest: str = "") -> str:
 
 def sources(notebook: Path) -> list[Path]:
     """The code that a notebook may call: fimlib, and what it mentions of ``support``."""
-    cells = nbformat.read(notebook, as_version=4).cells
+    text = launch.without_cell(notebook.read_bytes()).decode("utf-8")
+    cells = nbformat.reads(text, as_version=4).cells
     words = set(re.findall(r"\w+", " ".join(c.source for c in cells if c.cell_type == "code")))
     modules = [path for path in SUPPORT.glob("*.py") if path.stem in words]
     packages = [path for path in SUPPORT.glob("*/*.py") if path.parent.name in words]

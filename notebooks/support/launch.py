@@ -1,0 +1,119 @@
+"""Notebooks in the browser, at Binder or Colab: one setting, the first cell, the addresses.
+
+The setting is the one line of the file ``REPO_URL``: where your copy of the project can be cloned
+from. While it is empty, no page has a button and no notebook has a cell more. ``make launch``
+brings the notebooks up to date with it: Colab opens a notebook alone, so each needs a cell that
+fetches the rest. That cell counts for nothing else: no run has to be made again because of it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import nbformat
+
+from support import cells, results
+
+SETTING = results.ROOT / "REPO_URL"
+BRANCH = "main"
+TAG = "launch"  # of the cell
+FORM = re.compile(r"https://([\w.-]+)/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
+CELL = """\
+# Where the rest of the project is missing, as on Colab: fetch it. Elsewhere this does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("support") is None:
+    folder = os.path.abspath("fimlib-project")
+    if not os.path.isdir(folder):
+        subprocess.run(["git", "clone", "--depth", "1", "REPO_URL", folder], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", f"{folder}[notebooks]"]
+    subprocess.run(pip, check=True)
+    os.chdir(os.path.join(folder, "notebooks"))
+    sys.path.insert(0, os.getcwd())"""
+
+
+def repo_url(setting: Path = SETTING) -> str:
+    """The address of this project's public copy, or nothing.
+
+    Raises:
+        ValueError: the setting is no address of a repository.
+    """
+    text = setting.read_text(encoding="utf-8").strip() if setting.is_file() else ""
+    if text and not FORM.fullmatch(text):
+        raise ValueError(
+            f"{setting.name} must be empty or one line such as https://github.com/you/project, "
+            f"not {text!r}."
+        )
+    return text.removesuffix("/").removesuffix(".git")
+
+
+def addresses(url: str, notebook: str) -> dict[str, str]:
+    """Where a notebook of the folder ``notebooks/`` opens, by the name of the service.
+
+    Args:
+        url: As `repo_url` gives it; nothing: no addresses.
+        notebook: Its file name.
+    """
+    found = FORM.fullmatch(url)
+    if not found:
+        return {}
+    host, owner, name = found.groups()
+    path = f"notebooks/{quote(notebook)}"
+    on_github = host == "github.com"
+    where = f"gh/{owner}/{name}" if on_github else f"git/{quote(url, safe='')}"
+    binder = (
+        f"https://mybinder.org/v2/{where}/{BRANCH}?urlpath={quote(f'lab/tree/{path}', safe='')}"
+    )
+    colab = f"https://colab.research.google.com/github/{owner}/{name}/blob/{BRANCH}/{path}"
+    return {"Binder": binder} | ({"Colab": colab} if on_github else {})  # Colab knows no others
+
+
+def with_cell(text: str, url: str) -> str:
+    """A notebook's text with the cell for this address as its first code; with none if it is empty.
+
+    Args:
+        text: The notebook, as nbformat writes it.
+        url: As `repo_url` gives it.
+    """
+    notebook = nbformat.reads(text, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if TAG not in cells.tags(cell)]
+    if url:
+        code = CELL.replace("REPO_URL", url)
+        cell = nbformat.v4.new_code_cell(code, id=TAG, metadata={"tags": [TAG]})
+        notebook.cells.insert(1, cell)  # the title comes first
+    return str(nbformat.writes(notebook)) + "\n"
+
+
+def without_cell(data: bytes) -> bytes:
+    """What a notebook is made of, whatever the setting: its bytes without the cell."""
+    text = data.decode("utf-8")
+    return with_cell(text, "").encode("utf-8") if f'"{TAG}"' in text else data
+
+
+def main(folder: Path = results.ROOT / "notebooks", setting: Path = SETTING) -> int:
+    """Bring all notebooks of a folder up to date with the setting."""
+    try:
+        url = repo_url(setting)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    changed = 0
+    for path in sorted(folder.glob("*.ipynb")):
+        old = path.read_text(encoding="utf-8")
+        new = with_cell(old, url)
+        if new != old:
+            results.write_text(path, new)
+            changed += 1
+    what = f"open from {url}" if url else "have no cell for it: REPO_URL is empty"
+    print(f"notebooks {what} ({changed} changed); `make book` brings the buttons up to date")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Buttons that open notebooks in the browser: only with an address, and at the right place."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from html import unescape
+
+import launch_buttons
+import nbformat
+import pytest
+from support import cells, comparison, launch, results, runs
+
+SOURCES = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
+GITHUB = "https://github.com/example/fimlib"
+ELSEWHERE = "https://git.example.org/group/fimlib"
+
+
+def test_the_notebooks_agree_with_the_setting():
+    url = launch.repo_url()
+    for path in SOURCES:
+        text = path.read_text("utf-8")
+        assert launch.with_cell(text, url) == text, "run `make launch`"
+
+
+@pytest.mark.parametrize(
+    ("line", "url"),
+    [("", ""), ("\n", ""), (GITHUB + ".git\n", GITHUB), (GITHUB + "/", GITHUB)],
+)
+def test_the_setting_is_one_line(tmp_path, line, url):
+    (tmp_path / "REPO_URL").write_text(line)
+    assert launch.repo_url(tmp_path / "REPO_URL") == url
+
+
+@pytest.mark.parametrize(
+    "line", ["github.com/a/b", "https://github.com/a", "git@github.com:a/b", f"{GITHUB}\n{GITHUB}"]
+)
+def test_what_is_no_address_is_refused(tmp_path, line, capsys):
+    setting = tmp_path / "REPO_URL"
+    setting.write_text(line)
+    with pytest.raises(ValueError, match="REPO_URL must be empty or one line such as https://"):
+        launch.repo_url(setting)
+    assert launch.main(tmp_path, setting) == 1
+    assert "error: REPO_URL must be" in capsys.readouterr().err
+
+
+def test_addresses():
+    assert launch.addresses("", "mnist.ipynb") == {}
+    assert launch.addresses(GITHUB, "mnist.ipynb") == {
+        "Binder": "https://mybinder.org/v2/gh/example/fimlib/main"
+        "?urlpath=lab%2Ftree%2Fnotebooks%2Fmnist.ipynb",
+        "Colab": "https://colab.research.google.com/github/example/fimlib/blob/main/"
+        "notebooks/mnist.ipynb",
+    }
+    assert launch.addresses(ELSEWHERE, "mnist.ipynb") == {
+        "Binder": "https://mybinder.org/v2/git/https%3A%2F%2Fgit.example.org%2Fgroup%2Ffimlib/main"
+        "?urlpath=lab%2Ftree%2Fnotebooks%2Fmnist.ipynb"
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_the_cell_comes_first_goes_again_and_costs_no_run(path, tmp_path):
+    text = launch.with_cell(path.read_text("utf-8"), "")
+    changed = launch.with_cell(text, GITHUB)
+    notebook = nbformat.reads(changed, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells.tags(code[0]) == [launch.TAG]
+    assert f'"{GITHUB}"' in code[0].source
+    assert notebook.cells[0].source.startswith("# ")  # the title stays on top
+    assert launch.with_cell(changed, GITHUB) == changed
+    assert launch.with_cell(changed, "") == text
+    copy = tmp_path / path.name
+    made_of = []
+    for version in (text, changed):
+        copy.write_text(version, encoding="utf-8")
+        made_of.append(runs.fingerprint(runs.Spec("a", "A", copy), "digits", "digest"))
+    assert made_of[0] == made_of[1]
+
+
+def test_make_launch_writes_the_cell_and_takes_it_back(tmp_path, capsys):
+    setting, notebook = tmp_path / "REPO_URL", tmp_path / "mnist.ipynb"
+    old = launch.with_cell((runs.NOTEBOOKS / "mnist.ipynb").read_text("utf-8"), "")
+    notebook.write_text(old, encoding="utf-8")
+    for url, there in ((GITHUB, True), (GITHUB, True), ("", False)):
+        setting.write_text(url)
+        assert launch.main(tmp_path, setting) == 0
+        assert (GITHUB in notebook.read_text("utf-8")) is there
+    assert notebook.read_text("utf-8") == old
+    assert [line.split("(")[1][0] for line in capsys.readouterr().out.splitlines()] == list("101")
+
+
+def executed(monkeypatch, folder, missing):
+    """What the cell runs, in a folder, where ``support`` is missing or not."""
+    calls = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append((command, check)))
+    if missing:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    exec(launch.CELL.replace("REPO_URL", GITHUB), {})
+    return calls
+
+
+def test_the_cell_does_nothing_where_the_project_is(monkeypatch, tmp_path):
+    assert executed(monkeypatch, tmp_path, missing=False) == []
+    assert os.path.samefile(os.getcwd(), tmp_path)
+
+
+@pytest.mark.parametrize("cloned", [False, True])
+def test_the_cell_fetches_what_is_missing(monkeypatch, tmp_path, cloned):
+    project = tmp_path / "fimlib-project"
+    (project / "notebooks").mkdir(parents=True)
+    if not cloned:  # as git would leave it
+        monkeypatch.setattr(os.path, "isdir", lambda _path: False)
+    clone = (["git", "clone", "--depth", "1", GITHUB, str(project)], True)
+    pip = ([sys.executable, "-m", "pip", "install", "-q", f"{project}[notebooks]"], True)
+    assert executed(monkeypatch, tmp_path, missing=True) == ([] if cloned else [clone]) + [pip]
+    assert os.path.samefile(os.getcwd(), project / "notebooks")
+    assert sys.path[0] == os.getcwd()
+
+
+def test_a_fork_made_before_or_after_shows_no_difference():
+    plain = launch.with_cell((runs.NOTEBOOKS / "mnist.ipynb").read_text("utf-8"), "")
+    found = []
+    for text in (plain, launch.with_cell(plain, GITHUB)):
+        notebook = nbformat.reads(text, as_version=4)
+        found.append([c for c in notebook.cells if c.cell_type == "code"])
+    assert len(found[1]) == len(found[0]) + 1
+    assert comparison.compared(found[0]) == comparison.compared(found[1])
+
+
+@pytest.mark.parametrize(
+    ("page", "url", "expected"),
+    [
+        ("_generated/notebooks/sigmoid-seed-3", GITHUB, "mnist.ipynb"),
+        ("_generated/not-counted/bounds", GITHUB, "bounds.ipynb"),
+        ("_generated/notebooks/sigmoid-seed-3", "", None),
+        ("_generated/notebooks/no-such-run", GITHUB, None),
+        ("_generated/forks/sigmoid-seed-3", GITHUB, None),
+        ("section-3", GITHUB, None),
+        ("bounds", GITHUB, None),
+    ],
+)
+def test_pages_of_runs_get_buttons(monkeypatch, page, url, expected):
+    monkeypatch.setattr(launch, "repo_url", lambda: url)
+    context = {"header_buttons": ["the theme's"]}
+    launch_buttons.add_buttons(None, page, "page.html", context, None)
+    *ours, theirs = context["header_buttons"]
+    assert theirs == "the theme's"
+    addresses = [button["url"] for menu in ours for button in menu["buttons"]]
+    assert addresses == list(launch.addresses(url, expected).values() if expected else [])
+
+
+CONFIG = """
+extensions = ["myst_parser", "sphinx_book_theme", "launch_buttons"]
+html_theme = "sphinx_book_theme"
+root_doc = "index"
+"""
+SITE = """
+import sys
+from support import launch
+launch.repo_url = lambda: sys.argv[1]
+from sphinx.cmd.build import main
+sys.exit(main(["-q", "-W", "-n", sys.argv[2], sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("url", [GITHUB, ""])
+def test_the_theme_shows_them(tmp_path, url):
+    page = tmp_path / "_generated" / "notebooks" / "bounds.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("# Bounds\n")
+    (tmp_path / "index.md").write_text(
+        "# Index\n\n```{toctree}\n_generated/notebooks/bounds\n```\n"
+    )
+    (tmp_path / "conf.py").write_text(CONFIG)
+    command = [sys.executable, "-c", SITE, url, str(tmp_path), str(tmp_path / "html")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = tmp_path / "html"
+    html = unescape((made / "_generated" / "notebooks" / "bounds.html").read_text("utf-8"))
+    for address in launch.addresses(GITHUB, "bounds.ipynb").values():
+        assert html.count(f'href="{address}"') == (1 if url else 0)
+    for service in ("mybinder", "colab"):
+        assert (service in html) is bool(url)
+        assert service not in (made / "index.html").read_text("utf-8")
+    for icon in launch_buttons.ICONS.values():
+        assert (made / icon).is_file()  # nothing is loaded from elsewhere
+
+
+def test_binder_installs_this_project():
+    config = results.ROOT / ".binder"
+    lines = (config / "requirements.txt").read_text("utf-8").splitlines()
+    assert "-r ../requirements.txt" in lines
+    assert "-e ." in lines  # relative to the project: where Binder calls pip
+    assert (config / "runtime.txt").read_text().strip() in ("python-3.11", "python-3.12")
