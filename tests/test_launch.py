@@ -4,11 +4,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from html import unescape
 
 import launch_buttons
 import nbformat
 import pytest
+import yaml
 from support import cells, comparison, launch, results, runs
 
 SOURCES = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
@@ -40,7 +42,7 @@ def test_what_is_no_address_is_refused(tmp_path, line, capsys):
     setting.write_text(line)
     with pytest.raises(ValueError, match="REPO_URL must be empty or one line such as https://"):
         launch.repo_url(setting)
-    assert launch.main(tmp_path, setting) == 1
+    assert launch.main(tmp_path) == 1
     assert "error: REPO_URL must be" in capsys.readouterr().err
 
 
@@ -78,16 +80,30 @@ def test_the_cell_comes_first_goes_again_and_costs_no_run(path, tmp_path):
     assert made_of[0] == made_of[1]
 
 
-def test_make_launch_writes_the_cell_and_takes_it_back(tmp_path, capsys):
-    setting, notebook = tmp_path / "REPO_URL", tmp_path / "mnist.ipynb"
-    old = launch.with_cell((runs.NOTEBOOKS / "mnist.ipynb").read_text("utf-8"), "")
-    notebook.write_text(old, encoding="utf-8")
+def test_make_launch_writes_and_takes_back(tmp_path, capsys):
+    (tmp_path / "notebooks").mkdir()
+    files = ["notebooks/mnist.ipynb", *launch.LINES]
+    for name in files:
+        (tmp_path / name).write_text((results.ROOT / name).read_text("utf-8"), encoding="utf-8")
+    setting = tmp_path / "REPO_URL"
+    setting.write_text("")
+    assert launch.main(tmp_path) == 0
+    old = {name: (tmp_path / name).read_text("utf-8") for name in files}
     for url, there in ((GITHUB, True), (GITHUB, True), ("", False)):
         setting.write_text(url)
-        assert launch.main(tmp_path, setting) == 0
-        assert (GITHUB in notebook.read_text("utf-8")) is there
-    assert notebook.read_text("utf-8") == old
-    assert [line.split("(")[1][0] for line in capsys.readouterr().out.splitlines()] == list("101")
+        assert launch.main(tmp_path) == 0
+        for name in files:
+            assert ((tmp_path / name).read_text("utf-8").count(GITHUB) == 1) is there
+        if there:
+            urls = tomllib.loads((tmp_path / "pyproject.toml").read_text("utf-8"))["project"][
+                "urls"
+            ]
+            assert urls["Repository"] == GITHUB
+            citation = yaml.safe_load((tmp_path / "CITATION.cff").read_text("utf-8"))
+            assert citation["repository-code"] == GITHUB
+    assert {name: (tmp_path / name).read_text("utf-8") for name in files} == old
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("(")[1][0] for line in said] == list("303")
 
 
 def executed(monkeypatch, folder, missing):

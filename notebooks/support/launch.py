@@ -20,6 +20,11 @@ from support import cells, results
 SETTING = results.ROOT / "REPO_URL"
 BRANCH = "main"
 TAG = "launch"  # of the cell
+# Files that name the address as well: below which line, and how.
+LINES = {
+    "pyproject.toml": ("[project.urls]", 'Repository = "{}"'),
+    "CITATION.cff": ("license: MIT", 'repository-code: "{}"'),
+}
 FORM = re.compile(r"https://([\w.-]+)/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
 CELL = """\
 # Where the rest of the project is missing, as on Colab: fetch it. Elsewhere this does nothing.
@@ -96,22 +101,47 @@ def without_cell(data: bytes) -> bytes:
     return with_cell(text, "").encode("utf-8") if f'"{TAG}"' in text else data
 
 
-def main(folder: Path = results.ROOT / "notebooks", setting: Path = SETTING) -> int:
-    """Bring all notebooks of a folder up to date with the setting."""
+def with_line(text: str, head: str, form: str, url: str) -> str:
+    r"""A text with a line that names the address, or without it if that is empty.
+
+    Args:
+        text: The text.
+        head: The line below which it stands.
+        form: The line, with ``{}`` for the address.
+        url: As `repo_url` gives it.
+
+    >>> with_line("a\nb: 1\nc\n", "a", "b: {}", "2")
+    'a\nb: 2\nc\n'
+    """
+    line = re.escape(form).replace(re.escape("{}"), ".*")
+    text = re.sub(rf"^{line}\n", "", text, flags=re.MULTILINE)
+    new = f"{head}\n{form.format(url)}\n" if url else f"{head}\n"
+    return text.replace(f"{head}\n", new, 1)
+
+
+def updated(path: Path, url: str) -> str:
+    """A file's text as it should be for an address."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        return with_cell(text, url)
+    return with_line(text, *LINES[path.name], url)
+
+
+def main(root: Path = results.ROOT) -> int:
+    """Bring all notebooks, and what names the address, up to date with the setting."""
     try:
-        url = repo_url(setting)
+        url = repo_url(root / SETTING.name)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     changed = 0
-    for path in sorted(folder.glob("*.ipynb")):
-        old = path.read_text(encoding="utf-8")
-        new = with_cell(old, url)
+    for path in [*sorted(root.glob("notebooks/*.ipynb")), *(root / name for name in LINES)]:
+        old, new = path.read_text(encoding="utf-8"), updated(path, url)
         if new != old:
             results.write_text(path, new)
             changed += 1
-    what = f"open from {url}" if url else "have no cell for it: REPO_URL is empty"
-    print(f"notebooks {what} ({changed} changed); `make book` brings the buttons up to date")
+    what = f"can be opened from {url}" if url else "cannot be opened from elsewhere"
+    print(f"the notebooks {what} ({changed} files changed); `make book` does the buttons")
     return 0
 
 
