@@ -1,4 +1,7 @@
-"""Publish the results made here as the reference run in ``data/reference`` (`make reference`)."""
+"""Publish the results made here as the reference run in ``data/reference`` (`make reference`).
+
+Its Figure 1 is drawn as ``data/figure-1.svg``, which the README shows.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from support import report, results, runs
+from support import figures, report, results, runs
+
+PICTURE = results.ROOT / "data" / "figure-1.svg"
+SHOWN = "sigmoid-seed-0"  # the run of Figure 1
 
 
 def publish(folder: Path, target: Path) -> list[str]:
@@ -44,16 +50,27 @@ def publish(folder: Path, target: Path) -> list[str]:
     return list(wanted)
 
 
+def draw(target: Path = PICTURE, reference: Path = report.REFERENCE) -> None:
+    """Draw Figure 1 from the values of the reference run."""
+    run = results.load(reference)[SHOWN]
+    figures.save(figures.figure_1(run.values, run.record), target)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Publish; see the module."""
     parser = argparse.ArgumentParser(prog="support.reference", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    parser.add_argument("--picture", action="store_true", help="only draw data/figure-1.svg again")
+    arguments = parser.parse_args(argv)
     try:
-        names = publish(parser.parse_args(argv).results, report.REFERENCE)
+        names = [] if arguments.picture else publish(arguments.results, report.REFERENCE)
+        draw()
     except (ValueError, OSError, runs.RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"data/reference now holds: {', '.join(names)}")
+    if names:
+        print(f"data/reference now holds: {', '.join(names)}")
+    print(f"drawn from it: {PICTURE.relative_to(results.ROOT)}")
     return 0
 
 
