@@ -30,7 +30,7 @@ chapters:
 USES = r"""
 # Uses
 
-Because of {eq}`square`, {prf:ref}`the-lemma`, and {prf:ref}`the-theorem` hold.
+Because of {eq}`square`, or {ref}`its sign <square>`, {prf:ref}`the-lemma`, and {prf:ref}`the-theorem` hold.
 
 ```{figure} dot.svg
 A caption.
@@ -89,7 +89,7 @@ def test_numbers_are_the_papers_on_every_page(tmp_path: Path) -> None:
     assert r"\tag" not in states  # or MathJax would show a second number
     for link in ("#equation-square", "#the-lemma", "#the-theorem"):
         assert f'href="states.html{link}"' in uses
-    for text in (">(23)<", ">Lemma A.1<", ">Theorem 4.1<"):
+    for text in (">(23)<", ">its sign<", ">Lemma A.1<", ">Theorem 4.1<"):
         assert text in uses
     assert '"caption-number"' not in uses  # the figure: no "Fig. 1" that is not the paper's
 
@@ -103,6 +103,7 @@ def test_numbers_are_the_papers_on_every_page(tmp_path: Path) -> None:
     ("old", "new", "complaint"),
     [
         ("{eq}`square`", "{eq}`nowhere`", "equation not found: nowhere"),
+        ("<square>", "<nowhere>", "undefined label: 'nowhere'"),
         ("{prf:ref}`the-lemma`", "{prf:ref}`nowhere`", "label 'nowhere' not found"),
         (":number: A.1\n", "", "'the-lemma' needs either :number:"),
         (r"\tag{23}", "", r"equation 'square' has a label but no \tag"),
