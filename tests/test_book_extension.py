@@ -30,7 +30,8 @@ chapters:
 USES = r"""
 # Uses
 
-Because of {eq}`square`, or {ref}`its sign <square>`, {prf:ref}`the-lemma`, and {prf:ref}`the-theorem` hold.
+Because of {eq}`square`, or {ref}`its sign <square>`, {prf:ref}`the-lemma`, and
+{prf:ref}`the-theorem` hold.
 
 ```{figure} dot.svg
 A caption.
