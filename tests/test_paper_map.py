@@ -30,6 +30,7 @@ PICTURES = {
     "Figures I–IV": "figures-i-iv", "Figures V–IX": "figures-v-ix",
 }  # fmt: skip
 OPEN: set[str] = set()
+PROVED = {"Eq. 5", "Eq. 6"} | {name for name in STATEMENTS if not name.startswith("Remark")}
 
 GROUPS = paper_map.read(BOOK / "paper.yml")
 ITEMS = {number: item for items in GROUPS.values() for number, item in items.items()}
@@ -101,9 +102,17 @@ def test_an_entry_has_what_it_needs(number):
     item = ITEMS[number]
     made_by = "runs" if number.startswith("Figure") else "code"
     keys = {"status", "reason"} if number in OPEN else {made_by, "checks"}
+    keys |= {"proof"} if number in PROVED else set()
     assert set(item) == {"title", "anchor"} | keys
     assert all(item.values()), f"{number}: {[k for k, v in item.items() if not v]} is empty"
     assert item.get("status", "open") == "open"
+
+
+@pytest.mark.parametrize("number", sorted(PROVED))
+def test_a_proof_is_there(number):
+    page = pages()[f"{ITEMS[number]['proof']}.md"]
+    assert r"\blacksquare" in page
+    assert f"`{ITEMS[number]['anchor']}`" in page or f":label: {ITEMS[number]['anchor']}" in page
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,10 @@ def row(number: str, item: Item, results: dict[str, str]) -> str:
     name = f"{link(number, item['anchor'])}: {item['title']}"
     if item.get("status") == "open":
         return f"* - {name}\n  - **open**\n  - {item['reason']}"
-    code = [where(name) for name in item.get("code", [])]
-    code += [f"[{run}](/{NOTEBOOKS}/{run}.ipynb)" for run in item.get("runs", [])]
+    made_by = [where(name) for name in item.get("code", [])]
+    made_by += [f"[{run}](/{NOTEBOOKS}/{run}.ipynb)" for run in item.get("runs", [])]
     checks = [outcome(name, results) for name in item["checks"]]
-    return f"* - {name}\n  - {cell(code)}\n  - {cell(checks)}"
+    return f"* - {name}\n  - {cell(made_by)}\n  - {cell(checks)}"
 
 
 def cell(lines: list[str]) -> str:
@@ -87,10 +87,20 @@ def link(number: str, anchor: str) -> str:
 
 def where(name: str) -> str:
     """A name of the library, linked to its entry in the reference, and its place in the source."""
-    target = pkgutil.resolve_name(name)
-    path, (_, line) = Path(inspect.getfile(target)), inspect.getsourcelines(target)
-    place = f"{{ref}}`line {line} <{listings.label(path, line)}>`"
-    return f"{{py:obj}}`{name}` {path.parent.name}/{path.name}, {place}"
+    path, line = place(name)
+    link = f"{{ref}}`line {line} <{listings.label(path, line)}>`"
+    return f"{{py:obj}}`{name}` {path.parent.name}/{path.name}, {link}"
+
+
+def code(name: str) -> str:
+    """A name of the library without the package's, linked to its source."""
+    return f"{{ref}}`{name.removeprefix('fimlib.')} <{listings.label(*place(name))}>`"
+
+
+def place(name: str) -> tuple[Path, int]:
+    """File and line of a name of the library."""
+    target = pkgutil.resolve_name(name.replace(".", ":", 1))  # no module that is named likewise
+    return Path(inspect.getfile(target)), inspect.getsourcelines(target)[1]
 
 
 def outcome(check: str, results: dict[str, str]) -> str:
@@ -113,13 +123,20 @@ def source(check: str) -> str:
 
 def glued(folder: Path) -> dict[str, str]:
     """Roles that show the results of executed notebooks, by the key under which they are glued."""
+    return {
+        key: f"{{glue:text}}`/{NOTEBOOKS}/{name}::{key}:{spec(text)}`"
+        for key, (name, text) in values(folder).items()
+    }
+
+
+def values(folder: Path) -> dict[str, tuple[str, str]]:
+    """Results of executed notebooks as they are: file and text, by the key of the glue."""
     found = {}
     for path in sorted(folder.glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             for output in cell.get("outputs", []):
                 if key := output.get("metadata", {}).get("scrapbook", {}).get("name"):
-                    form = spec("".join(output.data.values()))
-                    found[key] = f"{{glue:text}}`/{NOTEBOOKS}/{path.name}::{key}:{form}`"
+                    found[key] = path.name, "".join(output.data.values())
     return found
 
 

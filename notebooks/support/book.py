@@ -42,6 +42,7 @@ GENERATED = BOOK / "_generated"
 PAPER = "sigmoid"  # the experiment of Section 5.3; its first run is the one of Figure 1
 MUTATION = results.ROOT / "data" / "mutation.json"
 LIKE_FIGURE_1 = (PAPER, "log-sigmoid")  # experiments of which every run is drawn like Figure 1
+WHICH = "which-estimator"  # the figure that says which estimator is the better one where
 # Experiments that are drawn together, from the rows of all their runs.
 OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "sweep": sweep_figures.validity,
@@ -114,7 +115,7 @@ def prepare(
     GENERATED.mkdir(parents=True)
     pages = write_pages(main, aside, own or {})
     made = {file: [run] for file, run in pages.items()}
-    made |= draw(main, "") | draw(aside, ASIDE) | draw_values(main)
+    made |= draw(main, "") | draw(aside, ASIDE) | draw_values(main) | draw_errors(main)
     of_experiment: dict[str, Run] = {}
     for run in main.values():  # the first one speaks for all that differ in the seed
         of_experiment.setdefault(run.record["experiment"], run)
@@ -160,13 +161,14 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     """Write what the pages include of the report, with the figures that belong to it."""
     counted, beside = paper(main), paper(aside)
     made = origin(first(counted))
-    landing = [shown(counted, ""), report.landing(main, made)]
+    landing = [report.landing(main, made), shown(counted, "")]
     section = [shown(counted, ""), report.section_5_3(main, made), seeds(counted, "")]
     if beside:
         landing.append(shown(beside, ASIDE))
         section += [shown(beside, ASIDE), seeds(beside, ASIDE)]
     results.write_text(GENERATED / "landing.md", "\n".join(landing))
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
+    results.write_text(GENERATED / "facts.json", json.dumps(report.facts(main), indent=1))
     reference = results.load(report.REFERENCE)
     results.write_text(GENERATED / "report.md", report.page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
@@ -245,6 +247,22 @@ def draw_values(main: Mapping[str, Run]) -> Made:
             figures.save(figure, GENERATED / f"{experiment}.svg")
             made[f"{experiment}.svg"] = list(group.values())
     return made
+
+
+def draw_errors(main: Mapping[str, Run]) -> Made:
+    """Draw how far off both estimators are, for the experiments that are drawn like Figure 1."""
+    found = report.experiments(main)
+    groups = {name: found[name] for name in LIKE_FIGURE_1 if name in found}
+    if not groups:
+        return {}
+    tables = {
+        f"{name} network": {
+            n: (r.values, r.record["parameters"]["num_samples"]) for n, r in g.items()
+        }
+        for name, g in groups.items()
+    }
+    figures.save(figures.errors_of_one_label(tables), GENERATED / f"{WHICH}.svg")
+    return {f"{WHICH}.svg": [run for group in groups.values() for run in group.values()]}
 
 
 def save_pictures(run: Run) -> Made:

@@ -155,6 +155,65 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
     return figure
 
 
+def errors_of_one_label(
+    groups: Mapping[str, Mapping[str, tuple[pd.DataFrame, int]]], warn: str = ""
+) -> Figure:
+    """Relative error of either estimator with one label, by layer: which to use where.
+
+    Args:
+        groups: For every panel's title the table of values and the number of labels of its runs,
+            by name.
+        warn: What to write on top if these runs do not count.
+    """
+    parts = {title: relative_errors(runs) for title, runs in groups.items()}
+    widths = [part.index.get_level_values("layer").nunique() for part in parts.values()]
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(parts), figsize=(0.62 * sum(widths) + 0.8, 4.0), sharey=True, squeeze=False,
+            width_ratios=widths, layout="constrained",
+        )  # fmt: skip
+        for ax, (title, errors) in zip(axes[0], parts.items(), strict=True):
+            draw_errors(ax, errors)
+            ax.set_title(title)
+        axes[0, 0].set_ylabel("standard deviation / I, one label")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        if warn:
+            figure.suptitle(warn, color="#B00020", weight="bold")
+    return figure
+
+
+def relative_errors(runs: Mapping[str, tuple[pd.DataFrame, int]]) -> pd.DataFrame:
+    """√V/I of the layers' means for one label: columns V1, V2, rows (layer, run, epoch)."""
+    tables = {}
+    for name, (values, num_samples) in runs.items():
+        wide = by_layer(values, ["layer", "epoch"])
+        tables[name] = (wide[["V1", "V2"]] * num_samples).pow(0.5).div(wide.I, axis=0)
+    joined: pd.DataFrame = pd.concat(tables, names=["run"])
+    return joined.replace([np.inf], np.nan).reorder_levels(["layer", "run", "epoch"]).sort_index()
+
+
+def draw_errors(ax: Axes, errors: pd.DataFrame) -> None:
+    """Median, middle half and middle nine tenths of the errors of every layer."""
+    ax.set_yscale("log")
+    layers = list(errors.index.get_level_values("layer").unique())
+    sides = (("V1", BLUE, -0.17, r"$\hat{I}_1$"), ("V2", VERMILION, 0.17, r"$\hat{I}_2$"))
+    for name, color, aside, label in sides:
+        for layer in layers:
+            x, found = layer + aside, errors[name].loc[layer].dropna()
+            if (found == 0).all():
+                ax.text(x, 0.02, "exact", color=color, rotation=90, ha="center", va="bottom",
+                        transform=ax.get_xaxis_transform())  # fmt: skip
+                continue
+            low, quarter, half, three, high = found.quantile([0.05, 0.25, 0.5, 0.75, 0.95])
+            ax.plot([x, x], [low, high], color=color, linewidth=1.2)
+            ax.plot([x, x], [quarter, three], color=color, linewidth=4, solid_capstyle="butt")
+            ax.plot(x, half, color=color, marker="o", markersize=7, markeredgecolor="white",
+                    linestyle="none", label=label if layer == layers[0] else None)  # fmt: skip
+    ax.set_xticks(layers, [*map(str, layers[:-1]), f"{layers[-1]}\noutput"])
+    ax.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+    ax.set_xlabel("layer")
+
+
 def by_layer(values: pd.DataFrame, index: list[str]) -> pd.DataFrame:
     """The layers' values, a column per quantity; layers are numbers, so that 10 follows 9."""
     layers = values[values.layer != NETWORK]

@@ -280,6 +280,66 @@ def landing(found: Mapping[str, Run], made: str) -> str:
     )
 
 
+def facts(found: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """The report's numbers one by one, as texts for running text and for the heads of pages.
+
+    Args:
+        found: The runs whose numbers the book tells.
+
+    Returns:
+        ``claims``: by id the verdict, how many cases there are and are within, their least, median
+        and greatest number, the range asked for, and where the claim stands. ``tally``: how many of
+        the paper's claims have which verdict. ``runs``: the names of every experiment's runs.
+        ``better``: by experiment, which estimator has the smaller variance more often in hidden
+        layers, in how many of how many cases; a case is a seed, a layer and an epoch.
+    """
+    decisions = decide(found)
+    verdicts = Counter(d.verdict for d in decisions if d.claim.whose == "paper")
+    names: dict[str, list[str]] = {}
+    for name, run in found.items():
+        names.setdefault(run.record["experiment"], []).append(name)
+    tallied = {verdict: str(verdicts[verdict]) for verdict in claims.VERDICTS}
+    return {
+        "claims": {d.claim.id: fact(d) for d in decisions},
+        "tally": {"all": str(verdicts.total()), **tallied},
+        "runs": names,
+        "better": better(found),
+    }
+
+
+def better(found: Mapping[str, Run]) -> dict[str, dict[str, str]]:
+    """How often which estimator has less variance, in the experiments that are like Figure 1."""
+    [claim] = [c for c in claims.load() if c.id == "c"]
+    told = {}
+    for name, group in experiments(found).items():
+        if name in ("sigmoid", "log-sigmoid"):
+            ratio = claims.cells(claim, group, {n: run.values for n, run in group.items()})
+            wins = {"Î₁": (ratio < 1).sum(), "Î₂": (ratio > 1).sum()}
+            best = max(wins, key=lambda which: wins[which])
+            told[name] = {"which": best, "wins": f"{wins[best]:,}", "cases": f"{len(ratio):,}"}
+    return told
+
+
+def fact(decision: Decision) -> dict[str, Any]:
+    """What the report has on one claim."""
+    claim, cells = decision.claim, decision.cells
+    told = {
+        "verdict": decision.verdict,
+        "where": claim.where,
+        "whose": claim.whose,
+        "experiments": list(claim.experiments),
+    }
+    if cells.empty:
+        return told
+    numbers = {"least": cells.min(), "median": cells.median(), "greatest": cells.max()}
+    return told | {
+        "cases": f"{len(cells):,}",
+        "within": f"{decision.within:,}",
+        "range": tolerance(decision),
+        **{name: short(x) for name, x in numbers.items()},
+    }
+
+
 def section_5_3(found: Mapping[str, Run], made: str) -> str:
     """What the runs say of the claims of Section 5.3 and its figures: a table."""
     here = [d for d in decide(found) if re.match("Section 5.3|Figure 1|Appendix E", d.claim.where)]
