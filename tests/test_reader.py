@@ -120,7 +120,7 @@ def test_facts_are_the_report():
     assert f"{fact['median']} ({fact['least']} to {fact['greatest']})" in report.ours(c)
     assert f"{fact['within']} of {fact['cases']} within" in report.ours(c)
     assert facts["better"]["sigmoid"] == {
-        "which": "Î₁", "wins": fact["within"], "cases": fact["cases"],
+        "which": r"\hat I_1", "wins": fact["within"], "cases": fact["cases"],
     }  # fmt: skip
     assert len(facts["runs"]["sigmoid"]) == 5
 
@@ -187,7 +187,7 @@ the softmax, and {sym}`J`.
 It is {claim}`c:within` of a {sym}`sum <J>`; see `softmax`.
 ```
 
-Of a softmax, twice. {minutes}`section-3` minute.
+Of a softmax, twice. Formulas: $J$, $A$, and $I$. {minutes}`section-3` minute.
 
 $$
 a
@@ -196,6 +196,7 @@ $$ (eq-5)
 """
 NOTATION = """
 letters:
+  I: {math: I, also: [A], says: an identity, at: here}
   J: {math: J, says: "first < derivatives", at: '{eq}`eq-5`', code: [Family.mean]}
   word: {says: a vector, at: here, words: [softmax]}
 """
@@ -256,17 +257,19 @@ def test_heads_and_symbols_are_shown(tmp_path):
     assert "It is 294 of a" in said
     for link in ("proof-eq-5-6.html", "report.html", "_generated/source/tests-test_checks.html"):
         assert f'href="{link}"' in head
-    # Two symbols by hand, one word by itself; neither the title's, nor code, nor a second mention.
+    # Two symbols by hand, a word and a formula by themselves; not the title's, nor code, nor what
+    # comes a second time or has been explained by hand.
     tips = re.findall(
         r'<span class="sym"><a aria-describedby="(tip-\d)" href="notation.html#(sym-\w+)">(.*?)</a>'
         r'<span class="tip" role="tooltip" id="(tip-\d)">(.*?)</span></span>', html,
     )  # fmt: skip
-    assert [tip[0] for tip in tips] == [tip[3] for tip in tips] == ["tip-1", "tip-2", "tip-3"]
-    meanings = {"sym-word": "a vector", "sym-j": "first &lt; derivatives"}
-    assert [tip[1] for tip in tips] == ["sym-word", "sym-j", "sym-j"]
+    assert [tip[0] for tip in tips] == [tip[3] for tip in tips] == [f"tip-{k}" for k in range(1, 5)]
+    meanings = {"sym-i": "an identity", "sym-word": "a vector", "sym-j": "first &lt; derivatives"}
+    assert [tip[1] for tip in tips] == ["sym-word", "sym-j", "sym-j", "sym-i"]
     assert all(tip[4] == meanings[tip[1]] for tip in tips)
-    assert [tip[2] for tip in tips[::2]] == ["softmax", "sum"]
+    assert [tips[0][2], tips[2][2]] == ["softmax", "sum"]
     assert r"\(J\)" in tips[1][2]
+    assert r"\(A\)" in tips[3][2]
     listed = (tmp_path / "_build/html/notation.html").read_text(encoding="utf-8")
     assert listed.count('<dt id="sym-j">') == listed.count('<dt id="sym-word">') == 1
     assert "1 minute." in re.sub(r"<[^>]*>", "", html)

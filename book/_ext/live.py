@@ -34,7 +34,7 @@ class ClaimRole(SphinxRole):
     """``{claim}`id:field` ``: a number, or the verdict, that the report has for a claim."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        """The text, marked as read from a run; unknown names are a warning."""
+        """The text, marked as read from a run, or an estimator; unknown names are a warning."""
         self.env.note_dependency(FACTS)
         claim, _, field = self.text.partition(":")
         known = facts(Path(self.env.srcdir))
@@ -42,6 +42,8 @@ class ClaimRole(SphinxRole):
         text = told.get(claim, {}).get(field)
         if text is None:
             logger.warning("no such number in the report: %s", self.text, location=self.env.docname)
+        if field == "which":
+            return [nodes.math("", text)], []
         return [nodes.inline("", text or "?", classes=["pasted-text"])], []
 
 

@@ -4,7 +4,8 @@ r"""The notation of the book, ``notation.yml``: a page of it, and its meaning wh
   over it when the mouse or the keyboard's focus is on it, and it leads to the page of notation.
   In headings use a formula instead.
 * The directive ``{notation}`` shows a group of the file.
-* On every page written by hand the first mention of each ``words:`` of the file does the same.
+* On every page written by hand the first mention of each symbol, and of each of the ``words:``,
+  does the same, unless the page has ``{sym}`` for it.
 
 Everything is HTML and CSS, so it works without a server and without JavaScript.
 """
@@ -19,6 +20,7 @@ import paper_map
 import yaml
 from docutils import nodes
 from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import ReferenceRole, SphinxDirective
@@ -31,7 +33,7 @@ SHOWN = ("shape", "unit")  # below the meaning, if the entry has them
 QUIET = (
     nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.raw,
     nodes.comment, nodes.caption, nodes.thead, nodes.footnote, nodes.citation, nodes.term,
-    nodes.image, nodes.math_block,
+    nodes.image, nodes.math_block, addnodes.pending_xref, addnodes.download_reference,
 )  # fmt: skip
 
 Entry = dict[str, Any]
@@ -121,19 +123,29 @@ def explained(key: str, entry: Entry, shown: nodes.Node) -> symbol:
     return symbol("", "", shown, key=key, says=entry["says"].strip())
 
 
-def explain_first_words(app: Sphinx, doctree: nodes.document) -> None:
-    """Explain the first mention of every word of the notation on a page."""
+def explain_first_mentions(app: Sphinx, doctree: nodes.document) -> None:
+    """Explain the first mention of every word and of every symbol of the notation on a page."""
     docname = app.env.docname
     if docname == PAGE or docname.startswith("_generated"):
         return
-    open_ = {
-        word: (key, entry)
-        for key, entry in entries(Path(app.srcdir)).items()
-        for word in entry.get("words", [])
-    }
+    by_hand = {node["key"] for node in doctree.findall(symbol)}
+    found = entries(Path(app.srcdir)).items()
+    known = {key: entry for key, entry in found if key not in by_hand}
+    words = {w: (k, entry) for k, entry in known.items() for w in entry.get("words", [])}
+    signs = {sign: (k, entry) for k, entry in known.items() for sign in signs_of(entry)}
     for text in list(doctree.findall(nodes.Text)):
-        if open_ and not inside(text, (*QUIET, symbol)):
-            replace_words(text, open_)
+        if words and not inside(text, (*QUIET, symbol)):
+            replace_words(text, words)
+    for sign in list(doctree.findall(nodes.math)):
+        if sign.astext() in signs and not inside(sign, (*QUIET, symbol)):
+            key, entry = signs[sign.astext()]
+            signs = {s: what for s, what in signs.items() if what[0] != key}
+            sign.replace_self(explained(key, entry, sign.deepcopy()))
+
+
+def signs_of(entry: Entry) -> list[str]:
+    """The formulas that stand for an entry; none if the letter has other meanings, too."""
+    return [] if entry.get("ambiguous") else [entry.get("math", ""), *entry.get("also", [])]
 
 
 def inside(node: nodes.Node, kinds: tuple[type[nodes.Node], ...]) -> bool:
@@ -190,5 +202,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_node(symbol, html=(visit_symbol, depart_symbol))
     app.add_role("sym", SymbolRole())
     app.add_directive("notation", Notation)
-    app.connect("doctree-read", explain_first_words)
+    app.connect("doctree-read", explain_first_mentions)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -31,6 +31,7 @@ FINDINGS = {c.__name__ for c in checks.FINDINGS}
 COUNTED = {c.__name__ for c in checks.INEQUALITIES + checks.EQUALITIES}
 NOTEBOOK = re.compile(rf"{paper_map.NOTEBOOKS}/([\w-]+)\.ipynb")
 STATEMENTS = "statements"  # the experiment whose claims are the checks themselves
+FEW = 5  # functions that are named
 VERDICTS = ("reproduced", "in part", "not reproduced")
 
 Item = dict[str, Any]
@@ -192,13 +193,20 @@ def where(source: str, own: dict[str, Item], options: Text) -> str:
     names += listed(options.get("checks", ""))
     runs = [run for item in own.values() for run in item.get("runs", [])] + NOTEBOOK.findall(source)
     parts = [
-        ", ".join(map(paper_map.code, unique(code + listed(options.get("code", ""))))),
+        functions(unique(listed(options.get("code", "")) + code)),
         group("checks", files(name for name in names if "::" not in name)),
         group("tests", files(name for name in names if "::" in name)),
         group("notebooks", notebooks(runs)),
         options.get("where", ""),
     ]
     return " · ".join(part for part in parts if part)
+
+
+def functions(names: list[str]) -> str:
+    """Links to the first few functions, and to the map for the others."""
+    few = names if len(names) <= FEW + 1 else names[:FEW]
+    more = [f"[{len(names) - FEW} more](/paper-map.md)"] if few != names else []
+    return ", ".join([*map(paper_map.code, few), *more])
 
 
 def group(title: str, links: list[str]) -> str:

@@ -273,7 +273,7 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         for topic, text, key in lines
     ]
     return (
-        f"**What we find**, from {made}. Numbers are medians and ranges over all cases; behind "
+        f"From {made}. Numbers are medians and ranges over all cases; behind "
         "them stands how many agree with the paper, and the verdict.\n\n"
         f"{''.join(points)}\n[The report](report.md) decides every claim of the paper that can be "
         f"decided. Of its {tally(decisions)}.\n"
@@ -290,8 +290,8 @@ def facts(found: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
         ``claims``: by id the verdict, how many cases there are and are within, their least, median
         and greatest number, the range asked for, and where the claim stands. ``tally``: how many of
         the paper's claims have which verdict. ``runs``: the names of every experiment's runs.
-        ``better``: by experiment, which estimator has the smaller variance more often in hidden
-        layers, in how many of how many cases; a case is a seed, a layer and an epoch.
+        ``better``: by experiment, which estimator (in LaTeX) has the smaller variance more often
+        in hidden layers, in how many of how many cases: seeds, layers and epochs.
     """
     decisions = decide(found)
     verdicts = Counter(d.verdict for d in decisions if d.claim.whose == "paper")
@@ -314,7 +314,7 @@ def better(found: Mapping[str, Run]) -> dict[str, dict[str, str]]:
     for name, group in experiments(found).items():
         if name in ("sigmoid", "log-sigmoid"):
             ratio = claims.cells(claim, group, {n: run.values for n, run in group.items()})
-            wins = {"Î₁": (ratio < 1).sum(), "Î₂": (ratio > 1).sum()}
+            wins = {r"\hat I_1": (ratio < 1).sum(), r"\hat I_2": (ratio > 1).sum()}
             best = max(wins, key=lambda which: wins[which])
             told[name] = {"which": best, "wins": f"{wins[best]:,}", "cases": f"{len(ratio):,}"}
     return told
