@@ -99,6 +99,9 @@ from fimlib.spectra import (
 
 # Section 4.1 at scale: a data set in batches, over processes.
 from fimlib.streaming import accumulate, all_reduce
+
+# All of it in one table: how wrong, which estimator, how many samples.
+from fimlib.summary import LayerSummary, Summary, summarise
 from fimlib.trace_bounds import (
     TraceBound,
     TraceBounds,
@@ -128,12 +131,14 @@ __all__ = [
     "JointBounds",
     "JointInterval",
     "Labels",
+    "LayerSummary",
     "OffDiagonalBounds",
     "OuterBounds",
     "Plan",
     "Poisson",
     "SoftmaxBounds",
     "Spectrum",
+    "Summary",
     "TraceBound",
     "TraceBounds",
     "TraceInterval",
@@ -179,6 +184,7 @@ __all__ = [
     "sample_variance_i2",
     "shifted_power_method",
     "spectrum",
+    "summarise",
     "table_1",
     "theorem_4_1",
     "theorem_5_2",

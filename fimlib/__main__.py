@@ -1,0 +1,242 @@
+"""``python -m fimlib``: how wrong a saved network's diagonal Fisher is, in one table.
+
+Examples::
+
+    python -m fimlib mynet:build --weights state.pt --inputs x.npy
+    python -m fimlib model.pt --trust --inputs x.pt --family gaussian --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fimlib.families import Bernoulli, Categorical, Poisson
+from fimlib.family import Family
+from fimlib.gaussian import Gaussian, GaussianHead
+from fimlib.summary import NUM_PROBES, Summary, summarise
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "poisson": Poisson,
+    "gaussian": Gaussian,
+    "gaussian-head": GaussianHead,
+}
+# What fimlib, torch and the network itself raise at what a user passes.
+USERS = (
+    ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, AttributeError,
+    IndexError, KeyError, OSError, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why and what to do."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; exit status 2 with one line on what is wrong, if something is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know Î₁
+    arguments = parser().parse_args(argv)
+    try:
+        model = load_model(arguments.model, arguments.weights, trust=arguments.trust)
+        found = summarise(
+            model, load_inputs(arguments.inputs, model), FAMILIES[arguments.family](),
+            num_samples=arguments.num_samples, relative_error=arguments.relative_error,
+            confidence=arguments.confidence, layers=arguments.layers, engine=arguments.engine,
+            num_probes=arguments.num_probes,
+        )  # fmt: skip
+        if arguments.plot:
+            draw(found, arguments.plot)
+    except (UsageError, *USERS) as error:
+        kind = "" if isinstance(error, UsageError | ValueError) else f"{type(error).__name__}: "
+        print(f"python -m fimlib: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(as_json(found), indent=1) if arguments.json else found)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
+    p = argparse.ArgumentParser(
+        prog="python -m fimlib",
+        description="How far estimates of a network's diagonal Fisher information are off, which "
+        "estimator is the better one, and how many labels it takes; layer by layer.",
+    )
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="package.module:build, where build() makes the network (or is one); or a file of "
+        "torch.save(model), which needs --trust. It is put into eval mode.",
+    )
+    p.add_argument("--inputs", required=True, type=Path, help="a .pt tensor, a .npy or .npz array")
+    p.add_argument("--weights", type=Path, help="a state_dict for the network of build()")
+    p.add_argument(
+        "--trust",
+        action="store_true",
+        help="load MODEL as a pickle, which runs whatever code the file holds: only for files "
+        "whose origin you know",
+    )
+    p.add_argument("--family", choices=FAMILIES, default="categorical", help="of the outputs")
+    p.add_argument("--num-samples", type=int, default=1, metavar="N", help="labels per input (1)")
+    p.add_argument("--relative-error", type=float, default=0.1, metavar="ε", help="wanted (0.1)")
+    p.add_argument("--confidence", type=float, default=0.95, metavar="P", help="wanted (0.95)")
+    p.add_argument("--layers", nargs="+", metavar="NAME", help="modules to look at; default: all")
+    p.add_argument("--engine", default="auto", help="see fimlib.differentiate")
+    p.add_argument(
+        "--num-probes", type=int, default=NUM_PROBES, metavar="M",
+        help=f"for an estimate of V₂, where no exact one is known ({NUM_PROBES})",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="for machines; inf is null there")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .svg, .png or .pdf")
+    return p
+
+
+def load_model(name: str, weights: Path | None, *, trust: bool) -> nn.Module:
+    """The network, in eval mode.
+
+    Raises:
+        UsageError: it cannot be had; the message says why.
+    """
+    if Path(name).exists():
+        if weights is not None:
+            raise UsageError("--weights belongs to package.module:build; a file has its weights.")
+        model = load_pickle(Path(name), trust=trust)
+    elif ":" in name:
+        model = build(name)
+    else:
+        raise UsageError(
+            f"there is no file {name}; give the path of a saved network, or package.module:build."
+        )
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} is a {type(model).__name__}, no torch.nn.Module.")
+    if weights is not None:
+        state = load_tensors(weights)
+        if not isinstance(state, dict):
+            raise UsageError(f"{weights} is a {type(state).__name__}, no state_dict.")
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def build(name: str) -> Any:
+    """What ``package.module:build`` is, or returns."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{name}: {error}. It must be importable from here: run in its folder, or set "
+            "PYTHONPATH."
+        ) from error
+    return found if isinstance(found, nn.Module) else found()
+
+
+def load_pickle(path: Path, *, trust: bool) -> Any:
+    """A whole module from a file of ``torch.save(model)``."""
+    if not trust:
+        raise UsageError(
+            f"{path} is taken as a pickled module, and loading one runs whatever code it holds. "
+            "Add --trust if you know where it comes from; safer is package.module:build with "
+            "--weights, a state_dict, which holds no code."
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: {error}. The network's class must be importable from here: run in the folder "
+            "of its module, or set PYTHONPATH; a class of a notebook or script cannot be."
+        ) from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UsageError(f"{path} is no file of torch.save: {error}") from error
+    if isinstance(found, dict):
+        raise UsageError(
+            f"{path} holds a dict, as of model.state_dict(): weights without a network. Give "
+            f"package.module:build --weights {path}."
+        )
+    return found
+
+
+def load_tensors(path: Path) -> Any:
+    """A file of ``torch.save`` that holds tensors and nothing else: no code is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UsageError(
+            f"{path} cannot be read as tensors of torch.save; it may hold other objects, which "
+            "would run code: save a state_dict or a tensor."
+        ) from error
+
+
+def load_inputs(path: Path, model: nn.Module) -> Tensor:
+    """The inputs [m, ...], floating-point ones in the network's dtype, on its device.
+
+    Raises:
+        UsageError: the file holds no single array of numbers.
+    """
+    if path.suffix in (".npy", ".npz"):
+        try:
+            found: Any = np.load(path, allow_pickle=False)
+        except ValueError as error:
+            raise UsageError(f"{path} holds no plain array of numbers: {error}") from error
+        if path.suffix == ".npz":
+            names = list(found)
+            if len(names) != 1 and "x" not in names:
+                raise UsageError(f"{path} holds {', '.join(names)}: keep one array, or name it x.")
+            found = found["x" if "x" in names else names[0]]
+        try:
+            x = torch.as_tensor(found)
+        except TypeError as error:
+            raise UsageError(f"{path} holds {found.dtype}, no numbers that torch takes.") from error
+    elif path.suffix in (".pt", ".pth"):
+        x = load_tensors(path)
+    else:
+        raise UsageError(f"{path}: inputs are a .pt, .npy or .npz file.")
+    if not isinstance(x, Tensor):
+        raise UsageError(f"{path} holds a {type(x).__name__}: save one tensor of shape [m, ...].")
+    like = next(model.parameters(), x)
+    return x.to(like.device, like.dtype if x.is_floating_point() else None)
+
+
+def draw(found: Summary, path: Path) -> None:
+    """Save the figure."""
+    try:
+        import matplotlib as mpl
+
+        mpl.use("agg")  # no window
+    except ImportError:
+        pass  # plot() says what to do
+    found.plot().savefig(path)
+
+
+def as_json(s: Summary) -> dict[str, Any]:
+    """The summary in plain numbers; what no number of samples reaches is null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "family": type(s.joint.family).__name__,
+        **{key: value for key, value in vars(s).items() if key not in ("layers", "joint")},
+        "layers": [{k: plain(v) for k, v in x._asdict().items()} for x in s.layers],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,578 @@
+r"""One call for one question: how wrong is my diagonal Fisher, and what would make it better?
+
+Nothing new is computed here. I, V₁, V₂ and Var_x I come from ``accumulate``, or V₂ from
+``hutchinson_variance_i2`` where no engine knows S; this module puts them side by side, layer by
+layer, and says in words what follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fimlib.derivatives import APPROXIMATE, differentiate, tied
+from fimlib.families import Family, check_num_samples
+from fimlib.family import check_family
+from fimlib.gaussian import Gaussian, GaussianHead
+from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
+from fimlib.joint import Joint
+from fimlib.precision import chebyshev
+from fimlib.streaming import accumulate, batches, check_shape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NUM_PROBES = 128
+MOST_ESTIMATED = 32  # inputs at which V₂ is estimated, where S is not known
+MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube of their number
+NUMBERS_AT_A_TIME = 2**23  # of J, where V₂ is estimated: 64 MB
+# Okabe and Ito's colours: Fisher information, Î₁, Î₂.
+GREEN, BLUE, VERMILION, GREY = "#009E73", "#0072B2", "#D55E00", "#666666"
+COLUMNS = 4  # panels in a row
+MOST_NAMED = 4  # layers in a sentence
+ESTIMATORS = {1: "Î₁", 2: "Î₂"}
+
+
+class LayerSummary(NamedTuple):
+    """How far the two estimates of one layer's I are off; norms and sums over its parameters.
+
+    Attributes:
+        layer: Its name in the network; "" for parameters of the network itself.
+        num_parameters: Its parameters.
+        mean_fisher: Mean of I over them, in nat/θ².
+        relative_sd_i1: √(ΣV₁ / ΣI²) of an estimate from N labels for each of the inputs: the
+            typical ‖Î₁ − I‖ in units of ‖I‖. 0/0 counts as 0.
+        relative_sd_i2: The same of Î₂.
+        relative_sd_i2_error: How much larger ``relative_sd_i2`` is if V₂ lies one standard error
+            above its estimate; 0 where V₂ is no estimate.
+        better: 1 or 2, the estimator with less variance on equally many labels, 1 in a tie; None
+            where V₁ lies within two standard errors of the estimate of V₂.
+        labels_needed_i1: Labels for each of these inputs that bring ‖Î₁ − I‖ within the relative
+            error at the confidence, by Chebyshev's inequality; inf where none do.
+        labels_needed_i2: The same of Î₂; of a V₂ two standard errors above where it is an estimate.
+        inputs_needed_i1: The same for inputs that are drawn at random, from these as the
+            population, with N labels for each; None where there is only one.
+        inputs_needed_i2: The same of Î₂.
+        bound_i1: Upper bound of ``relative_sd_i1`` by Theorem 4.1; None where it was not computed.
+        bound_i2: The same of Î₂.
+    """
+
+    layer: str
+    num_parameters: int
+    mean_fisher: float
+    relative_sd_i1: float
+    relative_sd_i2: float
+    relative_sd_i2_error: float
+    better: int | None
+    labels_needed_i1: float
+    labels_needed_i2: float
+    inputs_needed_i1: float | None
+    inputs_needed_i2: float | None
+    bound_i1: float | None
+    bound_i2: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``summarise`` found; ``print`` it, or draw it with ``plot``.
+
+    Attributes:
+        layers: One ``LayerSummary`` per layer, from the first to the last.
+        num_inputs: m, the inputs that were given.
+        num_samples: N, labels for each of them.
+        relative_error: What "needed" refers to,
+        confidence: and with which probability.
+        engine: Which engine made the derivatives.
+        num_probes: Random probes behind the estimate of V₂; 0 where V₂ is none.
+        num_estimated: Inputs at which V₂ was estimated; 0 where V₂ is no estimate.
+        joint: All averages behind it, per parameter: ``joint.fisher_information()`` is I itself.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    num_inputs: int
+    num_samples: int
+    relative_error: float
+    confidence: float
+    engine: str
+    num_probes: int
+    num_estimated: int
+    joint: Joint = field(repr=False)
+
+    def __str__(self) -> str:
+        """A table, and what follows from it."""
+        return "\n".join([*_head(self), "", *_table(self), "", *_advice(self)])
+
+    def plot(self) -> Figure:
+        """Relative error against labels per input: one panel per layer, Î₁ blue, Î₂ vermilion.
+
+        Both axes are logarithmic; dashed lines are upper bounds, where there are any; green is the
+        Fisher information itself, where the error is as large as what is estimated; the dotted
+        line is the relative error that was asked for.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib import pyplot as plt
+        except ImportError as error:
+            raise ImportError(
+                "plot() draws with matplotlib, which is not installed: pip install "
+                "'fimlib[plot]', or pip install matplotlib."
+            ) from error
+        columns = min(COLUMNS, len(self.layers))
+        rows = -(-len(self.layers) // columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(2.6 * columns + 0.8, 2.9 * rows + 0.9), sharex=True,
+            sharey=True, squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for ax, layer in itertools.zip_longest(axes.flat, self.layers):
+            if layer is None:
+                ax.set_axis_off()
+            else:
+                _draw(ax, layer, self)
+        for ax in axes.flat[max(0, len(self.layers) - columns) : len(self.layers)]:
+            ax.set_xlabel("labels" if self.num_inputs == 1 else "labels per input")
+            ax.tick_params(labelbottom=True)
+        figure.supylabel("error in units of I", fontsize="medium")
+        entries = {  # not every panel has every line
+            text: line
+            for ax in axes.flat
+            for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=3, frameon=False)
+        return figure
+
+
+def summarise(
+    model: nn.Module,
+    inputs: Tensor | Iterable[Any],
+    family: Family,
+    *,
+    num_samples: int = 1,
+    relative_error: float = 0.1,
+    confidence: float = 0.95,
+    layers: Sequence[str] | None = None,
+    engine: str = "auto",
+    num_probes: int = NUM_PROBES,
+) -> Summary:
+    r"""How far Î₁ and Î₂ are off, layer by layer; which is better; how many samples it takes.
+
+    The estimate in question is the usual one: a pass over the m inputs, with N labels for each that
+    the model draws. ``Î_j(θᵢ) = (1/m) Σ_x Î_j(θᵢ|x)`` is an estimate of ``(1/m) Σ_x I(θᵢ|x)``, with
+    the variance ``E_x V_j⁽¹⁾ / (m N)`` (Theorem 4.7 without its first term; for m = 1, Lemma A.1).
+    Nothing is sampled and all is exact, unless no engine has the network's S. Then V₂ is estimated
+    from random probes; the result says so, and how far that may be off.
+
+    Args:
+        model: Maps inputs to outputs [B, T] of the family; in eval mode.
+        inputs: [m, ...], or an iterable of batches x or (x, y), as a ``DataLoader``; see
+            ``accumulate``. Memory does not depend on m.
+        family: The output family.
+        num_samples: N ≥ 1, labels for each input.
+        relative_error: ε > 0, of ‖Î − I‖ in units of ‖I‖, norms over a layer.
+        confidence: Between 0 and 1, both excluded.
+        layers: Names of modules: only their parameters are looked at. None: all.
+        engine: Where the derivatives come from; see ``differentiate``.
+        num_probes: ≥ 3, where V₂ must be estimated; see ``hutchinson_variance_i2``.
+
+    Raises:
+        ValueError: an argument out of its range, no inputs, and what ``accumulate`` refuses.
+        NotImplementedError, TypeError: as in ``accumulate``.
+
+    Cost: that of ``accumulate`` with both orders. Bounds are computed for up to 32 outputs. An
+        estimate of V₂ takes at most 32 of the inputs, picked at random by a fixed seed, and
+        num_probes times three passes for J at each.
+
+    Example: a Gaussian label and one weight: V₁ = 2I², so that one label is off by √2 I.
+        >>> from fimlib import Gaussian
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> found = summarise(net, torch.ones(1, 1), Gaussian())
+        >>> [(layer.relative_sd_i1 ** 2, layer.relative_sd_i2) for layer in found.layers]
+        [(2.0000000000000004, 0.0)]
+        >>> found.layers[0].labels_needed_i1, found.layers[0].better
+        (4000.0, 2)
+    """
+    check_family(family)
+    check_num_samples(num_samples)
+    chebyshev(torch.ones(()), torch.ones(()), relative_error, confidence)
+    blocks_of(num_probes)
+    first, stream = _peek(model, inputs)
+    taken, order = _engine(model, first, engine, layers)
+    sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
+    joint = accumulate(
+        model, sample.of(stream), family, order=order, layers=layers, engine=engine,
+        method=_method(model, first, family),
+    )  # fmt: skip
+    norms = _sums(joint, {n: I.square() for n, I in joint.fisher_information().items()})
+    variances = [_sums(joint, joint.label_variance(j)) for j in range(1, order + 1)]
+    errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
+    if order == 1:
+        value, errors = _estimate(model, sample, family, joint, num_probes, layers)
+        variances.append(value)
+    spread = _sums(joint, joint.input_variance())
+    means, bounds = _sums(joint, joint.fisher_information()), _bounds(joint)
+    sizes = {layer: _size(joint, layer) for layer in norms}
+
+    def row(layer: str) -> LayerSummary:
+        v = [variance[layer] for variance in variances]
+        error, norm, m = errors[layer], norms[layer], joint.count
+
+        def relative(variance: Tensor) -> float:
+            return math.sqrt(_ratio(variance.clamp_min(0) / (m * num_samples), norm))
+
+        def needed(variance: Tensor) -> float:
+            return float(chebyshev(variance, norm, relative_error, confidence))
+
+        safe = v[0], v[1] + 2 * error
+        inputs_needed = [needed(spread[layer] + w / num_samples) if m > 1 else None for w in safe]
+        return LayerSummary(
+            layer,
+            sizes[layer],
+            float(means[layer]) / sizes[layer],
+            relative(v[0]),
+            relative(v[1]),
+            relative(v[1].clamp_min(0) + error) - relative(v[1]),
+            _better(float(v[0]), float(v[1]), float(error)),
+            *(needed(w / m) for w in safe),
+            *inputs_needed,
+            *(relative(bound[layer]) if bound else None for bound in bounds),
+        )
+
+    return Summary(
+        tuple(map(row, norms)), joint.count, num_samples, relative_error, confidence, taken,
+        num_probes if order == 1 else 0, len(sample) if order == 1 else 0, joint,
+    )  # fmt: skip
+
+
+# What goes in.
+
+
+def _peek(model: nn.Module, inputs: Tensor | Iterable[Any]) -> tuple[Tensor, Iterator[Tensor]]:
+    """One input, on the model's device, and all batches, this one's among them."""
+    stream = (x for _, x in batches(inputs))
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(
+            "there are no inputs: pass a tensor [m, ...] with m ≥ 1, or batches; an iterator can "
+            "be used only once, make it anew."
+        )
+    check_shape(first, None)
+    device = next((p.device for p in model.parameters()), None) if _is_module(model) else None
+    return first[:1].to(device), itertools.chain([first], stream)
+
+
+def _is_module(model: object) -> bool:
+    return isinstance(model, nn.Module)  # else differentiate says so
+
+
+def _engine(
+    model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | None
+) -> tuple[str, int]:
+    """The engine that takes the network, and whether it has S (2) or J alone (1)."""
+    alone = engine == "functional" or (_is_module(model) and tied(model) is not None)
+    try:
+        if not alone:
+            return differentiate(model, x, engine=engine, layers=layers).engine, 2
+    except NotImplementedError:
+        pass  # of the second order only, or the next line says why
+    return differentiate(model, x, engine=engine, order=1, layers=layers).engine, 1
+
+
+def _method(model: nn.Module, x: Tensor, family: Family) -> str | None:
+    """How λ_max(M) is found, where that is cheap."""
+    with torch.no_grad():
+        num_outputs = model(x.clone()).shape[1]
+    if num_outputs > MOST_OUTPUTS_FOR_BOUNDS:
+        return None
+    return "multistart" if isinstance(family, Gaussian | GaussianHead) else "certified"
+
+
+class _Sample:
+    """Random inputs of a stream, at most so many, each as likely as the others."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.inputs: Tensor | None = None
+        self._keys = torch.empty(0)
+        self._generator = torch.Generator().manual_seed(0)  # not the caller's
+
+    def __len__(self) -> int:
+        return 0 if self.inputs is None else len(self.inputs)
+
+    def of(self, stream: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same stream; what passes may stay in the sample."""
+        for batch in stream:
+            if self.most:
+                self._take(batch)
+            yield batch
+
+    def _take(self, batch: Tensor) -> None:
+        keys = torch.cat([self._keys, torch.rand(len(batch), generator=self._generator)])
+        kept = keys.topk(min(self.most, len(keys))).indices.sort().values
+        old, new = kept[kept < len(self)], kept[kept >= len(self)] - len(self)
+        parts = [batch[new.to(batch.device)].detach()]
+        if self.inputs is not None:
+            parts.insert(0, self.inputs[old.to(self.inputs.device)])
+        self.inputs, self._keys = torch.cat(parts), keys[kept]
+
+
+# From one number per parameter to one per layer.
+
+
+def _sums(joint: Joint, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over each layer's parameters."""
+    return {
+        layer: torch.stack([values[name].sum() for name in names]).sum()
+        for layer, names in joint._layers.items()
+    }
+
+
+def _size(joint: Joint, layer: str) -> int:
+    fisher = joint.fisher_information()
+    return sum(fisher[name].numel() for name in joint._layers[layer])
+
+
+def _bounds(joint: Joint) -> list[dict[str, Tensor] | None]:
+    """Upper bounds of both label variances by Theorem 4.1, where they were accumulated."""
+    keys = ("V1_upper", "V2_upper")
+    return [_sums(joint, joint._mean(k)) if k in joint._means else None for k in keys]
+
+
+def _estimate(
+    model: nn.Module,
+    sample: _Sample,
+    family: Family,
+    joint: Joint,
+    num_probes: int,
+    layers: Sequence[str] | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums of E_x V₂⁽¹⁾ over each layer, estimated, and their standard errors.
+
+    The errors come from the probes where all inputs were taken, else from the spread of the inputs,
+    whose probes are independent, so that it contains theirs.
+    """
+    assert sample.inputs is not None
+    fisher = joint.fisher_information()
+    device = next(iter(fisher.values())).device
+    x = sample.inputs.to(device)
+    with torch.no_grad():
+        num_outputs = model(x[:1].clone()).shape[1]
+    of_one = num_outputs * sum(p.numel() for p in fisher.values())
+    generator = torch.Generator(device).manual_seed(0)  # not the caller's
+    found = [
+        hutchinson_variance_i2(
+            model, part, family, num_probes=num_probes, generator=generator, layers=layers
+        ).layer_means
+        for part in x.split(max(1, NUMBERS_AT_A_TIME // of_one))
+    ]
+    sums, errors = {}, {}
+    for layer in joint._layers:
+        means, of_probes = (torch.cat([part[layer][i] for part in found]) for i in (0, 1))
+        is_all = len(x) == joint.count
+        error = of_probes.square().sum().sqrt() / len(x) if is_all else means.std() / len(x) ** 0.5
+        size = _size(joint, layer)
+        sums[layer], errors[layer] = size * means.mean(), size * error
+    return sums, errors
+
+
+def _ratio(variance: Tensor, squared_norm: Tensor) -> float:
+    """Variance in units of the squared norm; 0 where there is no variance."""
+    return float(variance / squared_norm) if variance > 0 else 0.0
+
+
+def _better(v1: float, v2: float, error: float) -> int | None:
+    """The estimator with less variance, if that is beyond two standard errors."""
+    if abs(v1 - v2) <= 2 * error and error > 0:
+        return None
+    return 2 if v2 < v1 else 1
+
+
+# In words.
+
+
+def _head(s: Summary) -> list[str]:
+    """What was looked at, and what the columns mean."""
+    each = "it" if s.num_inputs == 1 else "each of them"
+    lines = [
+        f"{_inputs(s.num_inputs)}, {type(s.joint.family).__name__} outputs; {_origin(s)}",
+        f"error   typical ‖Î − I‖ / ‖I‖ within a layer, from {_labels(s)} for {each}",
+        f"labels  for {each}, that keep it below {_percent(s.relative_error)} at "
+        f"{_percent(s.confidence)} confidence (Chebyshev: safe)",
+    ]
+    if s.num_inputs > 1:
+        lines.append(f"inputs  drawn at random, {_labels(s)} for each, that do the same")
+    return lines
+
+
+def _origin(s: Summary) -> str:
+    """Where the derivatives come from, and what of them is exact."""
+    if s.num_estimated:
+        return (
+            f"I and V₁ exact (engine {s.engine!r}),\nV₂ estimated from {s.num_probes} probes at "
+            f"{_inputs(s.num_estimated)}, ± one standard error."
+        )
+    is_exact = s.engine not in APPROXIMATE
+    how = "all exact" if is_exact else "I and V₁ exact, V₂ of an approximate S"
+    return f"{how} (engine {s.engine!r})."
+
+
+def _table(s: Summary) -> list[str]:
+    """The rows, aligned, under two lines of titles."""
+    kinds = ["error", "labels", *(["inputs"] if s.num_inputs > 1 else [])]
+    pairs = [title for kind in kinds for title in (kind, "")]
+    rows = [
+        ["", "", "", *pairs, ""],
+        ["layer", "parameters", "mean I", *["Î₁", "Î₂"] * len(kinds), "better"],
+        *(_cells(layer, s) for layer in s.layers),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
+        for cells in rows
+    ]
+    return [*lines[:2], "─" * max(map(len, lines)), *lines[2:]]
+
+
+def _cells(layer: LayerSummary, s: Summary) -> list[str]:
+    second = _percent(layer.relative_sd_i2)
+    if layer.relative_sd_i2_error:
+        second += f" ± {_percent(layer.relative_sd_i2_error)}"
+    counts = [layer.labels_needed_i1, layer.labels_needed_i2]
+    if s.num_inputs > 1:
+        counts += [c for c in (layer.inputs_needed_i1, layer.inputs_needed_i2) if c is not None]
+    return [
+        _name(layer.layer),
+        f"{layer.num_parameters:,}",
+        f"{layer.mean_fisher:.1e}",
+        _percent(layer.relative_sd_i1),
+        second,
+        *map(_count, counts),
+        "?" if layer.better is None else ESTIMATORS[layer.better],
+    ]
+
+
+class _Choice(NamedTuple):
+    """What the better estimator of a layer comes to; Î₁ where that is not known."""
+
+    error: float
+    labels: float
+    inputs: float | None
+
+
+def _choice(x: LayerSummary) -> _Choice:
+    if x.better == 2:
+        error = x.relative_sd_i2 + x.relative_sd_i2_error
+        return _Choice(error, x.labels_needed_i2, x.inputs_needed_i2)
+    return _Choice(x.relative_sd_i1, x.labels_needed_i1, x.inputs_needed_i1)
+
+
+def _advice(s: Summary) -> list[str]:
+    """What follows, in plain sentences."""
+    errors, labels, inputs = zip(*map(_choice, s.layers), strict=True)
+    low, high = _percent(min(errors)), _percent(max(errors))
+    lines = [*_which(s), f"The error is then {low if low == high else f'{low} to {high}'} of I."]
+    where = "in every layer" if len(s.layers) > 1 else "there"
+    if math.isinf(max(labels)):
+        lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")
+    elif max(labels) <= s.num_samples:
+        lines.append(f"That is good enough {where}: no more labels are needed.")
+    else:
+        each = "" if s.num_inputs == 1 else " per input"
+        lines.append(f"{max(labels):,.0f} labels{each} are enough {where}; mostly fewer will do.")
+    known = [n for n in inputs if n is not None]
+    if known and math.isfinite(max(known)):
+        lines.append(
+            f"Of inputs drawn at random it takes {max(known):,.0f}, with {_labels(s)} each."
+        )
+    lines.append("I itself takes no labels at all: joint.fisher_information() of this summary.")
+    return lines
+
+
+def _which(s: Summary) -> list[str]:
+    """Which estimator for which layer."""
+    chosen = {j: [x for x in s.layers if x.better == j] for j in (1, 2, None)}
+    takes = [f"{ESTIMATORS[j]} for {_these(chosen[j], s)}" for j in (1, 2) if chosen[j]]
+    lines = [f"Take {', '.join(takes)}."] if takes else []
+    if chosen[None]:
+        lines.append(
+            f"V₂ is too uncertain to choose for {_these(chosen[None], s)}: Î₁ is counted on there; "
+            "more probes (num_probes=) tell more."
+        )
+    return lines
+
+
+def _these(layers: list[LayerSummary], s: Summary) -> str:
+    """Some of the layers by name."""
+    if len(layers) == len(s.layers):
+        return "all layers" if len(layers) > 1 else f"layer {_name(layers[0].layer)}"
+    if len(layers) > MOST_NAMED:
+        return f"{len(layers)} of {len(s.layers)} layers (see the table)"
+    return ", ".join(_name(layer.layer) for layer in layers)
+
+
+def _name(layer: str) -> str:
+    return layer or "(itself)"
+
+
+def _inputs(count: int) -> str:
+    return f"{count:,} input{'s' * (count != 1)}"
+
+
+def _labels(s: Summary) -> str:
+    return f"{s.num_samples:,} label{'s' * (s.num_samples != 1)}"
+
+
+def _percent(share: float) -> str:
+    """A share in percent, with two digits.
+
+    >>> [_percent(x) for x in (0.0, 0.00123, 0.0456, 0.0999, 0.123, 7.89, 1234.0, math.inf)]
+    ['0 %', '0.12 %', '4.6 %', '10 %', '12 %', '790 %', '120,000 %', 'inf']
+    """
+    if share == 0 or not math.isfinite(share):
+        return "0 %" if share == 0 else "inf"
+    value = float(f"{100 * share:.2g}")
+    if value < 1e-3:
+        return f"{value:.0e} %"
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(value)))}f} %"
+
+
+def _count(count: float) -> str:
+    return "inf" if math.isinf(count) else f"{count:,.0f}"
+
+
+# Drawn.
+
+
+def _draw(ax: Axes, layer: LayerSummary, s: Summary) -> None:
+    """One panel of ``Summary.plot``."""
+    counts = [n for x in s.layers for n in (x.labels_needed_i1, x.labels_needed_i2)]
+    last = max([10.0, *filter(math.isfinite, counts)])
+    span = (1.0, 10.0 ** math.ceil(math.log10(last)))
+
+    def falling(at_n: float) -> list[float]:
+        return [at_n * (s.num_samples / n) ** 0.5 for n in span]
+
+    ax.axhline(1, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
+    ax.axhline(s.relative_error, color=GREY, linestyle=":", label="error asked for")
+    for j, sd, needed, color, bound in (
+        (1, layer.relative_sd_i1, layer.labels_needed_i1, BLUE, layer.bound_i1),
+        (2, layer.relative_sd_i2, layer.labels_needed_i2, VERMILION, layer.bound_i2),
+    ):
+        if sd == 0:
+            ax.text(0.04, 0.04, f"$V_{j} = 0$", color=color, transform=ax.transAxes)
+            continue
+        ax.plot(span, falling(sd), color=color, label=rf"$\sqrt{{V_{j}}}$, error of $\hat I_{j}$")
+        if bound is not None:
+            text = rf"bound of $\sqrt{{V_{j}}}$"
+            ax.plot(span, falling(bound), color=color, linestyle="--", linewidth=1, label=text)
+        if math.isfinite(needed):
+            error = sd * (s.num_samples / needed) ** 0.5
+            ax.plot(needed, error, "o", color=color, label=rf"safe number for $\hat I_{j}$")
+    ax.set(xscale="log", yscale="log", title=_name(layer.layer))

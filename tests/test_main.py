@@ -1,0 +1,188 @@
+"""``python -m fimlib``: the table of a saved network, and one line for every mistake."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fimlib
+from fimlib.__main__ import as_json, main
+
+ROOT = Path(__file__).parents[1]
+NETWORK = """\
+import torch
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Sigmoid(), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2)
+    )
+
+network = build()
+
+def broken():
+    return [1, 2]
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a network and inputs in all forms, and importable."""
+    name = f"network_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    x = torch.linspace(-1, 1, 12).view(4, 3)
+    torch.save(x, "x.pt")
+    np.save("x.npy", x.double().numpy())
+    np.savez("x.npz", x=x.numpy(), y=np.ones(4))
+    np.savez("two.npz", a=x.numpy(), b=np.ones(4))
+    np.save("objects.npy", np.array([{}]), allow_pickle=True)
+    np.save("text.npy", np.array(["a"]))
+    torch.save({"x": x}, "dict.pt")
+    Path("x.csv").write_text("1,2,3\n")
+    Path("damaged.pt").write_bytes(b"nothing")
+    model = __import__(name).build()
+    model[0].weight.data.mul_(3)
+    torch.save(model.state_dict(), "state.pt")
+    torch.save(model, "model.pt")
+    return f"{name}:build", model.eval(), x
+
+
+def printed(capsys, *arguments):
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["x.pt", "x.npy", "x.npz"])
+def test_it_prints_what_summarise_finds(here, capsys, file):
+    build, model, x = here
+    text = printed(capsys, build, "--weights", "state.pt", "--inputs", file)
+    assert text == f"{fimlib.summarise(model, x, fimlib.Categorical())}\n"
+    assert text == printed(capsys, "model.pt", "--trust", "--inputs", file)
+
+
+def test_every_option_arrives(here, capsys):
+    build, model, x = here
+    text = printed(
+        capsys, build, "--weights", "state.pt", "--inputs", "x.pt", "--family", "gaussian-head",
+        "--num-samples", "7", "--relative-error", "0.3", "--confidence", "0.8", "--layers", "3",
+        "--engine", "traced",
+    )  # fmt: skip
+    expected = fimlib.summarise(
+        model, x, fimlib.GaussianHead(), num_samples=7, relative_error=0.3, confidence=0.8,
+        layers=["3"], engine="traced",
+    )  # fmt: skip
+    assert text == f"{expected}\n"
+
+
+def test_the_numbers_for_machines(here, capsys):
+    build, model, x = here
+    found = json.loads(
+        printed(capsys, build, "--weights", "state.pt", "--inputs", "x.pt", "--json")
+    )
+    expected = fimlib.summarise(model, x, fimlib.Categorical())
+    assert (found["family"], found["num_inputs"], found["engine"]) == (
+        "Categorical", 4, "layerwise",
+    )  # fmt: skip
+    assert found["layers"] == [row._asdict() for row in expected.layers]
+    endless = expected.layers[0]._replace(labels_needed_i1=float("inf"))
+    [row] = as_json(dataclasses.replace(expected, layers=(endless,)))["layers"]
+    assert row["labels_needed_i1"] is None
+
+
+def test_a_network_may_stand_in_a_module(here, capsys):
+    build, *_ = here
+    name = build.partition(":")[0]
+    text = printed(capsys, f"{name}:network", "--inputs", "x.pt")
+    assert text == printed(capsys, build, "--inputs", "x.pt")
+
+
+def test_it_draws(here, capsys):
+    build, *_ = here
+    printed(capsys, build, "--inputs", "x.pt", "--plot", "figure.svg")
+    assert "<svg" in Path("figure.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.pt", "--inputs", "x.pt"], "Add --trust if you know where it comes from"),
+        (["state.pt", "--trust", "--inputs", "x.pt"], "build --weights state.pt"),
+        (["damaged.pt", "--trust", "--inputs", "x.pt"], "damaged.pt is no file of torch.save"),
+        (["model.pt", "--trust", "--weights", "state.pt", "--inputs", "x.pt"], "has its weights"),
+        (["nothing.pt", "--trust", "--inputs", "x.pt"], "there is no file nothing.pt"),
+        (["no_such_module:build", "--inputs", "x.pt"], "No module named 'no_such_module'"),
+        (["NAME:build_it", "--inputs", "x.pt"], "has no attribute 'build_it'"),
+        (["NAME:broken", "--inputs", "x.pt"], "is a list, no torch.nn.Module"),
+        (["BUILD", "--inputs", "x.pt", "--weights", "model.pt"], "save a state_dict"),
+        (["BUILD", "--inputs", "x.pt", "--weights", "x.pt"], "x.pt is a Tensor, no state_dict"),
+        (["BUILD", "--inputs", "x.pt", "--weights", "dict.pt"], "Missing key(s) in state_dict"),
+        (["BUILD", "--inputs", "y.pt"], "No such file"),
+        (["BUILD", "--inputs", "x.csv"], "inputs are a .pt, .npy or .npz file"),
+        (["BUILD", "--inputs", "two.npz"], "two.npz holds a, b: keep one array, or name it x"),
+        (["BUILD", "--inputs", "objects.npy"], "objects.npy holds no plain array of numbers"),
+        (["BUILD", "--inputs", "text.npy"], "text.npy holds <U1, no numbers that torch takes"),
+        (["BUILD", "--inputs", "dict.pt"], "dict.pt holds a dict: save one tensor"),
+        (["BUILD", "--inputs", "model.pt"], "may hold other objects, which would run code"),
+        (["BUILD", "--inputs", "x.pt", "--layers", "9"], "no layer '9' with parameters"),
+        (["BUILD", "--inputs", "x.pt", "--num-samples", "0"], "must be an integer ≥ 1"),
+        (["BUILD", "--inputs", "x.pt", "--plot", "no/such.svg"], "No such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(here, capsys, arguments, message):
+    build, name = here[0], here[0].partition(":")[0]
+    given = [a.replace("BUILD", build).replace("NAME", name) for a in arguments]
+    assert main(given) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("python -m fimlib: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_file_without_trust_is_never_unpickled(here, capsys, tmp_path):
+    """Code in a pickle does not run, be it given as network, weights or inputs."""
+    build, *_ = here
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save(Evil(), "evil.pt")
+    for arguments in (
+        ["evil.pt", "--inputs", "x.pt"],
+        [build, "--inputs", "evil.pt"],
+        [build, "--weights", "evil.pt", "--inputs", "x.pt"],
+    ):
+        assert main(arguments) == 2
+        assert not (tmp_path / "ran").exists()
+    assert main(["evil.pt", "--trust", "--inputs", "x.pt"]) == 2  # it is no module, and it ran
+    assert (tmp_path / "ran").exists()
+    capsys.readouterr()
+
+
+def test_as_a_command(here):
+    """In a process of its own, on a terminal that knows ASCII only."""
+    build, *_ = here
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "fimlib", build, "--inputs"]
+    good, bad = (
+        subprocess.run(
+            [*command, file], capture_output=True, text=True, env=environment, check=False
+        )
+        for file in ("x.pt", "nothing.npy")
+    )
+    assert good.returncode == 0, good.stderr
+    assert "4 inputs, Categorical outputs" in good.stdout
+    assert good.stderr == ""
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("python -m fimlib: error: FileNotFoundError: ")
+    assert "Traceback" not in bad.stderr

@@ -1,0 +1,379 @@
+"""One call for all questions: its numbers are those of the functions that it stands on."""
+
+import builtins
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import fimlib
+from fimlib import summary as module
+
+FAMILIES = {
+    "categorical": fimlib.Categorical(),
+    "bernoulli": fimlib.Bernoulli(),
+    "poisson": fimlib.Poisson(),
+    "gaussian": fimlib.Gaussian(),
+    "gaussian-head": fimlib.GaussianHead(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small networks are slower on several threads, much so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def mlp(outputs=4):
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, outputs)
+    return nn.Sequential(*layers).double()
+
+
+def inputs(count=7):
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(1)).double()
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        z, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(self.norm(x + z).mean(1))
+
+
+def attends():
+    torch.manual_seed(0)
+    return Attends().double().eval()
+
+
+def layer_sums(diagonal):
+    """Sums over each layer's parameters of the mean over the inputs, entry by entry."""
+    found = {}
+    for name, value in diagonal.items():
+        layer = name.rpartition(".")[0]
+        found[layer] = found.get(layer, 0.0) + value.mean(0).sum()
+    return found
+
+
+def squared_norms(I):
+    found = {}
+    for name, value in I.items():
+        layer = name.rpartition(".")[0]
+        found[layer] = found.get(layer, 0.0) + value.mean(0).square().sum()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_errors_and_counts_are_those_of_the_definitions(family):
+    """Over m inputs with N labels each the variance is E_x V / (m N)."""
+    net, x, num_samples = mlp(), inputs(), 3
+    found = fimlib.summarise(net, x, family, num_samples=num_samples, relative_error=0.2)
+    derivs = fimlib.differentiate(net, x)
+    I = fimlib.fisher_information(derivs, family)
+    norm, means = squared_norms(I), layer_sums(I)
+    V = [layer_sums(f(derivs, family)) for f in (fimlib.variance_i1, fimlib.variance_i2)]
+    assert [row.layer for row in found.layers] == ["0", "2", "4"]
+    assert [row.num_parameters for row in found.layers] == [20, 24, 20]
+    for row in found.layers:
+        v1, v2 = (float(v[row.layer]) for v in V)
+        squared = float(norm[row.layer])
+        assert row.mean_fisher == pytest.approx(float(means[row.layer]) / row.num_parameters)
+        assert row.relative_sd_i1 == pytest.approx((v1 / (len(x) * num_samples) / squared) ** 0.5)
+        assert row.relative_sd_i2 == pytest.approx((v2 / (len(x) * num_samples) / squared) ** 0.5)
+        assert row.relative_sd_i2_error == 0
+        assert row.better == (2 if v2 < v1 else 1)
+        for v, needed in ((v1, row.labels_needed_i1), (v2, row.labels_needed_i2)):
+            wanted = v / len(x) / (0.2**2 * 0.05 * squared)
+            assert needed == max(1, math.ceil(wanted * (1 - 1e-9)))
+    assert {row.better for row in found.layers} <= {1, 2}
+    assert (found.num_probes, found.num_estimated, found.engine) == (0, 0, "layerwise")
+
+
+def test_for_one_input_it_is_what_the_other_functions_say():
+    net, x, family = mlp(), inputs(1), FAMILIES["categorical"]
+    found = fimlib.summarise(net, x, family, relative_error=0.3, confidence=0.8)
+    derivs = fimlib.differentiate(net, x)
+    compared = fimlib.compare_estimators(derivs, family)
+    bounds = fimlib.theorem_4_1(
+        derivs, family, eigenvalues=fimlib.spectrum(family, derivs.outputs, method="certified")
+    )
+    norm = squared_norms(fimlib.fisher_information(derivs, family))
+    for row in found.layers:
+        assert row.relative_sd_i1 == pytest.approx(float(compared[row.layer].relative_sd_i1))
+        assert row.relative_sd_i2 == pytest.approx(float(compared[row.layer].relative_sd_i2))
+        assert row.better == int(compared[row.layer].less_variance)
+        for j, needed in ((1, row.labels_needed_i1), (2, row.labels_needed_i2)):
+            expected = fimlib.num_samples_needed(
+                derivs, family, relative_error=0.3, confidence=0.8, estimator=j
+            )
+            assert needed == float(expected[row.layer])
+        assert (row.inputs_needed_i1, row.inputs_needed_i2) == (None, None)
+        for bound, upper in (
+            (row.bound_i1, bounds.variance_i1.upper),
+            (row.bound_i2, bounds.variance_i2.upper),
+        ):
+            expected = (layer_sums(upper)[row.layer] / norm[row.layer]) ** 0.5
+            assert bound == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_random_inputs_are_those_of_joint_and_bounds_hold(family):
+    found = fimlib.summarise(mlp(), inputs(), family, num_samples=2)
+    joint = fimlib.accumulate(mlp(), inputs(), family)
+    needed = [joint.num_inputs_needed(0.1, 0.95, num_labels=2, estimator=j) for j in (1, 2)]
+    for row in found.layers:
+        assert row.inputs_needed_i1 == needed[0][row.layer]
+        assert row.inputs_needed_i2 == needed[1][row.layer]
+        assert row.bound_i1 >= row.relative_sd_i1 * (1 - 1e-12)
+        assert row.bound_i2 >= row.relative_sd_i2 * (1 - 1e-12)
+    if isinstance(family, fimlib.Gaussian):  # Prop. 5.1
+        for row in found.layers:
+            assert row.bound_i1 == pytest.approx(row.relative_sd_i1)
+            assert row.bound_i2 == pytest.approx(row.relative_sd_i2)
+
+
+def test_batches_a_loader_and_other_engines_say_the_same():
+    net, x, family = mlp(), inputs(), FAMILIES["categorical"]
+    whole = fimlib.summarise(net, x, family)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x), batch_size=3)
+    for other in (
+        fimlib.summarise(net, [x[:2], x[2:]], family),
+        fimlib.summarise(net, iter([x[:2], x[2:]]), family),
+        fimlib.summarise(net, loader, family),
+        fimlib.summarise(net, x, family, engine="traced"),
+    ):
+        assert other.num_inputs == 7
+        for a, b in zip(whole.layers, other.layers, strict=True):
+            for key in ("mean_fisher", "relative_sd_i1", "relative_sd_i2", "bound_i1"):
+                assert getattr(b, key) == pytest.approx(getattr(a, key), rel=1e-9)
+            assert (a.better, a.labels_needed_i1) == (b.better, b.labels_needed_i1)
+
+
+def test_only_the_named_layers():
+    net, x, family = mlp(), inputs(), FAMILIES["categorical"]
+    whole, one = (fimlib.summarise(net, x, family, layers=names) for names in (None, ["2"]))
+    assert [row.layer for row in one.layers] == ["2"]
+    assert one.layers[0].relative_sd_i2 == pytest.approx(whole.layers[1].relative_sd_i2)
+    assert "Take Î₁ for layer 2." in str(one)
+
+
+@pytest.mark.parametrize("count", [7, 50])
+def test_an_estimate_of_v2_says_so_and_its_error_covers_the_truth(count):
+    """Where S is known, too; at all inputs, or at 32 of 50."""
+    net, x, family = mlp(), inputs(count), FAMILIES["categorical"]
+    exact = fimlib.summarise(net, x, family)
+    found = fimlib.summarise(net, x, family, engine="functional", num_probes=64)
+    assert found.num_estimated == min(count, 32)
+    assert found.num_probes == 64
+    for a, b in zip(exact.layers, found.layers, strict=True):
+        assert b.relative_sd_i1 == pytest.approx(a.relative_sd_i1)
+        assert b.bound_i2 is None
+        v = [row.relative_sd_i2**2 for row in (a, b)]
+        error = (b.relative_sd_i2 + b.relative_sd_i2_error) ** 2 - v[1]
+        assert error > 0
+        assert abs(v[0] - v[1]) <= 5 * error
+        assert b.labels_needed_i2 >= 1
+        assert b.better in (a.better, None)
+    said = str(found)
+    assert f"V₂ estimated from 64 probes at {min(count, 32)} inputs" in said
+    assert said.count(" % ± ") == 3
+    assert "all exact" in str(exact)
+    assert "±" not in str(exact)
+
+
+def test_networks_without_an_exact_s_are_taken():
+    x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    found = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)
+    again = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)
+    assert found.layers == again.layers  # probes of a fixed seed
+    assert [row.layer for row in found.layers] == [
+        "attention", "attention.out_proj", "norm", "head",
+    ]  # fmt: skip
+    V1 = fimlib.accumulate(attends(), x, FAMILIES["categorical"], order=1)
+    total = sum(V1.label_variance(1)[f"head.{k}"].sum() for k in ("weight", "bias")) / 4
+    norm = sum(V1.fisher_information()[f"head.{k}"].square().sum() for k in ("weight", "bias"))
+    assert found.layers[-1].relative_sd_i1 == pytest.approx(float((total / norm) ** 0.5))
+
+
+def test_the_callers_random_numbers_stay():
+    x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    network = attends()
+    before = torch.get_rng_state()
+    fimlib.summarise(network, x, FAMILIES["categorical"], num_probes=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tied_parameters_are_taken():
+    net = mlp(outputs=4)
+    net[2] = nn.Linear(5, 5).double()
+    net[4] = nn.Linear(5, 5).double()
+    net[4].weight = net[2].weight
+    found = fimlib.summarise(net, inputs(3), FAMILIES["gaussian"], num_probes=8)
+    assert [(row.layer, row.num_parameters) for row in found.layers] == [
+        ("0", 20), ("2", 30), ("4", 5),
+    ]  # fmt: skip
+    assert found.engine == "functional"
+    assert found.num_estimated == 3
+
+
+def test_an_approximate_s_is_called_one():
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"], engine="hesscale")
+    assert found.engine == "hesscale"
+    assert "V₂ of an approximate S (engine 'hesscale')" in str(found)
+
+
+def test_an_uncertain_choice_is_none():
+    assert module._better(1.0, 0.5, 0.3) is None
+    assert module._better(1.0, 0.5, 0.2) == 2
+    assert module._better(1.0, 1.5, 0.2) == 1
+    assert module._better(1.0, 1.0, 0.0) == 1
+    assert module._better(0.0, 0.0, 0.0) == 1
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    row = found.layers[0]._replace(better=None)
+    text = str(dataclasses.replace(found, layers=(row, *found.layers[1:])))
+    assert "V₂ is too uncertain to choose for 0: Î₁ is counted on there" in text
+    assert re.search(r"^0 .*\?$", text, re.MULTILINE)
+
+
+def test_a_sample_is_some_of_the_inputs_each_as_likely():
+    counts = torch.zeros(40)
+    for seed in range(300):
+        sample = module._Sample(10)
+        sample._generator.manual_seed(seed)
+        stream = torch.arange(40.0)[:, None].split([1, 20, 0, 19])
+        assert torch.equal(torch.cat(list(sample.of(stream))), torch.arange(40.0)[:, None])
+        assert len(sample) == 10
+        chosen = sample.inputs.flatten().long()
+        assert len(set(chosen.tolist())) == 10
+        counts[chosen] += 1
+    # binomial with mean 75 and standard deviation 7.5
+    assert (counts - 75).abs().max() < 5 * 7.5
+    few = module._Sample(10)
+    list(few.of([torch.ones(3, 1)]))
+    assert len(few) == 3
+
+
+def test_the_table_is_aligned_and_says_what_it_found():
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    lines = str(found).split("\n")
+    assert lines[0] == "7 inputs, Categorical outputs; all exact (engine 'layerwise')."
+    rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
+    titles, rows = lines[rule - 1], lines[rule + 1 : rule + 4]
+    assert titles.split() == [*["layer", "parameters", "mean", "I"], *["Î₁", "Î₂"] * 3, "better"]
+    assert {len(line) for line in [titles, lines[rule], *rows]} == {len(titles)}
+    for line, row in zip(rows, found.layers, strict=True):
+        cells = re.split(r"\s{2,}", line)
+        assert cells[0] == row.layer
+        assert cells[-1] == f"Î{'₁₂'[row.better - 1]}"
+        assert cells[3] == module._percent(row.relative_sd_i1)
+        assert cells[6] == f"{row.labels_needed_i2:,.0f}"
+    best = max(
+        row.labels_needed_i2 if row.better == 2 else row.labels_needed_i1 for row in found.layers
+    )
+    assert f"\n{best:,.0f} labels per input are enough in every layer" in str(found)
+    one = str(fimlib.summarise(mlp(), inputs(1), FAMILIES["categorical"], num_samples=10**9))
+    assert "inputs" not in one
+    assert "no more labels are needed" in one
+    assert "1,000,000,000 labels for it" in one
+
+
+def test_an_estimate_that_no_labels_mend_is_called_one():
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    row = found.layers[0]._replace(labels_needed_i1=math.inf, labels_needed_i2=math.inf)
+    text = str(dataclasses.replace(found, layers=(row,)))
+    assert "no number of labels is enough" in text
+    assert re.search(r"^0 .* inf +inf ", text, re.MULTILINE)
+
+
+def test_the_summary_holds_the_fisher_information_itself():
+    net, x, family = mlp(), inputs(), FAMILIES["categorical"]
+    I = fimlib.summarise(net, x, family).joint.fisher_information()
+    exact = fimlib.fisher_information(fimlib.differentiate(net, x), family).mean_over_inputs()
+    for name, value in exact.items():
+        torch.testing.assert_close(I[name], value)
+
+
+def test_many_outputs_have_no_bounds():
+    found = fimlib.summarise(mlp(outputs=33), inputs(2), FAMILIES["categorical"])
+    assert {(row.bound_i1, row.bound_i2) for row in found.layers} == {(None, None)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples (N) must be an integer ≥ 1"),
+        ({"relative_error": 0}, ValueError, "relative_error (ε) must be a positive number"),
+        ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
+        ({"num_probes": 2}, ValueError, "num_probes must be an integer ≥ 3"),
+        ({"layers": ["9"]}, ValueError, "no layer '9' with parameters; there are: '0', '2', '4'"),
+        ({"engine": "magic"}, ValueError, "unknown engine 'magic'"),
+        ({"inputs": torch.ones(0, 3)}, ValueError, "there are no inputs"),
+        ({"inputs": iter([])}, ValueError, "make it anew"),
+        ({"inputs": torch.ones(3)}, ValueError, "add a batch dimension"),
+        ({"inputs": torch.ones(2, 3)}, ValueError, "convert one of them with .to(...)"),
+        ({"inputs": [[1.0]]}, TypeError, "batch 1 is a float"),
+        ({"family": fimlib.Categorical}, TypeError, "Categorical()"),
+        ({"model": lambda x: x}, TypeError, "must be an nn.Module"),
+        ({"model": mlp(outputs=1)}, ValueError, "Categorical needs outputs of shape [B, T]"),
+        ({"model": nn.Sequential(nn.Linear(3, 2), nn.Dropout()).double()}, ValueError, "eval()"),
+    ],
+)
+def test_mistakes_are_named(arguments, error, message):
+    given = {"model": mlp(), "inputs": inputs(), "family": fimlib.Categorical()} | arguments
+    model, x, family = (given.pop(key) for key in ("model", "inputs", "family"))
+    with pytest.raises(error, match=re.escape(message)):
+        fimlib.summarise(model, x, family, **given)
+
+
+def test_the_figure_shows_the_numbers():
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"], num_samples=4)
+    figure = found.plot()
+    assert [ax.get_title() for ax in figure.axes] == ["0", "2", "4"]
+    for ax, row in zip(figure.axes, found.layers, strict=True):
+        lines = {line.get_label(): line for line in ax.lines}
+        for j, sd, needed in (
+            (1, row.relative_sd_i1, row.labels_needed_i1),
+            (2, row.relative_sd_i2, row.labels_needed_i2),
+        ):
+            name = rf"$\sqrt{{V_{j}}}$, error of $\hat I_{j}$"
+            assert (name in lines) == (sd > 0)
+            if sd > 0:
+                assert lines[name].get_xdata()[0] == 1
+                assert lines[name].get_ydata()[0] == pytest.approx(2 * sd)  # N = 4
+                [at] = lines[rf"safe number for $\hat I_{j}$"].get_xdata()
+                assert at == needed
+                [error] = lines[rf"safe number for $\hat I_{j}$"].get_ydata()
+                # Chebyshev: sd = ε √(1 − confidence), rounded up to whole labels
+                assert error <= 0.1 * 0.05**0.5 * (1 + 1e-9)
+    assert any(text.get_text() == "$V_2 = 0$" for text in figure.axes[2].texts)
+    assert len(figure.legends) == 1
+    plt.close(figure)
+
+
+def test_without_matplotlib_the_figure_says_how_to_get_it(monkeypatch):
+    found = fimlib.summarise(mlp(), inputs(2), FAMILIES["categorical"])
+    real = builtins.__import__
+
+    def missing(name, *rest, **more):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError("No module named 'matplotlib'")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=re.escape("pip install 'fimlib[plot]'")):
+        found.plot()
