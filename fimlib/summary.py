@@ -35,7 +35,7 @@ MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube 
 NUMBERS_AT_A_TIME = 2**23  # of J, where V₂ is estimated: 64 MB
 # Okabe and Ito's colours: Fisher information, Î₁, Î₂.
 GREEN, BLUE, VERMILION, GREY = "#009E73", "#0072B2", "#D55E00", "#666666"
-COLUMNS = 4  # panels in a row
+COLUMNS = 4  # panels in a row, at most
 MOST_NAMED = 4  # layers in a sentence
 ESTIMATORS = {1: "Î₁", 2: "Î₂"}
 
@@ -126,8 +126,8 @@ class Summary:
                 "plot() draws with matplotlib, which is not installed: pip install "
                 "'fimlib[plot]', or pip install matplotlib."
             ) from error
-        columns = min(COLUMNS, len(self.layers))
-        rows = -(-len(self.layers) // columns)
+        rows = -(-len(self.layers) // COLUMNS)
+        columns = -(-len(self.layers) // rows)
         figure, axes = plt.subplots(
             rows, columns, figsize=(2.6 * columns + 0.8, 2.9 * rows + 0.9), sharex=True,
             sharey=True, squeeze=False, layout="constrained",
@@ -399,15 +399,16 @@ def _better(v1: float, v2: float, error: float) -> int | None:
 
 def _head(s: Summary) -> list[str]:
     """What was looked at, and what the columns mean."""
-    each = "it" if s.num_inputs == 1 else "each of them"
+    one = s.num_inputs == 1
     lines = [
         f"{_inputs(s.num_inputs)}, {type(s.joint.family).__name__} outputs; {_origin(s)}",
-        f"error   typical ‖Î − I‖ / ‖I‖ within a layer, from {_labels(s)} for {each}",
-        f"labels  for {each}, that keep it below {_percent(s.relative_error)} at "
-        f"{_percent(s.confidence)} confidence (Chebyshev: safe)",
+        f"error   typical ‖Î − I‖ / ‖I‖ in a layer, from {_labels(s)} for "
+        f"{'it' if one else 'each input'}",
+        f"labels  {'needed' if one else 'per input'} to keep that below "
+        f"{_percent(s.relative_error)} at {_percent(s.confidence)} confidence",
     ]
-    if s.num_inputs > 1:
-        lines.append(f"inputs  drawn at random, {_labels(s)} for each, that do the same")
+    if not one:
+        lines.append(f"inputs  drawn at random, with {_labels(s)} each, for the same")
     return lines
 
 
@@ -415,7 +416,7 @@ def _origin(s: Summary) -> str:
     """Where the derivatives come from, and what of them is exact."""
     if s.num_estimated:
         return (
-            f"I and V₁ exact (engine {s.engine!r}),\nV₂ estimated from {s.num_probes} probes at "
+            f"I, V₁ exact (engine {s.engine!r}),\nV₂ estimated from {s.num_probes} probes at "
             f"{_inputs(s.num_estimated)}, ± one standard error."
         )
     is_exact = s.engine not in APPROXIMATE
@@ -429,7 +430,7 @@ def _table(s: Summary) -> list[str]:
     pairs = [title for kind in kinds for title in (kind, "")]
     rows = [
         ["", "", "", *pairs, ""],
-        ["layer", "parameters", "mean I", *["Î₁", "Î₂"] * len(kinds), "better"],
+        ["layer", "params", "mean I", *["Î₁", "Î₂"] * len(kinds), "better"],
         *(_cells(layer, s) for layer in s.layers),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -499,7 +500,7 @@ def _which(s: Summary) -> list[str]:
     """Which estimator for which layer."""
     chosen = {j: [x for x in s.layers if x.better == j] for j in (1, 2, None)}
     takes = [f"{ESTIMATORS[j]} for {_these(chosen[j], s)}" for j in (1, 2) if chosen[j]]
-    lines = [f"Take {', '.join(takes)}."] if takes else []
+    lines = [f"Take {'; '.join(takes)}."] if takes else []
     if chosen[None]:
         lines.append(
             f"V₂ is too uncertain to choose for {_these(chosen[None], s)}: Î₁ is counted on there; "
@@ -510,11 +511,12 @@ def _which(s: Summary) -> list[str]:
 
 def _these(layers: list[LayerSummary], s: Summary) -> str:
     """Some of the layers by name."""
-    if len(layers) == len(s.layers):
-        return "all layers" if len(layers) > 1 else f"layer {_name(layers[0].layer)}"
+    if len(layers) == len(s.layers) > 1:
+        return "all layers"
     if len(layers) > MOST_NAMED:
         return f"{len(layers)} of {len(s.layers)} layers (see the table)"
-    return ", ".join(_name(layer.layer) for layer in layers)
+    names = ", ".join(_name(layer.layer) for layer in layers)
+    return f"layer{'s' * (len(layers) > 1)} {names}"
 
 
 def _name(layer: str) -> str:

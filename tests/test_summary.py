@@ -241,7 +241,7 @@ def test_an_uncertain_choice_is_none():
     found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
     row = found.layers[0]._replace(better=None)
     text = str(dataclasses.replace(found, layers=(row, *found.layers[1:])))
-    assert "V₂ is too uncertain to choose for 0: Î₁ is counted on there" in text
+    assert "V₂ is too uncertain to choose for layer 0: Î₁ is counted on there" in text
     assert re.search(r"^0 .*\?$", text, re.MULTILINE)
 
 
@@ -269,7 +269,7 @@ def test_the_table_is_aligned_and_says_what_it_found():
     assert lines[0] == "7 inputs, Categorical outputs; all exact (engine 'layerwise')."
     rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
     titles, rows = lines[rule - 1], lines[rule + 1 : rule + 4]
-    assert titles.split() == [*["layer", "parameters", "mean", "I"], *["Î₁", "Î₂"] * 3, "better"]
+    assert titles.split() == [*["layer", "params", "mean", "I"], *["Î₁", "Î₂"] * 3, "better"]
     assert {len(line) for line in [titles, lines[rule], *rows]} == {len(titles)}
     for line, row in zip(rows, found.layers, strict=True):
         cells = re.split(r"\s{2,}", line)
@@ -283,6 +283,7 @@ def test_the_table_is_aligned_and_says_what_it_found():
     assert f"\n{best:,.0f} labels per input are enough in every layer" in str(found)
     one = str(fimlib.summarise(mlp(), inputs(1), FAMILIES["categorical"], num_samples=10**9))
     assert "inputs" not in one
+    assert "per input" not in one
     assert "no more labels are needed" in one
     assert "1,000,000,000 labels for it" in one
 

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from support import (
     cells,
     comparison,
+    excerpts,
     explorers,
     figures,
     forks,
@@ -121,6 +122,7 @@ def prepare(
         of_experiment.setdefault(run.record["experiment"], run)
     for run in of_experiment.values():
         made |= save_pictures(run)
+        excerpts.write(GENERATED, run.folder / "notebook.ipynb", executed=True)
     made |= explorers.write(main, GENERATED)
     made |= fill_gaps(set(made))
     passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})
@@ -297,9 +299,10 @@ def pictures(notebook: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def fill_gaps(made: set[str]) -> Made:
-    """Say "not run yet" in place of the figures of runs.yml that cannot be drawn yet."""
+    """Say "not run yet" in place of what the runs of runs.yml are still to draw or to print."""
     wanted = {}
     for name, spec in runs.specs().items():
+        excerpts.write(GENERATED, spec.notebook, executed=False)
         if spec.experiment in LIKE_FIGURE_1:
             wanted[name] = name
         if spec.experiment in OVER_RUNS:
