@@ -191,6 +191,30 @@ def test_an_estimate_of_v2_says_so_and_its_error_covers_the_truth(count):
     assert "±" not in str(exact)
 
 
+@pytest.mark.parametrize("count", [7, 50])
+def test_the_error_of_an_estimate_is_that_of_its_probes_or_of_its_inputs(count):
+    net, x, family = mlp(), inputs(count), FAMILIES["categorical"]
+    found = fimlib.summarise(net, x, family, engine="functional", num_probes=8)
+    sample = module._Sample(32)
+    list(sample.of([x]))
+    estimate = fimlib.hutchinson_variance_i2(
+        net, sample.inputs, family, num_probes=8, generator=torch.Generator().manual_seed(0)
+    )
+    norm = squared_norms(fimlib.fisher_information(fimlib.differentiate(net, x), family))
+    for row in found.layers:
+        means, errors = estimate.layer_means[row.layer]
+        if count == 7:
+            error = row.num_parameters * errors.square().sum().sqrt() / 7
+        else:
+            error = row.num_parameters * means.std() / 32**0.5
+        v, unit = row.num_parameters * means.mean(), count * norm[row.layer]
+        assert row.relative_sd_i2 == pytest.approx(float(v.clamp_min(0) / unit) ** 0.5)
+        above = row.relative_sd_i2 + row.relative_sd_i2_error
+        assert above == pytest.approx(float((v.clamp_min(0) + error) / unit) ** 0.5)
+        wanted = float((v + 2 * error).clamp_min(0) / unit) / (0.1**2 * 0.05)
+        assert row.labels_needed_i2 == max(1, math.ceil(wanted * (1 - 1e-9)))
+
+
 def test_networks_without_an_exact_s_are_taken():
     x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
     found = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)

@@ -302,7 +302,8 @@ def fill_gaps(made: set[str]) -> Made:
     """Say "not run yet" in place of what the runs of runs.yml are still to draw or to print."""
     wanted = {}
     for name, spec in runs.specs().items():
-        excerpts.write(GENERATED, spec.notebook, executed=False)
+        if excerpts.write(GENERATED, spec.notebook, executed=False):
+            promise(name, spec)
         if spec.experiment in LIKE_FIGURE_1:
             wanted[name] = name
         if spec.experiment in OVER_RUNS:
@@ -312,6 +313,17 @@ def fill_gaps(made: set[str]) -> Made:
     for file, name in missing.items():
         figures.save(figures.not_yet(name), GENERATED / f"{file}.svg")
     return {f"{file}.svg": [] for file in missing}
+
+
+def promise(name: str, spec: runs.Spec) -> None:
+    """A page for a run that pages link to, where it is still to be made: its notebook as it is."""
+    path = GENERATED / "notebooks" / f"{name}.ipynb"
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    notebook = nbformat.read(spec.notebook, as_version=4)
+    cells.entitle(notebook, f"{spec.title} (not run yet: make reproduce)")
+    results.write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def mutation() -> str:
