@@ -563,12 +563,18 @@ def _draw(ax: Axes, layer: LayerSummary, s: Summary) -> None:
 
     ax.axhline(1, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
     ax.axhline(s.relative_error, color=GREY, linestyle=":", label="error asked for")
+    doubt = layer.relative_sd_i2_error
+    if doubt:
+        above = falling(layer.relative_sd_i2 + doubt)
+        ax.plot(span, above, color=VERMILION, linestyle=":", label="one standard error above")
     for j, sd, needed, color, bound in (
         (1, layer.relative_sd_i1, layer.labels_needed_i1, BLUE, layer.bound_i1),
         (2, layer.relative_sd_i2, layer.labels_needed_i2, VERMILION, layer.bound_i2),
     ):
         if sd == 0:
-            ax.text(0.04, 0.04, f"$V_{j} = 0$", color=color, transform=ax.transAxes)
+            sign = r"\approx" if j == 2 and doubt else "="
+            text = rf"$V_{j} {sign} 0$"
+            ax.text(0.04, 0.04, text, color=color, transform=ax.transAxes)
             continue
         ax.plot(span, falling(sd), color=color, label=rf"$\sqrt{{V_{j}}}$, error of $\hat I_{j}$")
         if bound is not None:

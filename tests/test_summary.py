@@ -390,6 +390,19 @@ def test_the_figure_shows_the_numbers():
     plt.close(figure)
 
 
+def test_the_figure_says_where_v2_is_an_estimate():
+    from matplotlib import pyplot as plt
+
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    unsure = found.layers[2]._replace(relative_sd_i2_error=0.25)
+    figure = dataclasses.replace(found, layers=(unsure,)).plot()
+    [text] = figure.axes[0].texts
+    assert text.get_text() == r"$V_2 \approx 0$"
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["one standard error above"].get_ydata()[0] == pytest.approx(0.25)
+    plt.close(figure)
+
+
 def test_without_matplotlib_the_figure_says_how_to_get_it(monkeypatch):
     found = fimlib.summarise(mlp(), inputs(2), FAMILIES["categorical"])
     real = builtins.__import__
