@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from fimlib._trace import Uncaptured, check_outputs, walk, without_randomness
-from fimlib.derivatives import Block, Derivatives, check_alone, is_same, perturb, separate
+from fimlib.derivatives import (
+    Block,
+    Derivatives,
+    call_with,
+    check_alone,
+    is_same,
+    perturb,
+    separate,
+)
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
@@ -153,7 +161,7 @@ def outputs_from(own: nn.Module, names: list[str]) -> Callable[[PerParameter, Te
     fixed = {n: p.detach() for n, p in own.named_parameters() if n not in names}
 
     def outputs(values: PerParameter, one: Tensor) -> Tensor:
-        h: Tensor = torch.func.functional_call(own, {**fixed, **values}, (one[None].clone(),))
+        h: Tensor = call_with(own, {**fixed, **values}, one[None])
         return h[0]
 
     return outputs

@@ -415,6 +415,23 @@ def tied(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def call_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
+    """The outputs with other values of the named parameters, wherever these are used.
+
+    torch's own way to follow ties restores a module that stands under two names wrongly. So every
+    place that holds one of the parameters is named here, and named once.
+    """
+    owners: dict[int, str] = {}
+    places: dict[tuple[int, str], str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), name)
+        path, _, attribute = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(path)), attribute), name)
+    of = {name: owners[id(model.get_parameter(name))] for name in places.values()}
+    everywhere = {name: values[owner] for name, owner in of.items() if owner in values}
+    return torch.func.functional_call(model, everywhere, (x.clone(),), tie_weights=False)
+
+
 def check_no_global_hooks() -> None:
     """Refuse hooks on all modules, for the engines that know modules by their types."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:

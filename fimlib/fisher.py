@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives, check_model
+from fimlib.derivatives import Block, Derivatives, call_with, check_model
 from fimlib.diagonal import Diagonal
 from fimlib.families import Family, Labels, check_num_samples, weighted_variance
 from fimlib.family import check_family
@@ -287,5 +287,5 @@ def functional(model: nn.Module, names: Sequence[str], flat: Tensor, x: Tensor) 
     known = dict(model.named_parameters())
     pieces = torch.split(flat, [known[name].numel() for name in names])
     values = {n: p.view_as(known[n]) for n, p in zip(names, pieces, strict=True)}
-    result: Tensor = torch.func.functional_call(model, values, (x.clone(),))
+    result: Tensor = call_with(model, values, x)
     return result

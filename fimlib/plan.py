@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import APPROXIMATE, candidates, checked, separate
+from fimlib.derivatives import APPROXIMATE, call_with, candidates, checked, separate
 from fimlib.streaming import memory
 
 REPETITIONS = 3
@@ -82,7 +82,7 @@ def plan(
         taken = checked(model, x, engine, order, layers).engine
 
     def work(x: Tensor) -> None:
-        checked(model, x, taken, order, layers)
+        checked(model, x, taken, order, layers).derivatives()
 
     own = separate(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)
@@ -97,7 +97,7 @@ def forward_backward(own: nn.Module, x: Tensor) -> None:
     with torch.inference_mode(False), torch.enable_grad():
         parameters = [p.detach().clone().requires_grad_() for p in own.parameters()]
         named = dict(zip((n for n, _ in own.named_parameters()), parameters, strict=True))
-        outputs: Tensor = torch.func.functional_call(own, named, (x.clone(),))
+        outputs: Tensor = call_with(own, named, x)
         torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
 
 

@@ -254,6 +254,21 @@ def test_it_is_the_last_resort_of_auto():
     assert differentiate(mlp([3, 4, 2], nn.Tanh), inputs(2, 3), order=1).engine == "layerwise"
 
 
+def test_a_module_that_stands_under_two_names_has_the_total_derivative():
+    shared, act = nn.Linear(3, 3), nn.Tanh()
+    net = nn.Sequential(nn.Linear(4, 3), act, shared, act, shared).double().eval()
+    weights = {n: p.clone() for n, p in net.state_dict().items()}
+    derivs = differentiate(net, inputs(2, 4), order=1)
+    assert derivs.engine == "functional"
+    names = [name for block in derivs.blocks for name in block.inputs]
+    assert sorted(names) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    for b, one in enumerate(inputs(2, 4)):
+        J, _ = reference.derivatives(net, one[None])
+        for name in names:
+            assert torch.allclose(derivs.jacobian(name)[b], J[name], rtol=1e-10, atol=1e-12), name
+    assert all(torch.equal(weights[n], p) for n, p in net.state_dict().items())
+
+
 def test_a_tied_parameter_has_the_total_derivative_under_its_first_name():
     net = tied()
     J = differentiate(net, TOKENS, engine="functional", order=1)

@@ -29,6 +29,14 @@ def test_an_mlp_is_planned_layerwise_with_its_cost():
     assert found.peak_bytes >= 8 * 2 * 5 * 2 * (4 + 2)
 
 
+def test_the_cost_is_that_of_the_derivatives_not_of_the_forward_pass_before_them():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 400), nn.Sigmoid(), nn.Linear(400, 20)).double()
+    for order in (1, 2):
+        found = fimlib.plan(net, torch.ones(50, 3).double(), order=order)
+        assert found.peak_bytes >= order * 8 * 50 * 20 * 400
+
+
 def test_the_plan_names_what_differentiate_takes_and_why_not_the_others():
     torch.manual_seed(0)
     x = torch.randn(2, 3).double()
