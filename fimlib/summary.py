@@ -194,8 +194,8 @@ def summarise(
         >>> from fimlib import Gaussian
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> found = summarise(net, torch.ones(1, 1), Gaussian())
-        >>> [(layer.relative_sd_i1 ** 2, layer.relative_sd_i2) for layer in found.layers]
-        [(2.0000000000000004, 0.0)]
+        >>> [(round(layer.relative_sd_i1, 6), layer.relative_sd_i2) for layer in found.layers]
+        [(1.414214, 0.0)]
         >>> found.layers[0].labels_needed_i1, found.layers[0].better
         (4000.0, 2)
     """

@@ -137,11 +137,16 @@ def stubs():
     return pages | {"paper-map": "\n\n".join(stated)}
 
 
+def without_head(page):
+    """A page's text; the head needs the whole book, and has tests of its own."""
+    return re.sub(r"```\{page-head\}\n.*?\n```\n", "", page.read_text("utf-8"), flags=re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
     """The real pages of the reference, built beside stubs, with warnings as errors."""
     book = tmp_path_factory.mktemp("book")
-    pages = stubs() | {p.stem: p.read_text("utf-8") for p in [BOOK / "api.md", *PAGES]}
+    pages = stubs() | {p.stem: without_head(p) for p in [BOOK / "api.md", *PAGES]}
     orphan = "---\norphan: true\n---\n"
     files = {f"{name}.md": orphan + text.removeprefix(orphan) for name, text in pages.items()}
     files |= {"conf.py": CONFIG, "paper.yml": (BOOK / "paper.yml").read_text("utf-8")}

@@ -137,12 +137,15 @@ def imported(folder):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("fimlib", {"backpack", "minimize", "sos", "plot"}), ("notebooks", {"notebooks", "bench"})],
+    [
+        ("fimlib", {"backpack", "minimize", "sos", "plot"}),
+        ("notebooks", {"notebooks", "bench", "book"}),
+    ],
 )
 def test_the_extras_name_all_imports(folder, extras):
     modules = {"backpack-for-pytorch": "backpack", "pytorch-minimize": "torchmin"}
     modules |= {"curvlinops-for-pytorch": "curvlinops", "scikit-learn": "sklearn"}
-    modules |= {"PyYAML": "yaml", "myst-nb": "myst_nb"}
+    modules |= {"PyYAML": "yaml", "myst-nb": "myst_nb", "beautifulsoup4": "bs4"}
     asked = [Requirement(text).name for text in PROJECT["dependencies"]]
     for extra in extras | (
         {"backpack", "minimize", "sos", "plot"} if "notebooks" in extras else set()
