@@ -337,6 +337,17 @@ def test_products_are_counted():
     assert measure.count_flops(lambda: candidates.unit(model)(x, y)) == 4 * 7 * 5 * 3
 
 
+def test_products_in_place_are_counted_like_the_others():
+    a, b, c = torch.ones(4, 3), torch.ones(3, 5), torch.zeros(4, 5)
+    for work in (lambda: a @ b, lambda: torch.addmm(c, a, b), lambda: c.addmm_(a, b)):
+        assert measure.count_flops(work) == 2 * 4 * 3 * 5
+    batch = torch.zeros(2, 4, 5)
+    assert measure.count_flops(
+        lambda: batch.baddbmm_(*(t.expand(2, *t.shape) for t in (a, b)))
+    ) == (2 * 2 * 4 * 3 * 5)
+    assert measure.count_flops(lambda: c.add_(1)) == 0
+
+
 # Processes.
 
 

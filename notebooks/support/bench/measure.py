@@ -260,10 +260,11 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](
-                *args, **(kwargs or {}), out_val=result
-            )
+        # what works in place counts like what does not
+        name = func.overloadpacket.__name__.removesuffix("_")
+        packet = getattr(torch.ops.aten, name, func.overloadpacket)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
 
 
