@@ -92,8 +92,8 @@ TARGETS = (
         10,
         False,
         lambda found: quotient(found, "backpack-all", "ours-all", "mlp", 1),
-        "At one input it is the calls of some hundred small operations that take the time, and the looks "
-        "at the model that come before a first batch.",
+        "At one input it is the calls of some hundred small operations that take the time, and "
+        "the looks at the model that come before a first batch.",
     ),
     Target(
         "LeNet: exact diagonal I, times faster than BackPACK's DiagGGNExact",
