@@ -202,7 +202,9 @@ class Pairs:
         return X[i], 0
 
 
-@pytest.mark.parametrize("data", [TensorDataset(X), Stream(), Pairs(), 3.0], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize(
+    "data", [TensorDataset(X), Stream(), Pairs(), 3.0], ids=lambda d: type(d).__name__
+)
 def test_a_data_set_is_refused_with_the_remedy(data):
     with pytest.raises(TypeError, match=r"pass torch\.utils\.data\.DataLoader\(inputs, batch_"):
         accumulate(NET, data, Categorical())
