@@ -123,7 +123,7 @@ lint: $(ENV) ## ruff (notebooks too) and mypy
 
 test: lint ## lint, types, tests and doctests
 	@echo "pytest …"
-	@"$(PY)" -m pytest -m "not full"
+	@"$(PY)" -m pytest -n 2 --dist worksteal -m "not full"
 
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest
