@@ -97,6 +97,16 @@ def test_a_missing_browser_is_said(monkeypatch):
             '<a class="reference internal" href="p.html">P &amp; Q</a>'
             '<details><summary aria-label="Pages of P &amp; Q"><span>',
         ),
+        (
+            '<a href="a.html">A</a> <a href="p.html">Reference of <code>P</code></a>'
+            "<details><summary><span>",
+            '<a href="a.html">A</a> <a href="p.html">Reference of <code>P</code></a>'
+            '<details><summary aria-label="Pages of Reference of P"><span>',
+        ),
+        (
+            '<dl>\n<dd><em class="sig-param">x</em>,</dd>',
+            '<dl role="presentation">\n<dd><em class="sig-param">x</em>,</dd>',
+        ),
         ('<p class="admonition-title" id="box">', '<p class="admonition-title">'),
         ('<section class="lemma-content" id="proof-content">', '<section class="lemma-content">'),
         ('<div id="id4" role="doc-biblioentry">', '<div id="id4" role="listitem">'),

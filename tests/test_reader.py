@@ -260,7 +260,7 @@ def test_heads_and_symbols_are_shown(tmp_path):
     # Two symbols by hand, a word and a formula by themselves; not the title's, nor code, nor what
     # comes a second time or has been explained by hand.
     tips = re.findall(
-        r'<span class="sym"><a aria-describedby="(tip-\d)" href="notation.html#(sym-\w+)">(.*?)</a>'
+        r'<span class="sym"><a aria-\w+by="(tip-\d)" href="notation.html#(sym-\w+)">(.*?)</a>'
         r'<span class="tip" role="tooltip" id="(tip-\d)">(.*?)</span></span>', html,
     )  # fmt: skip
     assert [tip[0] for tip in tips] == [tip[3] for tip in tips] == [f"tip-{k}" for k in range(1, 5)]
@@ -270,6 +270,10 @@ def test_heads_and_symbols_are_shown(tmp_path):
     assert [tips[0][2], tips[2][2]] == ["softmax", "sum"]
     assert r"\(J\)" in tips[1][2]
     assert r"\(A\)" in tips[3][2]
+    # a formula has no text that would name the link
+    assert re.findall(r'aria-(\w+)by="tip-\d"', html) == [
+        "labelled" if r"\(" in tip[2] else "described" for tip in tips
+    ]
     listed = (tmp_path / "_build/html/notation.html").read_text(encoding="utf-8")
     assert listed.count('<dt id="sym-j">') == listed.count('<dt id="sym-word">') == 1
     assert "1 minute." in re.sub(r"<[^>]*>", "", html)

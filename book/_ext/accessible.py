@@ -15,8 +15,8 @@ UNNAMED_IMAGE = "Figure drawn by the code above"  # of a notebook that gives no 
 MENDS = [
     # Fonts that are loaded ahead are refused where a page is opened without a server.
     (r'<link rel="preload" as="font"[^>]*>', ""),
-    # The sign that unfolds a chapter in the list of contents says which chapter.
-    (r"(<a [^>]*>([^<]*)</a><details[^>]*><summary)>", r'\1 aria-label="Pages of \2">'),
+    # The lines of a long signature are no list of definitions.
+    (r'<dl>(\s*<dd><em class="sig-param")', r'<dl role="presentation">\1'),
     # The anchor of a box without a number stands on the box and on its title, and each box has a
     # part named alike.
     (r'(<p class="admonition-title") id="[^"]*"', r"\1"),
@@ -26,7 +26,8 @@ MENDS = [
     # The page of the search has two fields.
     (r'(?s)(id="search-input".*?)id="search-input"', r'\1id="search-field"'),
 ]
-
+# The sign that unfolds a chapter in the list of contents, after the chapter's title.
+UNFOLDS = re.compile(r"(<a [^>\n]*>((?:(?!</a>).)*)</a><details[^>]*><summary)>")
 
 # The search shows a line of every page that it finds, and fetches it from a server.
 NO_FETCHING = (
@@ -45,7 +46,13 @@ def mend(html: str) -> str:
     """The mended page."""
     for wrong, right in MENDS:
         html = re.sub(wrong, right, html)
-    return html
+    return UNFOLDS.sub(name_chapter, html)
+
+
+def name_chapter(sign: re.Match[str]) -> str:
+    """The sign, and which chapter it unfolds."""
+    title = re.sub("<[^>]*>", "", sign[2])
+    return f'{sign[1]} aria-label="Pages of {title}">'
 
 
 def mend_pages(app: Sphinx, failed: Exception | None) -> None:

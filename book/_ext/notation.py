@@ -187,7 +187,9 @@ def visit_symbol(self: HTML5Translator, node: symbol) -> None:
     """Open the link to the page of notation."""
     number = self.symbols = getattr(self, "symbols", 0) + 1
     page = self.builder.get_relative_uri(self.builder.current_docname, PAGE)
-    link = {"href": f"{page}#{anchor(node['key'])}", "aria-describedby": f"tip-{number}"}
+    # a formula has no text of its own that would name the link
+    relation = "aria-labelledby" if any(node.findall(nodes.math)) else "aria-describedby"
+    link = {"href": f"{page}#{anchor(node['key'])}", relation: f"tip-{number}"}
     self.body.append('<span class="sym">' + self.starttag(node, "a", "", **link))
     self.context.append(f'</a><span class="tip" role="tooltip" id="tip-{number}">')
 
