@@ -6,6 +6,7 @@ of every kind on a page, and see it found.
 """
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -16,9 +17,12 @@ from urllib.parse import urlsplit
 import book_browser
 import book_links
 import pytest
+import torch
 from project import copy, make
 from pypdf import PdfReader
-from support import browser, pdf
+from support import browser, pdf, report, results
+
+import fimlib
 
 ROOT = Path(__file__).parents[1]
 PAPER = 643  # pixels: 170 mm, A4 within its margins
@@ -95,6 +99,75 @@ def test_the_search_finds(book):
     assert '<span class="caption-number">Theorem 4.1 </span>' in page
     assert len(fisher[0]) > 20
     assert not nothing[0]
+
+
+SET = """(() => {
+  for (const [id, value] of Object.entries(VALUES)) {
+    const control = document.getElementById(id);
+    control.value = value;
+    control.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+  const shown = [...document.querySelectorAll(".explorer data[data-value]")];
+  return Object.fromEntries(shown.map((node) => [node.dataset.value, node.value]));
+})()"""
+
+
+def explore(page, *choices):
+    """What an explorer shows after each choice of its controls, {id: value}: name → number."""
+
+    async def run():
+        async with browser.launch() as chromium:
+            tab = await chromium.tab()
+            await tab.goto(page.as_uri())
+            return [
+                await tab.evaluate(SET.replace("VALUES", json.dumps(choice))) for choice in choices
+            ]
+
+    found = asyncio.run(run())
+    return [{name: float(text) for name, text in one.items() if text} for one in found]
+
+
+def test_the_softmax_explorer_shows_what_fimlib_says(book):
+    three = [(4, 21), (10, 10), (28, 1)]
+    choices = [{"softmax-first": i, "softmax-second": j} for i, j in three]
+    choices += [{"softmax-classes": "10", "softmax-temperature": k} for k in (5, 40)]
+    found = explore(book / "explore-softmax.html", *choices)
+    logits = [torch.tensor([[i, j, 30 - i - j]]).double().div(30).log() for i, j in three]
+    logits += [-torch.arange(10).double()[None] / one["temperature"] for one in found[3:]]
+    family = fimlib.Categorical()
+    for one, h in zip(found, logits, strict=True):
+        exact, bound = fimlib.spectrum(family, h), fimlib.table_1(family, h)
+        expected = {
+            "lambda-max-i": exact.max_cov,
+            "lambda-max-m": exact.max_outer,
+            "theorem-5-2-i": bound.max_cov,
+            "theorem-5-2-m": bound.max_outer,
+            "certified-m": fimlib.lambda_max_certified(family, h),
+            "lower-m": fimlib.lambda_max_lower(family, h),
+            "corollary-4-2": fimlib.corollary_4_2(family, h).upper,
+        }
+        for name, value in expected.items():
+            assert one[name] == pytest.approx(value.item(), rel=1e-9, abs=1e-15), name
+    assert len({one["lambda-max-m"] for one in found}) == len(found)  # it does react
+
+
+def test_the_explorer_of_figure_1_shows_the_runs(book):
+    places = [("sigmoid", 0, 1, 0), ("sigmoid", 3, 4, 20), ("log-sigmoid", 2, 5, 7)]
+    names = ("figure-1-activation", "figure-1-seed", "figure-1-layer", "figure-1-epoch")
+    choices = [dict(zip(names, map(str, place), strict=True)) for place in places]
+    found = explore(book / "explore-figure-1.html", *choices)
+    runs = results.load(report.REFERENCE)
+    for one, (activation, seed, layer, epoch) in zip(found, places, strict=True):
+        values = runs[f"{activation}-seed-{seed}"].values
+        row = values[(values.layer == str(layer)) & (values.epoch == epoch)]
+        value = dict(zip(row.quantity, row.value, strict=True))
+        assert one["fisher"] == pytest.approx(value["I"], rel=1e-12)
+        assert one["sd-1"] ** 2 == pytest.approx(value["V1"], rel=1e-12)
+        assert one["sd-1-bound"] ** 2 == pytest.approx(value["V1_upper"], rel=1e-12)
+        if value["V2"]:
+            assert one["sd-2"] ** 2 == pytest.approx(value["V2"], rel=1e-12)
+        else:
+            assert "sd-2" not in one
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,7 @@ def test_a_missing_browser_is_said(monkeypatch):
             '<dl>\n<dd><em class="sig-param">x</em>,</dd>',
             '<dl role="presentation">\n<dd><em class="sig-param">x</em>,</dd>',
         ),
+        ('<div class="pst-scrollable-table-container">', accessible.SCROLLS),
         ('<p class="admonition-title" id="box">', '<p class="admonition-title">'),
         ('<section class="lemma-content" id="proof-content">', '<section class="lemma-content">'),
         ('<div id="id4" role="doc-biblioentry">', '<div id="id4" role="listitem">'),

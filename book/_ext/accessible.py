@@ -12,11 +12,14 @@ from sphinx.application import Sphinx
 
 NOTEBOOKS = "_generated/"
 UNNAMED_IMAGE = "Figure drawn by the code above"  # of a notebook that gives no alt text
+SCROLLS = '<div class="pst-scrollable-table-container" tabindex="0">'
 MENDS = [
     # Fonts that are loaded ahead are refused where a page is opened without a server.
     (r'<link rel="preload" as="font"[^>]*>', ""),
     # The lines of a long signature are no list of definitions.
     (r'<dl>(\s*<dd><em class="sig-param")', r'<dl role="presentation">\1'),
+    # A table that is wider than its place can be scrolled by keyboard, too.
+    (r'<div class="pst-scrollable-table-container">', SCROLLS),
     # The anchor of a box without a number stands on the box and on its title, and each box has a
     # part named alike.
     (r'(<p class="admonition-title") id="[^"]*"', r"\1"),
