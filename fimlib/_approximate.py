@@ -98,7 +98,7 @@ def differentiate(
 def hessian_diagonal_approximation(
     model: nn.Module, x: Tensor, labels: Labels, *, method: str = "hesscale"
 ) -> Diagonal:
-    r"""Diagonal of the Hessian of −log p(y|x), approximately: what the two papers compute.
+    r"""Diagonal of the Hessian of −log p(y|x), as HesScale or Becker and LeCun approximate it.
 
     Averaged over the N labels of each input, so that it approximates Î₂(θᵢ|x) (Eq. 6). It is
     ``q(d) − S·δ`` with the S of ``differentiate``, where q carries the diagonal d of the loss'

@@ -241,7 +241,7 @@ def table_1(family: Family, h: Tensor) -> SoftmaxBounds:
 
 
 class OffDiagonalBounds(NamedTuple):
-    """Something of I(θ_ij|x), V₁(θ_ij|x) and V₂(θ_ij|x), for n pairs (i, j): [B, n] each."""
+    """Values or bounds of I(θ_ij|x), V₁(θ_ij|x) and V₂(θ_ij|x), for n pairs (i, j): [B, n] each."""
 
     fisher: Tensor
     variance_i1: Tensor

@@ -54,6 +54,15 @@ class Diagonal(Mapping[str, Tensor]):
 
     Behaves like a read-only dict; an entry is expanded from its factors when it is asked for, so
     averages over layers or inputs never build it.
+
+    Example: two inputs, I of a weight and a bias.
+        >>> from fimlib import Gaussian, differentiate, fisher_information
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> I = fisher_information(differentiate(torch.nn.Linear(1, 1), x), Gaussian())
+        >>> list(I), I["weight"].shape, I["weight"].flatten().tolist()
+        (['weight', 'bias'], torch.Size([2, 1, 1]), [1.0, 9.0])
+        >>> I.mean_over_inputs()["weight"].tolist(), I.layer_means()[""].tolist()
+        ([[5.0]], [1.0, 5.0])
     """
 
     def __init__(self, terms: tuple[Term, ...]) -> None:

@@ -66,8 +66,8 @@ def data_fisher_matrix(
 def data_fisher_variance(derivs: Derivatives, labels: Labels, *, num_samples: int = 1) -> Diagonal:
     r"""Variance of the estimate of Ĩ(θᵢ|x) from N labels drawn from q(y|x) (Corollary F.1).
 
-    ``(1/N) J⁴·(𝓚̃ − 𝓘̃⊗𝓘̃)`` with the moments of δ under q, not central. It is 0 where q is one
-    observed label per input.
+    ``(1/N) J⁴·(𝓚̃ − 𝓘̃⊗𝓘̃)``, where 𝓘̃ = E_q[δ⊗δ] and 𝓚̃ = E_q[δ⊗δ⊗δ⊗δ] are moments about the
+    model's mean η, not about that of q. It is 0 where q is one observed label per input.
 
     Args:
         derivs: J and the outputs at B inputs.
@@ -124,7 +124,7 @@ def kl_gradient(derivs: Derivatives, labels: Labels) -> Diagonal:
     r"""Gradient of KL(q(y|x) ‖ p(y|x;θ)): ``∂ᵢKL = −J·E_q[δ]``.
 
     ``Ĩ(θ|x) − ∂KL ∂KLᵀ`` is the covariance of the score under q, hence positive semi-definite: Ĩ
-    vanishes at no parameter that the data still pull. With observed labels this is the gradient of
+    is positive wherever the loss has a slope. With observed labels this is the gradient of
     their mean negative log-likelihood.
 
     Args, Raises: as ``data_fisher``.

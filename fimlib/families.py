@@ -45,7 +45,8 @@ class Categorical(Family):
     """Classification: h = logits, t(y) = one-hot, σ = softmax(h) (Section 5.2, Appendix D).
 
     Every contraction goes through the C projections ``D_k − σ·D``: the derivative of
-    log p(k|x) for D = J. A sample of N labels enters only by its C class counts.
+    log p(k|x) for D = J. A sample of N labels enters only by its C class counts. ``observed``
+    takes classes, integers [B] or [B, N], and no one-hot rows, which it would read as N = C labels.
     """
 
     min_outputs = 2
@@ -246,6 +247,22 @@ class Independent(Family):
 
     The fourth cumulant is diagonal, so ``𝓚 = pairings of 𝓘 + Σ_a κ₄ e_a^{⊗4}`` and, with x = u²,
     ``M(u,u,u,u) = Σ_a Var(δ_a²) x_a² + 4 Σ_{a<b} κ₂_a κ₂_b x_a x_b``.
+
+    Example: a family of one's own, the heads in ten tosses, with the logit of a head for h.
+        >>> class Heads(Independent):
+        ...     def log_partition(self, h):
+        ...         return 10 * torch.nn.functional.softplus(h.double()).sum(1)
+        ...     def mean(self, h):
+        ...         return 10 * h.double().sigmoid()
+        ...     def cumulants(self, h):
+        ...         p = h.double().sigmoid()
+        ...         v = p * (1 - p)
+        ...         return 10 * v, 10 * v * (1 - 2 * p), 10 * v * (1 - 6 * v)
+        ...     def draw(self, h, num_samples, generator):
+        ...         p = h.double().sigmoid()[:, None, None].expand(-1, num_samples, 10, -1)
+        ...         return self.equally_weighted(h, torch.bernoulli(p, generator=generator).sum(2))
+        >>> Heads().information(torch.zeros(1, 1), torch.ones(1, 1)).item()  # 10 p (1 − p), p = ½
+        2.5
     """
 
     @abstractmethod

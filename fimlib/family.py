@@ -29,7 +29,9 @@ Moments = Callable[..., dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of B inputs, with a share of the whole for each; equal labels may be counted.
+    """Labels of B inputs, as ``sample``, ``observed`` or ``expected`` of a family makes them.
+
+    Each label has a share of the whole of its input; equal ones may be counted together.
 
     Attributes:
         family: The family that they belong to.
@@ -85,7 +87,8 @@ class Labels:
 class Family(ABC):
     """What a quantity of the paper needs to know of the distribution of the labels.
 
-    The outputs of the network are the natural parameters h, unless ``link`` says otherwise.
+    Functions take an instance of a subclass, as ``Categorical()``. The outputs of the network are
+    the natural parameters h, unless ``link`` says otherwise.
 
     Attributes:
         min_outputs: The least T that the family has a meaning for.
@@ -218,7 +221,7 @@ class Family(ABC):
         Args:
             h: The outputs, [B, T].
             y: [B, L], one label for every input, or [B, N, L], with L = ``label_size(h)``, which
-                is T unless the family says otherwise.
+                is T unless the family says otherwise. ``Categorical`` takes classes, [B] or [B, N].
 
         Raises:
             ValueError: h or the shape of y does not fit the family, or y holds a value that a

@@ -26,6 +26,10 @@ def fisher_information(derivs: Derivatives, family: Family) -> Diagonal:
 
     ``I(θᵢ|x) = J^a J^b 𝓘_ab``; for a classifier ``Σ_k σ_k c_k²``, c_k = ∂ᵢ log p(k|x).
 
+    Args:
+        derivs: J and the outputs at B inputs, as ``differentiate`` gives them.
+        family: What the outputs mean, e.g. ``Categorical()``.
+
     Returns:
         [B, *shape] per parameter, in nat/θ².
 
@@ -79,7 +83,7 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
 
     ``V₂(θᵢ|x) = (1/N) S^a S^b 𝓘_ab``: 0 in a last layer that is linear (Remark 4.4).
 
-    Args, Returns, Raises: as ``variance_i1``.
+    Args, Returns, Raises: as ``variance_i1``; and ValueError where ``derivs`` have no S.
     """
     derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
@@ -89,9 +93,9 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
 def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) -> Diagonal:
     r"""Covariance of Î₁(θᵢ|x) and Î₂(θᵢ|x) that use the same N labels.
 
-    ``(1/N) Cov((J·δ)², −S·δ)``; not in the paper. ``Var(Î₁ − Î₂) = V₁ + V₂ − 2C₁₂``.
+    ``C₁₂ = (1/N) Cov((J·δ)², −S·δ)``; not in the paper. ``Var(Î₁ − Î₂) = V₁ + V₂ − 2C₁₂``.
 
-    Args, Returns, Raises: as ``variance_i1``.
+    Args, Returns, Raises: as ``variance_i2``.
     """
     derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
@@ -108,7 +112,8 @@ def estimate_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     Args:
         derivs: J, S and the outputs at B inputs.
-        labels: N labels for each of them, e.g. from ``family.sample(derivs.outputs, N)``.
+        labels: N labels for each of them, as ``family.sample(derivs.outputs, N)`` draws them, or
+            ``family.observed(derivs.outputs, y)`` makes them of labels y.
 
     Returns:
         [B, *shape] per parameter, in nat/θ².
@@ -126,7 +131,7 @@ def estimate_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     ``Î₂(θᵢ|x) = (1/N) Σ_k (Jᵀ𝓘J − S·δ_k)``: it may be negative.
 
-    Args, Returns, Raises: as ``estimate_i1``.
+    Args, Returns, Raises: as ``estimate_i1``; and ValueError where ``derivs`` have no S.
     """
     check_labels(derivs.outputs, labels)
     family, h = labels.family, labels.outputs

@@ -49,8 +49,10 @@ def spectrum(family: Family, h: Tensor, *, method: str = "multistart") -> Spectr
     Args:
         family: The output family.
         h: [B, T], natural parameters.
-        method: How λ_max(M) is found: "multistart", "certified" (an upper bound), "minimize" or
-            "sos" (an upper bound that is mostly exact, for few outputs).
+        method: How λ_max(M) is found: "multistart" (a search from many directions), "certified"
+            (an upper bound, without a search), "minimize" (the paper's way, from random starts) or
+            "sos" (an upper bound that is mostly exact, for few outputs). The four
+            functions of these names say more.
 
     Raises:
         ValueError: h does not fit the family, or the method is unknown.

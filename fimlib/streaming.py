@@ -66,8 +66,8 @@ def accumulate(
         quantities: What is accumulated, everything by default; see ``Joint``.
 
     Returns:
-        The accumulator, on the model's device. That of no inputs, where ``inputs`` is a tensor
-        with M = 0: the share of a process that has none.
+        The accumulator, on the model's device. It is empty where ``inputs`` is a tensor with
+        M = 0, as the share of a process may be.
 
     Raises:
         ValueError: no batches; inputs of another shape than before, NaN or infinite; the model was

@@ -58,7 +58,7 @@ class LayerSummary(NamedTuple):
             error at the confidence, by Chebyshev's inequality; inf where none do.
         labels_needed_i2: The same of Î₂; of a V₂ two standard errors above where it is an estimate.
         inputs_needed_i1: The same for inputs that are drawn at random, from these as the
-            population, with N labels for each; None where there is only one.
+            population, with N labels for each; None where only one input was given.
         inputs_needed_i2: The same of Î₂.
         bound_i1: Upper bound of ``relative_sd_i1`` by Theorem 4.1; None where it was not computed.
         bound_i2: The same of Î₂.
@@ -87,8 +87,8 @@ class Summary:
         layers: One ``LayerSummary`` per layer, from the first to the last.
         num_inputs: m, the inputs that were given.
         num_samples: N, labels for each of them.
-        relative_error: What "needed" refers to,
-        confidence: and with which probability.
+        relative_error: ε, the error that the numbers of labels and inputs are to keep.
+        confidence: The probability with which they keep it.
         engine: Which engine made the derivatives.
         num_probes: Random probes behind the estimate of V₂; 0 where V₂ is none.
         num_estimated: Inputs at which V₂ was estimated; 0 where V₂ is no estimate.
