@@ -18,11 +18,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from IPython import display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from support import results
+from support.direct_labels import label_lines
 from support.results import NETWORK
 
 GREEN, BLUE, SKY, VERMILION = "#009E73", "#0072B2", "#56B4E9", "#D55E00"
@@ -30,12 +32,6 @@ GREY, BLACK, ORANGE, PURPLE = "#666666", "#000000", "#E69F00", "#CC79A7"
 SVG = "image/svg+xml"
 INDEX = ["layer", "epoch"]
 COLORS = [BLACK, ORANGE, SKY, PURPLE, GREY]
-# The lines of Figure 1, column by column.
-LEGEND = [
-    "Fisher information I", r"$\sqrt{V_1}$", r"$\sqrt{V_2}$", r"bound of $\sqrt{V_1}$",
-    r"bound of $\sqrt{V_2}$", r"bound of $\sqrt{V_1}$, certified", r"$\sqrt{V_1}$ at N = 1",
-    r"log(UB/$V_1$)", r"log(UB/$V_2$)",
-]  # fmt: skip
 DASHES: Any = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 STYLE: Any = {
     "svg.hashsalt": "fimlib",  # the same figure gives the same file
@@ -73,17 +69,9 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") ->
             axes[1, k].xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].set_ylabel("mean over the layer's\nparameters  [nat/θ²]")
         axes[1, 0].set_ylabel("log(UB / V)")
-        # Not every column has every line: one legend for the whole figure.
-        entries = {
-            text: line
-            for ax in axes.flat
-            for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        order = sorted(entries, key=LEGEND.index)
-        lines = [entries[text] for text in order]
-        figure.legend(lines, order, loc="outside lower center", ncols=3)
         if warn or warning(record):
             figure.suptitle(warn or warning(record), color="#B00020", weight="bold")
+        label_lines(figure)
     return figure
 
 
@@ -96,12 +84,12 @@ def draw_variances(ax: Axes, data: pd.DataFrame, *, at_one: int) -> None:
         at_one: N, where √V₁ is to be shown for a single label, too; else 1.
     """
     ax.set_yscale("log")
-    ax.plot(data.I, color=GREEN, linewidth=4, alpha=0.75, label=LEGEND[0])
+    ax.plot(data.I, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
     ax.plot(np.sqrt(data.V1), color=BLUE, label=r"$\sqrt{V_1}$")
     ax.plot(np.sqrt(data.V1_upper), color=BLUE, linestyle="--", label=r"bound of $\sqrt{V_1}$")
     ax.plot(
         np.sqrt(data.V1_certified), color=BLACK, linestyle=":", linewidth=1.2, zorder=3,
-        label=r"bound of $\sqrt{V_1}$, certified",
+        label="certified bound",
     )  # fmt: skip
     if at_one > 1:
         ax.plot(
@@ -149,9 +137,9 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
             ax.set_xlabel("epoch")
             ax.xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].set_ylabel("$V_1 / V_2$ of the layer's means")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         if warn:
             figure.suptitle(warn, color="#B00020", weight="bold")
+        label_lines(figure)
     return figure
 
 
@@ -176,9 +164,9 @@ def errors_of_one_label(
             draw_errors(ax, errors)
             ax.set_title(title)
         axes[0, 0].set_ylabel("standard deviation / I, one label")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         if warn:
             figure.suptitle(warn, color="#B00020", weight="bold")
+        label_lines(figure, size=12)
     return figure
 
 
@@ -243,13 +231,32 @@ def log_ratio(upper: pd.Series[float], value: pd.Series[float]) -> pd.Series[flo
     return (upper.where(positive) / value.where(positive)).map(math.log, na_action="ignore")
 
 
+def show(figure: Figure, record: Mapping[str, Any] | None = None) -> None:
+    """Label the lines of a figure and display it, as an SVG whose bytes depend on it only.
+
+    Args:
+        figure: With labels at its lines, as for a legend; one that has a legend keeps it.
+        record: What made it; a warning is written on top if that does not count.
+    """
+    if record is not None and (text := warning(record)):
+        figure.suptitle(text, color="#B00020", weight="bold")
+    if not figure.legends:
+        label_lines(figure)
+    display.display(display.SVG(as_svg(figure)))
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG whose bytes depend on the figure only."""
+    results.write_text(path, compact(as_svg(figure)))
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as SVG, which is closed."""
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
-    results.write_text(path, compact(buffer.getvalue()))
+    return buffer.getvalue()
 
 
 def compact(svg: str) -> str:

@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from support import figures
+from support.direct_labels import label_lines
 from support.results import NETWORK
 
 NAME = re.compile(
@@ -93,11 +93,7 @@ def validity(values: pd.DataFrame) -> Figure:
         axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))  # the panels share it
         axes[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes[0, 0].yaxis.set_minor_locator(NullLocator())
-        handles = [
-            Line2D([], [], color=figures.BLUE, marker="o", label="UB/$V_1$"),
-            Line2D([], [], color=figures.VERMILION, marker="s", label="UB/$V_2$"),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        label_lines(figure)
     return figure
 
 
@@ -123,7 +119,10 @@ def draw_looseness(ax: Axes, data: pd.DataFrame, activation: str) -> None:
             continue
         low, middle, high = groups.min(), groups.median(), groups.max()
         ax.vlines(middle.index + shift, low, high, color=color, alpha=0.5, linewidth=2)
-        ax.plot(middle.index + shift, middle, color=color, marker=marker, markersize=4)
+        ax.plot(
+            middle.index + shift, middle, color=color, marker=marker, markersize=4,
+            label=f"UB/$V_{which[1]}$",
+        )  # fmt: skip
     ax.set_xticks(sorted(set(depth)))
 
 
@@ -157,23 +156,19 @@ def decay(values: pd.DataFrame) -> Figure:
             ax.set_xlabel("epoch")
         for ax in axes[:, 0]:
             ax.set_ylabel("relative to epoch 0")
-        handles = [
-            Line2D([], [], color=color, label=label)
-            for color, label in (
-                (figures.GREEN, "Fisher information I"),
-                (figures.BLUE, "$V_1$"),
-                (figures.VERMILION, "$V_2$"),
-            )
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        label_lines(figure)
     return figure
 
 
 def draw_decay(ax: Axes, data: pd.DataFrame) -> None:
     """The three lines of one network."""
-    for which, color in (("I", figures.GREEN), ("V1", figures.BLUE), ("V2", figures.VERMILION)):
+    for which, color, label in (
+        ("I", figures.GREEN, "Fisher information I"),
+        ("V1", figures.BLUE, "$V_1$"),
+        ("V2", figures.VERMILION, "$V_2$"),
+    ):
         line = relative_to_start(data, which)
-        ax.plot(line.index, line, color=color, linewidth=1.1, alpha=0.8)
+        ax.plot(line.index, line, color=color, linewidth=1.1, alpha=0.8, label=label)
 
 
 def relative_to_start(data: pd.DataFrame, quantity: str) -> pd.Series[float]:
