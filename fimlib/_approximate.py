@@ -47,7 +47,7 @@ from fimlib.derivatives import Block, Derivatives, check_model, check_plain, che
 from fimlib.diagonal import Diagonal, Term
 from fimlib.families import Categorical
 from fimlib.family import Labels
-from fimlib.fisher import check_labels
+from fimlib.fisher import check_labels, family_of
 
 METHODS = ("becker-lecun", "hesscale")
 
@@ -143,6 +143,7 @@ def hessian_diagonal_approximation(
         [2.0, 0.0, 0.0]
     """
     check_method(method)
+    family_of(labels)
     with torch.inference_mode(False):
         check_model(model, x)
         check_plain(model)

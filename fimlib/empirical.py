@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.families import Labels, check_num_samples, weighted_variance
-from fimlib.fisher import check_labels, estimate_i1, estimate_i1_matrix, jacobian
+from fimlib.fisher import (
+    check_labels,
+    estimate_i1,
+    estimate_i1_matrix,
+    family_of,
+    jacobian,
+)
 
 
 def data_fisher(derivs: Derivatives, labels: Labels) -> Diagonal:
@@ -111,7 +117,7 @@ def data_fisher_covariance(
         ValueError: N < 1, or as ``data_fisher_matrix``.
     """
     n = check_num_samples(num_samples)
-    outputs, J = jacobian(model, x, parameters, labels.family)
+    outputs, J = jacobian(model, x, parameters, family_of(labels))
     check_labels(outputs, labels)
     scores = labels.project(J)
     squares = torch.einsum("bai,baj->baij", scores, scores)

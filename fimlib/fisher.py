@@ -120,6 +120,7 @@ def estimate_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     Raises:
         ValueError: the labels were drawn for other outputs.
+        TypeError: no family made the labels.
     """
     check_labels(derivs.outputs, labels)
     derivs = labels.family.natural_derivatives(derivs)
@@ -180,8 +181,19 @@ def _sample_variance(
     )
 
 
+def family_of(labels: Labels) -> Family:
+    """The family that made the labels; a TypeError unless one did."""
+    if not isinstance(labels, Labels):
+        raise TypeError(
+            "labels must be made by a family: family.observed(derivs.outputs, y) or "
+            f"family.sample(derivs.outputs, num_samples); got {type(labels).__name__}."
+        )
+    return labels.family
+
+
 def check_labels(outputs: Tensor, labels: Labels) -> None:
-    """Raise a ValueError unless the labels were drawn for these outputs."""
+    """Raise an error unless a family made the labels, for these outputs."""
+    family_of(labels)
     if not torch.equal(outputs.double(), labels.outputs):
         raise ValueError(
             "these labels were drawn for other outputs: draw them with "
@@ -222,7 +234,7 @@ def estimate_i1_matrix(
 
     Args, Returns, Raises: as ``fisher_matrix``, with labels drawn for the model's outputs at x.
     """
-    outputs, J = jacobian(model, x, parameters, labels.family)
+    outputs, J = jacobian(model, x, parameters, family_of(labels))
     check_labels(outputs, labels)
     scores = labels.project(J) * labels.weights.sqrt()[:, :, None]
     return torch.einsum("bai,baj->ij", scores, scores) / len(x)
@@ -237,16 +249,16 @@ def estimate_i2_matrix(
 
     Args, Returns, Raises: as ``estimate_i1_matrix``.
     """
-    flat = flatten(model, parameters)
+    family, flat = family_of(labels), flatten(model, parameters)
     check_labels(outputs_of(model, x), labels)
     residual, at = labels.mean_residual(), labels.outputs
 
     def residual_output(flat: Tensor) -> Tensor:
         outputs = functional(model, parameters, flat, x).double()
-        return (labels.family.link(outputs, at) * residual).sum() / len(x)
+        return (family.link(outputs, at) * residual).sum() / len(x)
 
     curvature: Tensor = torch.func.hessian(residual_output)(flat)
-    fisher = fisher_matrix(model, x, labels.family, parameters=parameters)
+    fisher = fisher_matrix(model, x, family, parameters=parameters)
     return fisher - curvature.double().detach()
 
 

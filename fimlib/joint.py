@@ -20,7 +20,7 @@ from torch import Tensor
 from fimlib.derivatives import Batch, Derivatives
 from fimlib.families import Family, Labels, weighted_variance
 from fimlib.family import QUANTITIES, Moments, check_family
-from fimlib.fisher import check_labels
+from fimlib.fisher import check_labels, family_of
 from fimlib.precision import chebyshev, check_estimator
 from fimlib.spectra import Spectrum, spectrum
 
@@ -147,7 +147,7 @@ class Joint:
     ) -> tuple[dict[str, PerParameter], list[Narrow]]:
         """Every quantity averaged over the inputs of a batch; "I²" among them for Var_x I."""
         if labels is not None:
-            _check_same_family(self.family, labels.family)
+            _check_same_family(self.family, family_of(labels))
             check_labels(batch.outputs, labels)
         means: dict[str, PerParameter] = defaultdict(dict)
         narrow: list[Narrow] = []

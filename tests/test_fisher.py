@@ -285,6 +285,24 @@ def test_bad_arguments_are_refused_with_a_remedy():
     for estimator in (fimlib.estimate_i1, fimlib.estimate_i2):
         with pytest.raises(ValueError, match="drawn for other outputs"):
             estimator(other, labels)
+    made = r"family.observed\(derivs.outputs, y\) or family.sample\(.*; got list"
+    for function in (
+        fimlib.estimate_i1, fimlib.estimate_i2, fimlib.sample_variance_i1,
+        fimlib.sample_variance_i2, fimlib.data_fisher, fimlib.data_fisher_variance,
+        fimlib.kl_gradient,
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=made):
+            function(derivs, [0, 1])
+    for matrix in (
+        fimlib.estimate_i1_matrix, fimlib.estimate_i2_matrix, fimlib.data_fisher_matrix,
+        fimlib.data_fisher_covariance,
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=made):
+            matrix(net, x, [0, 1], parameters=["0.weight"])
+    with pytest.raises(TypeError, match=made):
+        fimlib.hessian_diagonal_approximation(net, x, [0, 1])
+    with pytest.raises(TypeError, match=made):
+        fimlib.Joint(Categorical()).update(derivs, labels=[0, 1])
     for matrix in (fimlib.estimate_i1_matrix, fimlib.estimate_i2_matrix):
         with pytest.raises(ValueError, match="drawn for other outputs"):
             matrix(net, x + 1, labels, parameters=["0.weight"])
