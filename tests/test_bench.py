@@ -429,7 +429,11 @@ def test_the_page_says_what_was_found():
     assert "Measured on 2001-02-03 at commit abc, in 10 min, on a processor, 2 cores" in text
     assert "`fimlib` has changed since" in text
     assert "takes 1.9 times one forward and backward pass here, and 5.9 times" in text
-    assert "the exact value costs less than the estimate from one label" in text
+    assert "the exact value 0.95 times the cheapest estimate from one label" in text
+    others = [row("backpack-mc", 1.0) if r["candidate"] == "backpack-mc" else r
+              for r in made_up()["peers"]]  # fmt: skip
+    cheaper = made_up() | {"peers": others}
+    assert "the exact value 1.9 times the cheapest estimate" in tables.page(cheaper)
     [line] = lines_with(text, "**fimlib**", "exact diagonal", "1.9 ×")
     assert "1.9 ×, 12 MB" in line
     assert "| 1.5 " in line  # products

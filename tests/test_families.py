@@ -331,6 +331,22 @@ def test_observed_classes_are_counted():
     assert single.num_samples == 1
 
 
+def test_as_many_labels_as_classes_are_no_one_hot_rows():
+    """Unless all rows look so; two classes, or one input, tell too little."""
+    for y in (
+        [[0, 1, 2], [0, 1, 0]], [[0, 1, 0], [0, 0, 0]], [[1, 1, 0], [0, 1, 0]],
+        [[2, 0, 0], [0, 1, 0]], [[0, 1, 0]],
+    ):  # fmt: skip
+        assert Categorical().observed(inputs(len(y), 3), y).num_samples == 3
+    assert Categorical().observed(inputs(2, 2), [[0, 1], [1, 0]]).num_samples == 2
+    assert Categorical().observed(inputs(2, 4), [[0, 1, 0], [0, 0, 1]]).num_samples == 3
+    h = inputs(2, 3)
+    with pytest.raises(ValueError, match="one-hot"):
+        Categorical().observed(h, [[0, 1, 0], [0, 0, 1]])
+    shares = torch.tensor([[2, 1, 0], [2, 1, 0]]).double() / 3  # the way out
+    assert torch.equal(Categorical().expected(h, shares).weights, shares)
+
+
 def test_expected_labels_are_the_distribution_itself():
     h = inputs(2, 3)
     q = torch.tensor([[0.2, 0.3, 0.5], [0, 1, 0]]).double()
@@ -369,6 +385,9 @@ def test_bad_distributions_are_refused(q, message):
         (Categorical(), torch.tensor([0.0, 1.0]), r"must be integers, got torch.float32.*long"),
         (Categorical(), torch.tensor([True, False]), "must be integers"),
         (Categorical(), torch.tensor([1j, 0]), "must be integers"),
+        (Categorical(), torch.eye(4)[1:3].long(), r"looks one-hot: use y\.argmax\(1\).*expected"),
+        (Categorical(), torch.eye(4)[1:3], r"use y\.argmax\(1\)"),
+        (Categorical(), torch.eye(4)[1:3].bool(), r"use y\.int\(\)\.argmax\(1\)"),
         (Categorical(), torch.tensor([0, 4]), "between 0 and 3.*from 0 to 4"),
         (Categorical(), torch.tensor([-1, 3]), "between 0 and 3.*from -1 to 3"),
         (Categorical(), torch.tensor([0]), r"shape \[2\], or \[2, N\].*got \[1\]"),
@@ -412,7 +431,8 @@ def test_labels_whose_parts_do_not_fit_are_refused(weights, values, message):
     ("covariance", "message"),
     [
         (torch.eye(3)[:2], r"\[T, T\], got \[2, 3\]"),
-        (torch.ones(3), r"\[T, T\], got \[3\]"),
+        (torch.ones(3), r"\[T, T\], got \[3\]; for variances v of the outputs.*torch.diag\(v\)"),
+        (0.5, r"got \[\]; for a variance s² of every output pass s² \* torch.eye\(T\)"),
         (torch.tensor([[1.0, 0.1], [0.2, 1.0]]), "symmetric: give"),
         (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "positive definite"),
         (torch.zeros(2, 2), "positive definite"),

@@ -24,7 +24,7 @@ FACTS = "_generated/facts.json"
 PER_MINUTE = 200  # words
 PER_FORMULA, PER_FIGURE = 10, 25  # as many words take as long
 FENCE = re.compile(r"\s*(?:`{3,}|:{3,})\s*(\S*)")
-SILENT = ("{code-block}", "{math}", "{paper-map}")  # directives without prose
+SILENT = ("{code-block}", "{dropdown}", "{math}", "{paper-map}")  # no prose in view
 FORMULA = re.compile(r"\$\$.*?\$\$(?: *\(\S+\))?", re.DOTALL)
 MARKUP = re.compile(r"^\s*:[\w-]+:.*$|^\(\S+\)=$|[|*#>]|\]\([^)]*\)", re.MULTILINE)
 ONE_WORD = re.compile(r"\{[\w:-]+\}`[^`]*`|\$[^$\n]+\$|`[^`]*`")

@@ -105,6 +105,8 @@ def how_sure(book: Path, page: str, own: dict[str, Item], options: Text) -> str:
     """What is proved, what was tried, what was measured, in a line of Markdown."""
     names = [c for item in own.values() for c in item.get("checks", [])]
     names = unique(names + listed(options.get("checks", "")))
+    if "sure" in options:  # which says what the tests compare
+        names = [name for name in names if "::" not in name]
     parts = [
         proved(page, own),
         tried(names, results(book / paper_map.NOTEBOOKS)),

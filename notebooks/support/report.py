@@ -260,18 +260,22 @@ def landing(found: Mapping[str, Run], made: str) -> str:
     decisions = decide(found)
     by_id = {d.claim.id: d for d in decisions}
     lines = [
-        ("Do the bounds hold?", "violations in a run:", "a"),
+        ("Do the bounds hold?", "values beyond a bound, in a run:", "a"),
         ("The output layer", "largest V₂ there:", "d-zero"),
         ("The output layer", "its V₁ over the largest of the other layers:", "d-largest"),
         ("The hidden layers", "V₁/V₂:", "c"),
         ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1"),
         ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2"),
-        ("Log-sigmoid", "share of what falls to a tenth within five epochs:", "f-most"),
+        ("Log-sigmoid", "share of the layers' I, V₁, V₂ that is a tenth by epoch 5:", "f-most"),
     ]
-    points = [
-        f"* *{topic}* {text} {ours(by_id[key])} {tolerance(by_id[key])}. **{by_id[key].verdict}**\n"
-        for topic, text, key in lines
-    ]
+    points = []
+    for topic, text, key in lines:
+        decision = by_id[key]
+        what = "value" if decision.claim.low == decision.claim.high else "range"
+        points.append(
+            f"* *{topic}* {text} {ours(decision)} the {what} {tolerance(decision)}. "
+            f"**{decision.verdict}**\n"
+        )
     return (
         f"From {made}. Numbers are medians and ranges over all cases; behind "
         "them stands how many agree with the paper, and the verdict.\n\n"

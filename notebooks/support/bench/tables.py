@@ -219,14 +219,13 @@ def meaning(found: Found) -> str:
             f"takes {everything:.2g} times: to know how far an estimate can "
             f"be trusted costs about as much as {everything:.0f} steps of training."
         )
-    sampled = ratio(found, "ours-i1-1", "mlp", batch)
+    estimates = (ratio(found, k, "mlp", batch) for k in ("ours-i1-1", "backpack-mc"))
+    sampled = min((r for r in estimates if r), default=None)
     many = quotient(found, "ours-i1-5000", "ours-i1-1", "mlp", batch)
     if sampled and many and fisher:
-        cheaper = "less than" if fisher < sampled else "no less than"
         sentences.append(
             f"For a classifier, 5,000 labels cost {many[0]:.2g} times what one does, and the exact "
-            f"value costs {cheaper} the estimate from one label"
-            + (": there is no reason to sample." if fisher < sampled else ".")
+            f"value {fisher / sampled:.2g} times the cheapest estimate from one label."
         )
     return " ".join(sentences) + "\n"
 
@@ -255,6 +254,7 @@ def page(found: Found | None) -> str:
         "## What it means\n",
         meaning(found),
         "## Targets\n",
+        "They were set before anything was measured.\n",
         targets(found),
         "## Beside other libraries\n",
         *(tabs(found, network) for network in found["networks"]),
