@@ -26,6 +26,7 @@ from torch import Tensor
 import fimlib
 from fimlib.bounds import probabilities
 from support import figures, report, results
+from support.direct_labels import label_lines
 from support.results import Run
 
 STEPS = 30  # the triangle's points are (i, j, k)/30 with i + j + k = 30
@@ -176,6 +177,7 @@ def softmax_figure(data: Mapping[str, Columns]) -> Figure:
             {"theorem-5-2-m": ("Theorem 5.2", "--"), "certified-m": ("certified", ":")},
         )  # fmt: skip
         axes[2].set_title(r"ten classes: $\lambda_{\max}(\mathcal{M})$")
+        label_lines(figure)
     return figure
 
 
@@ -201,7 +203,6 @@ def draw_temperatures(
         ax.loglog(data["temperature"], data[name], color="#000000", linestyle=dashes, label=label)
     ax.loglog(data["temperature"], data[exact], color=color, linewidth=2.5, label="exact")
     ax.set(ylim=(1e-3, 2), xlabel="temperature")
-    ax.legend(loc="lower right")
 
 
 def try_softmax(data: Mapping[str, Columns]) -> str:
