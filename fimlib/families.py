@@ -46,7 +46,7 @@ class Categorical(Family):
 
     Every contraction goes through the C projections ``D_k − σ·D``: the derivative of
     log p(k|x) for D = J. A sample of N labels enters only by its C class counts. ``observed``
-    takes classes, integers [B] or [B, N], and no one-hot rows, which it would read as N = C labels.
+    takes classes, integers [B] or [B, N]; rows that look one-hot are refused.
     """
 
     min_outputs = 2
@@ -91,11 +91,20 @@ class Categorical(Family):
             y: Integers from 0 to C − 1, [B], one for every input, or [B, N].
 
         Raises:
-            ValueError: y is not of an integer type, has another shape, or holds no class.
+            ValueError: y is not of an integer type, has another shape, or holds no class; or it
+                looks one-hot, [B, C] with a single 1 in every row and else 0, where C > 2 and
+                B > 1. If each row really is N = C labels, all of class 0 but one of class 1, give
+                ``expected`` their shares.
         """
         h = self.natural(h)
         y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=h.device)
         size, num_classes = h.shape
+        if looks_one_hot(y, num_classes):
+            raise ValueError(
+                f"y, {list(y.shape)}, looks one-hot: use y{'.int()' * (y.dtype == torch.bool)}"
+                f".argmax(1). If these are {num_classes} labels for each input, give their shares: "
+                "family.expected(h, counts / N)."
+            )
         if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
             raise ValueError(f"classes must be integers, got {y.dtype}: use y.long().")
         if y.ndim not in (1, 2) or len(y) != size or y.numel() == 0:
@@ -233,6 +242,17 @@ class Categorical(Family):
         sigma = self.mean(h)
         residual = torch.zeros_like(sigma).scatter_(1, sigma.argmin(1, keepdim=True), 1) - sigma
         return residual.square().sum(1)
+
+
+def looks_one_hot(y: Tensor, num_classes: int) -> bool:
+    """Whether rows [B, C] have a single 1 and else 0, and are no two classes or one row.
+
+    With two classes half of all pairs of labels look so. With more, C labels that are drawn for
+    each of B inputs do with probability (4/9)^B at most, from two classes with odds of 2 to 1.
+    """
+    if y.ndim != 2 or y.shape[1] != num_classes or num_classes == 2 or len(y) < 2:
+        return False
+    return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) == 1).all())
 
 
 def softmax_covariance(sigma: Tensor) -> Tensor:

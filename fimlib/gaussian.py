@@ -235,7 +235,12 @@ def cholesky(covariance: Tensor) -> Tensor:
     """The lower triangle L with Σ = LLᵀ, float64, of a covariance that is checked first."""
     covariance = torch.as_tensor(covariance).detach().double()
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise ValueError(f"the covariance must be [T, T], got {list(covariance.shape)}.")
+        remedy = "a variance s² of every output pass s² * torch.eye(T)"
+        if covariance.ndim == 1:
+            remedy = "variances v of the outputs pass torch.diag(v)"
+        raise ValueError(
+            f"the covariance must be [T, T], got {list(covariance.shape)}; for {remedy}."
+        )
     if not torch.isfinite(covariance).all():
         raise ValueError("the covariance holds NaN or infinite values.")
     if (covariance - covariance.mT).abs().max() > 1e-10 * covariance.abs().max():
