@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.derivatives import (
+    FIRST_AXIS,
     Block,
     Derivatives,
     check_alone,
     check_no_global_hooks,
+    check_outputs,
     separate,
     tensors,
 )
@@ -43,7 +45,7 @@ def passes(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | Non
             "layerwise engine."
         ) from error
     check_modules(model)
-    num_outputs = check_outputs(model, x)
+    num_outputs = count_outputs(model, x)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted is None or name in wanted)
     for module in model.modules():
@@ -118,15 +120,14 @@ def check_modules(model: nn.Module) -> None:
         seen.add(id(module))
 
 
-def check_outputs(model: nn.Module, x: Tensor) -> int:
+def count_outputs(model: nn.Module, x: Tensor) -> int:
     """T, the number of outputs; a ValueError if they are not [B, T]."""
     with torch.no_grad():
         try:
-            shape = model(x.clone()).shape
+            outputs = model(x.clone())
         except RuntimeError as error:
             raise ValueError(
-                f"the input {list(x.shape)} does not fit the model: {error}"
+                f"the input {list(x.shape)} does not fit the model: {error}; {FIRST_AXIS}."
             ) from error
-    if len(shape) != 2 or shape[0] != len(x) or shape[1] == 0:
-        raise ValueError(f"the model must return [B, T] outputs, got {list(shape)}.")
-    return int(shape[1])
+    check_outputs(outputs, len(x))
+    return int(outputs.shape[1])

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fimlib._trace import Uncaptured, check_outputs, walk, without_randomness
+from fimlib._trace import Uncaptured, walk, without_randomness
 from fimlib.derivatives import (
     Block,
     Derivatives,
     call_with,
     check_alone,
+    check_outputs,
     is_same,
     perturb,
     separate,

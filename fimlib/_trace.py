@@ -20,7 +20,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
-from fimlib.derivatives import separate, tensors
+from fimlib.derivatives import FIRST_AXIS, check_outputs, separate, tensors
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
 
@@ -322,7 +322,8 @@ def without_randomness(run: Callable[[], Tensor], x: Tensor) -> Tensor:
             if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"the forward pass fails on an input of shape {list(x.shape)}: {error}"
+                f"the forward pass fails on an input of shape {list(x.shape)}: {error}; "
+                f"{FIRST_AXIS}."
             ) from error
         if not all(map(torch.equal, before, states())):
             raise NotImplementedError(
@@ -330,19 +331,6 @@ def without_randomness(run: Callable[[], Tensor], x: Tensor) -> Tensor:
                 "F.dropout(x) by F.dropout(x, training=self.training)."
             )
     return outputs
-
-
-def check_outputs(outputs: Any, size: int) -> None:
-    """A ValueError unless the outputs are a finite [B, T] tensor."""
-    shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != size:
-        raise ValueError(
-            f"the model must return one [B, T] tensor, got {shape}: flatten it (nn.Flatten)."
-        )
-    if outputs.shape[1] == 0:
-        raise ValueError("the model returns no outputs: T must be at least 1.")
-    if not torch.isfinite(outputs).all():
-        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
 
 
 def shape(edge: Edge) -> tuple[int, ...]:

@@ -160,6 +160,11 @@ def power(z: Tensor, degree: int) -> Tensor:
     return z if degree == 1 else power(z.square(), degree // 2)
 
 
+FIRST_AXIS = "the first axis must count the inputs: for a single one x[None]"
+WRAPPER = (
+    "for a network that takes a dict or several tensors write a module with one that unpacks it "
+    '(see "Bring your own network" in the book).'
+)
 EXACT = ("layerwise", "traced", "backpack", "functional")
 APPROXIMATE = ("becker-lecun", "hesscale")
 
@@ -550,15 +555,51 @@ def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=tolerance)
 
 
-def check_model(model: nn.Module, x: Tensor) -> None:
-    """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+def check_module(model: object) -> None:
+    """Raise a TypeError unless this is a module."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"{model.__name__} is a class: make an instance of it.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}.")
+
+
+def check_outputs(outputs: Any, size: int) -> None:
+    """A ValueError unless the outputs for so many inputs are a finite [B, T] tensor."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != size:
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ValueError(
+            f"the model must return one [B, T] tensor, here [{size}, T], got {got}: "
+            f"{to_rows(outputs, size)}."
+        )
+    if outputs.shape[1] == 0:
+        raise ValueError("the model returns no outputs: T must be at least 1.")
+    if not torch.isfinite(outputs).all():
+        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+
+
+def to_rows(outputs: Any, size: int) -> str:
+    """What makes one row of outputs for each input of what a model returns."""
+    if not isinstance(outputs, Tensor):
+        return 'return its tensor, by a wrapper (see "Bring your own network" in the book)'
+    if outputs.ndim == 0:
+        return "return the outputs of each input, and no loss"
+    if len(outputs) != size:
+        return f"{FIRST_AXIS}, and no squeeze() that drops it"
+    if outputs.ndim == 1:
+        return "add an axis, h[:, None]"
+    return (
+        "each input needs one row of outputs, so pick or pool the positions, or put nn.Flatten() "
+        "before the layer if there should be none"
+    )
+
+
+def check_model(model: nn.Module, x: Tensor) -> None:
+    """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+    check_module(model)
     if not isinstance(x, Tensor):
         raise TypeError(
             f"the input must be a tensor, got {type(x).__name__}: convert it, e.g. by "
-            "torch.as_tensor(x, dtype=...); for a network that takes a dict or several tensors "
-            "write a module with one that unpacks it."
+            f"torch.as_tensor(x, dtype=...); {WRAPPER}"
         )
     if x.is_meta:
         raise ValueError("the input is on the meta device and has no values.")
@@ -595,10 +636,12 @@ def check_model(model: nn.Module, x: Tensor) -> None:
                 f"parameter {name!r} holds NaN or infinite values: the training diverged or the "
                 "file is damaged. Restore finite weights first."
             )
-    if x.ndim < 2 or len(x) == 0:
+    if x.ndim < 2:
         raise ValueError(
             f"the input must have shape [B, ...] with B ≥ 1, got {list(x.shape)}: for a single "
             "input add a batch dimension, x[None]."
         )
+    if len(x) == 0:
+        raise ValueError(f"there are no inputs: the shape is {list(x.shape)}; pass B ≥ 1.")
     if not all_finite(x):
         raise ValueError("the input holds NaN or infinite values.")

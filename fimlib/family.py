@@ -362,11 +362,19 @@ class Family(ABC):
 
 def check_family(family: object) -> None:
     """Raise a TypeError unless this is an output family."""
-    if not isinstance(family, Family):
-        is_class = isinstance(family, type) and issubclass(family, Family)
-        remedy = "make an instance" if is_class else "pass e.g. fimlib.Categorical()"
-        name = family.__name__ if is_class else repr(family)  # type: ignore[attr-defined]
-        raise TypeError(f"{name} is no output family: {remedy}{f', {name}()' if is_class else ''}.")
+    if isinstance(family, Family):
+        return
+    name, remedy = f"a {type(family).__name__}", "pass e.g. fimlib.Categorical()"
+    if isinstance(family, str):
+        name = repr(family)
+    elif isinstance(family, type):
+        name = family.__name__
+        remedy = f"make an instance, {name}()" if issubclass(family, Family) else remedy
+    elif isinstance(family, Derivatives):
+        remedy = "the order is derivatives, family"
+    elif hasattr(family, "__iter__"):  # a tensor, a loader
+        remedy = "the order is model, inputs, family"
+    raise TypeError(f"{name} is no output family: {remedy}.")
 
 
 def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:

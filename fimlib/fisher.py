@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives, call_with, check_model
+from fimlib.derivatives import Block, Derivatives, call_with, check_model, check_outputs
 from fimlib.diagonal import Diagonal
 from fimlib.families import Family, Labels, check_num_samples, weighted_variance
 from fimlib.family import check_family
@@ -267,6 +267,7 @@ def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
     check_model(model, x)
     with torch.no_grad():
         outputs: Tensor = model(x.clone())  # the first module may work in place
+    check_outputs(outputs, len(x))
     return outputs
 
 

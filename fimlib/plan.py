@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import APPROXIMATE, call_with, candidates, checked, separate
+from fimlib.derivatives import (
+    APPROXIMATE,
+    call_with,
+    candidates,
+    check_model,
+    checked,
+    separate,
+)
 from fimlib.streaming import memory
 
 REPETITIONS = 3
@@ -71,6 +78,7 @@ def plan(
         >>> found.engine, found.exact, list(found.refusals)
         ('traced', True, ['layerwise'])
     """
+    check_model(model, x)
     x, refusals = x.detach().clone(), {}
     for name in candidates(model, engine, order):
         try:

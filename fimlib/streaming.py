@@ -11,7 +11,7 @@ import hashlib
 import math
 import numbers
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from fimlib.derivatives import Batch, all_finite, differentiate, prepare
+from fimlib.derivatives import WRAPPER, Batch, all_finite, check_module, differentiate, prepare
 from fimlib.families import Family
 from fimlib.joint import Joint
 
@@ -103,6 +103,7 @@ def accumulate(
     def empty() -> Joint:
         return Joint(family, method=method, dtype=dtype, quantities=quantities)
 
+    check_module(model)
     keep_freed_memory()
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     # bounds are those of the outputs, and a link comes before the projection
@@ -162,6 +163,8 @@ def batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
         if inputs.ndim == 0 or len(inputs):
             yield 1, inputs
         return
+    if isinstance(inputs, Mapping):
+        raise TypeError(f"inputs is a {type(inputs).__name__}: {WRAPPER}")
     if isinstance(inputs, Dataset) or not hasattr(inputs, "__iter__"):
         raise TypeError(
             f"inputs is a {type(inputs).__name__}, which yields single inputs or none: pass "
@@ -173,7 +176,7 @@ def batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
             raise TypeError(
                 f"batch {number} is a {type(x).__name__}: batches must be tensors x of shape "
                 "[B, ...] or pairs (x, y); convert them, e.g. by torch.as_tensor, or by the "
-                "collate_fn of a DataLoader."
+                f"collate_fn of a DataLoader; {WRAPPER}"
             )
         yield number, x
 

@@ -427,7 +427,7 @@ BAD_INPUT = {
     "inf": (lambda: spoiled(float("inf")), inputs(1, 3), "'0.weight' holds NaN or infinite"),
     "width": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 4), r"expects inputs of shape \[B, 3\]"),
     "no batch": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3)[0], r"x\[None\]"),
-    "empty": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3)[:0], "B ≥ 1"),
+    "empty": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3)[:0], "there are no inputs: .*B ≥ 1"),
     "image": (lambda: mlp([3, 2], nn.Tanh), inputs(2, 6).view(2, 2, 3), "Flatten"),
     "dtype": (lambda: mlp([3, 2], nn.Tanh), inputs(1, 3).float(), "float32.*float64"),
     "half": (lambda: mlp([3, 2], nn.Tanh).half(), inputs(1, 3).half(), r"model.float\(\)"),
@@ -729,6 +729,64 @@ def test_what_is_no_tensor_is_refused_with_a_remedy(x):
         differentiate(mlp([3, 2], nn.Sigmoid), x)
     with pytest.raises(TypeError, match="must be an nn.Module, got function"):
         differentiate(lambda x: x, torch.ones(1, 3))
+    with pytest.raises(TypeError, match="^Linear is a class: make an instance of it"):
+        differentiate(nn.Linear, torch.ones(1, 3))
+
+
+class Returns(nn.Module):
+    """What a function makes of the outputs of a layer."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = nn.Linear(3, 3).double(), what
+
+    def forward(self, x):
+        return self.what(self.layer(x))
+
+
+OUTPUTS = {
+    "dict": (lambda h: {"logits": h}, "got a dict: return its tensor, by a wrapper"),
+    "tuple": (lambda h: (h, h), "got a tuple: return its tensor, by a wrapper"),
+    "one number per input": (lambda h: h.sum(1), r"got \[\d\]: add an axis, h\[:, None\]"),
+    "positions": (lambda h: h[:, None], r"got \[\d, 1, 3\]: .*pick or pool the positions"),
+    "a loss": (lambda h: h.sum(), r"got \[\]: .*no loss"),
+    "other rows": (
+        lambda h: h[:1],
+        r"got \[1, 3\]: the first axis must count the inputs.*no squeeze",
+    ),
+}
+
+
+@pytest.mark.parametrize(("what", "remedy"), OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs_that_are_no_rows_are_refused_with_what_makes_them_rows(what, remedy):
+    net, x = Returns(what), inputs(2, 3)
+    message = rf"must return one \[B, T\] tensor, here \[\d, T\], {remedy}"
+    for choice in ({}, {"engine": "functional", "order": 1}):
+        with pytest.raises(ValueError, match=message):
+            differentiate(net, x, **choice)
+    with pytest.raises(ValueError, match=message):
+        fimlib.fisher_matrix(net, x, fimlib.Gaussian(), parameters=["layer.bias"])
+    with pytest.raises(ValueError, match=message):
+        fimlib.summarise(net, x, fimlib.Gaussian())
+
+
+def test_backpack_says_the_same_of_the_outputs():
+    pytest.importorskip("backpack")
+    net = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Sigmoid()).double()
+    message = r"got \[2, 2, 2\]: .*pick or pool the positions"
+    with pytest.raises(ValueError, match=message):
+        differentiate(net, inputs(2, 3)[:, None], engine="backpack")
+    with pytest.raises(ValueError, match=r"does not fit.*for a single one x\[None\]"):
+        differentiate(net, inputs(2, 3)[:, None, :1], engine="backpack")
+
+
+def test_a_single_input_without_the_axis_of_inputs_is_told_so():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3)).double()
+    one = torch.ones(1, 8, 8, dtype=torch.float64)
+    for call in (differentiate, fimlib.plan):
+        with pytest.raises(ValueError, match=r"\[1, 8, 8\].*for a single one x\[None\]\.$"):
+            call(net, one)
+    assert differentiate(net, one[None]).outputs.shape == (1, 3)
 
 
 def test_a_class_in_the_place_of_a_family_is_refused():
@@ -738,6 +796,10 @@ def test_a_class_in_the_place_of_a_family_is_refused():
             call(derivs, fimlib.Categorical)
     with pytest.raises(TypeError, match=r"'categorical' is no output family: pass e.g."):
         fimlib.Joint("categorical")
+    with pytest.raises(TypeError, match="^a NoneType is no output family: pass e.g."):
+        fimlib.Joint(None)
+    with pytest.raises(TypeError, match="^a Derivatives is no .*: the order is derivatives, fam"):
+        fimlib.fisher_information(fimlib.Categorical(), derivs)
     family = fimlib.Categorical()
     for y in ([1], torch.tensor([1]).numpy()):
         labels = family.observed(derivs.outputs, y)

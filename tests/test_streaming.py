@@ -214,8 +214,18 @@ def test_a_data_set_is_refused_with_the_remedy(data):
     "batch", [{"x": X}, X.numpy(), "abc", None, (), ({"x": X}, 0)], ids=lambda b: type(b).__name__
 )
 def test_batches_must_be_tensors(batch):
-    with pytest.raises(TypeError, match="batch 2 is a .*as_tensor"):
+    with pytest.raises(TypeError, match="batch 2 is a .*as_tensor.*module with one that unp"):
         accumulate(NET, [X, batch], Categorical())
+
+
+def test_swapped_arguments_and_a_dict_are_told_what_goes_where():
+    with pytest.raises(TypeError, match="^inputs is a dict: .*write a module with one that unpack"):
+        accumulate(NET, {"x": X}, Categorical())
+    for x in (X, [X]):
+        with pytest.raises(TypeError, match="^a (Tensor|list) is no .* order is model, inputs"):
+            accumulate(NET, Categorical(), x)
+    with pytest.raises(TypeError, match="^Linear is a class"):
+        accumulate(nn.Linear, X, Categorical())
 
 
 @pytest.mark.parametrize("data", [[], iter(()), (x for x in ())], ids=["list", "iterator", "gen"])
@@ -285,7 +295,7 @@ def test_inputs_of_another_shape():
     for x in (X[0], X[0, 0]):
         with pytest.raises(ValueError, match=r"^batch 1: a batch must have shape \[B, \.\.\.\]"):
             accumulate(NET, x, Categorical())
-    with pytest.raises(ValueError, match=r"^batch 2 \(inputs 11 to 10\): the input must have sha"):
+    with pytest.raises(ValueError, match=r"^batch 2 \(inputs 11 to 10\): there are no inputs"):
         accumulate(NET, [X, X[:0]], Categorical())
 
 

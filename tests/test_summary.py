@@ -347,6 +347,13 @@ def test_many_outputs_have_no_bounds():
         ({"inputs": torch.ones(3)}, ValueError, "add a batch dimension"),
         ({"inputs": torch.ones(2, 3)}, ValueError, "convert one of them with .to(...)"),
         ({"inputs": [[1.0]]}, TypeError, "batch 1 is a float"),
+        (
+            {"inputs": {"x": inputs()}},
+            TypeError,
+            "inputs is a dict: for a network that takes",
+        ),
+        ({"family": inputs()}, TypeError, "a Tensor is no output family: the order is model, inp"),
+        ({"model": nn.Linear}, TypeError, "Linear is a class: make an instance of it"),
         ({"family": fimlib.Categorical}, TypeError, "Categorical()"),
         ({"model": lambda x: x}, TypeError, "must be an nn.Module"),
         ({"model": mlp(outputs=1)}, ValueError, "Categorical needs outputs of shape [B, T]"),
