@@ -322,7 +322,7 @@
         ? `Probabilities ${rows.sigma[k].map((p) => p.toFixed(3)).join(", ")}.`
         : `Temperature ${format(rows.temperature[k])}: each class ${format(rows.sigma[k][1] / rows.sigma[k][0])} times as probable as the one before.`;
       if (exact === 0 && bound === 0) return `${here} The label is certain: all eigenvalues and all bounds are 0.`;
-      const term = rows["sigma-max"][k] <= rows.spread[k] ? "its first term, σ max" : "its second term, 1 − ‖σ‖²";
+      const term = rows["sigma-max"][k] <= rows.spread[k] ? "its first term, σmax" : "its second term, 1 − ‖σ‖²";
       const loose = exact === 0 ? "The value is 0, and every bound of the paper is positive." :
         `Theorem 5.2, by ${term}, is ${(bound / exact).toPrecision(3)} times the value.`;
       const second = best.includes(paper[0]) ? "" : ` Of the paper’s own bounds, ${spell(paper)} is the tightest.`;
