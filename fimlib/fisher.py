@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fimlib._probabilities import warn_of_probabilities
 from fimlib.derivatives import Block, Derivatives, call_with, check_model, check_outputs
 from fimlib.diagonal import Diagonal
 from fimlib.families import Family, Labels, check_num_samples, weighted_variance
@@ -163,7 +164,9 @@ def sample_variance_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
 def natural(derivs: Derivatives, family: Family) -> tuple[Derivatives, Tensor]:
     """Derivatives of the natural parameters, and these themselves, [B, T]."""
     check_family(family)
-    return family.natural_derivatives(derivs), family.natural(derivs.outputs)
+    h = family.natural(derivs.outputs)
+    warn_of_probabilities(family, h)
+    return family.natural_derivatives(derivs), h
 
 
 def _squared_scores(block: Block, labels: Labels) -> Tensor:
@@ -199,6 +202,7 @@ def check_labels(outputs: Tensor, labels: Labels) -> None:
             "these labels were drawn for other outputs: draw them with "
             "family.sample(derivs.outputs, num_samples) for the same model and inputs."
         )
+    warn_of_probabilities(labels.family, outputs)
 
 
 # Full matrices on chosen parameters (Eqs 2–4). They go through torch.func, so any model will do.
@@ -223,6 +227,7 @@ def fisher_matrix(
             ``fimlib.differentiate`` refuses.
     """
     outputs, J = jacobian(model, x, parameters, family)
+    warn_of_probabilities(family, outputs, model)
     cov = family.covariance(family.natural(outputs))
     return torch.einsum("bti,btu,buj->ij", J, cov, J) / len(x)
 

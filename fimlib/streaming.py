@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
+from fimlib._probabilities import warn_of_probabilities
 from fimlib.derivatives import WRAPPER, Batch, all_finite, check_module, differentiate, prepare
 from fimlib.families import Family
 from fimlib.joint import Joint
@@ -77,6 +78,10 @@ def accumulate(
         NotImplementedError: as in ``differentiate``.
         TypeError: a data set instead of batches of it, or batches that are no tensors.
 
+    Warns:
+        UserWarning: the outputs look like probabilities, and ``Categorical`` or ``Bernoulli`` takes
+            logits; that is looked at in the first batch.
+
     Memory: about 256 MB for a batch, however many there are, beside the accumulator's 88 bytes per
         parameter (see ``Joint``) and two or three times as much while a batch is merged into it.
 
@@ -128,7 +133,10 @@ def accumulate(
                     before = check_unchanged(before, snapshot(model))
                 check_finite(part)
                 try:
-                    joint.update_batch(again(part.to(device)))
+                    done = again(part.to(device))
+                    if joint.count == 0:
+                        warn_of_probabilities(family, done.outputs, model)
+                    joint.update_batch(done)
                 except ValueError:
                     differentiate(model, part.to(device), **choice)  # which looks closer
                     raise

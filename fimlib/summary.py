@@ -186,6 +186,9 @@ def summarise(
         ValueError: an argument out of its range, no inputs, and what ``accumulate`` refuses.
         NotImplementedError, TypeError: as in ``accumulate``.
 
+    Warns:
+        UserWarning: as ``accumulate``.
+
     Cost: that of ``accumulate`` with both orders. Bounds are computed for up to 32 outputs. An
         estimate of V₂ takes at most 32 of the inputs, picked at random by a fixed seed, and
         num_probes times three passes for J at each.
