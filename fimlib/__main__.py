@@ -15,6 +15,7 @@ import json
 import math
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,38 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal may not know Î₁
     arguments = parser().parse_args(argv)
     try:
-        model = load_model(arguments.model, arguments.weights, trust=arguments.trust)
-        found = summarise(
+        found = answer(arguments)
+        if arguments.plot:
+            draw(found, arguments.plot)
+    except (UsageError, *USERS) as error:
+        kind = "" if isinstance(error, UsageError | ValueError) else f"{type(error).__name__}: "
+        tell("error", f"{kind}{error}")
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if arguments.weights is None and not Path(arguments.model).exists():
+        tell("note", f"without --weights, these are the weights that {arguments.model} gives.")
+    print(json.dumps(as_json(found), indent=1) if arguments.json else found)
+    return 0
+
+
+def answer(arguments: argparse.Namespace) -> Summary:
+    """What ``summarise`` finds; its warnings are told in a line each."""
+    model = load_model(arguments.model, arguments.weights, trust=arguments.trust)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
+        return summarise(
             model, load_inputs(arguments.inputs, model), FAMILIES[arguments.family](),
             num_samples=arguments.num_samples, relative_error=arguments.relative_error,
             confidence=arguments.confidence, layers=arguments.layers, engine=arguments.engine,
             num_probes=arguments.num_probes,
         )  # fmt: skip
-        if arguments.plot:
-            draw(found, arguments.plot)
-    except (UsageError, *USERS) as error:
-        kind = "" if isinstance(error, UsageError | ValueError) else f"{type(error).__name__}: "
-        print(f"python -m fimlib: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(json.dumps(as_json(found), indent=1) if arguments.json else found)
-    return 0
+
+
+def tell(kind: str, message: str) -> None:
+    """One line beside the table."""
+    print(f"python -m fimlib: {kind}: {' '.join(message.split())}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,14 +102,25 @@ def parser() -> argparse.ArgumentParser:
         "torch.save(model), which needs --trust. It is put into eval mode.",
     )
     p.add_argument("--inputs", required=True, type=Path, help="a .pt tensor, a .npy or .npz array")
-    p.add_argument("--weights", type=Path, help="a state_dict for the network of build()")
+    p.add_argument(
+        "--weights",
+        type=Path,
+        help="a state_dict for the network of build(); without it, the weights that build() gives, "
+        "which are mostly random",
+    )
     p.add_argument(
         "--trust",
         action="store_true",
         help="load MODEL as a pickle, which runs whatever code the file holds: only for files "
         "whose origin you know",
     )
-    p.add_argument("--family", choices=FAMILIES, default="categorical", help="of the outputs")
+    p.add_argument(
+        "--family",
+        choices=FAMILIES,
+        default="categorical",
+        help="what the outputs mean (categorical: logits of classes); gaussian has the identity as "
+        "its covariance",
+    )
     p.add_argument("--num-samples", type=int, default=1, metavar="N", help="labels per input (1)")
     p.add_argument("--relative-error", type=float, default=0.1, metavar="ε", help="wanted (0.1)")
     p.add_argument("--confidence", type=float, default=0.95, metavar="P", help="wanted (0.95)")
@@ -145,7 +171,14 @@ def build(name: str) -> Any:
             f"{name}: {error}. It must be importable from here: run in its folder, or set "
             "PYTHONPATH."
         ) from error
-    return found if isinstance(found, nn.Module) else found()
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise UsageError(
+            f"{name} is of type {type(found).__name__}: name a function without arguments that "
+            "returns the network, or the network itself."
+        )
+    return found()
 
 
 def load_pickle(path: Path, *, trust: bool) -> Any:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ def build():
     )
 
 network = build()
+number = 3
+softmax = torch.nn.Sequential(network, torch.nn.Softmax(dim=1))
 
 def broken():
     return [1, 2]
@@ -104,6 +107,36 @@ def test_a_network_may_stand_in_a_module(here, capsys):
     assert text == printed(capsys, build, "--inputs", "x.pt")
 
 
+def test_whose_weights_they_are_is_said_where_none_were_given(here, capsys):
+    build, *_ = here
+    for given, is_said in (
+        ([build], True),
+        ([build, "--weights", "state.pt"], False),
+        (["model.pt", "--trust"], False),
+    ):
+        assert main([*given, "--inputs", "x.pt"]) == 0
+        assert ("without --weights" in capsys.readouterr().err) == is_said
+
+
+def test_help_says_what_is_assumed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "gaussian has the identity as its covariance" in text
+    assert "without it, the weights that build() gives" in text
+
+
+def test_a_warning_is_one_line(here, capsys):
+    build, *_ = here
+    name = build.partition(":")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main([f"{name}:softmax", "--inputs", "x.pt", "--num-probes", "4"]) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("python -m fimlib: warning: the outputs look like probabilities")
+    assert len(others) == 1  # on the weights
+
+
 def test_it_draws(here, capsys):
     build, *_ = here
     printed(capsys, build, "--inputs", "x.pt", "--plot", "figure.svg")
@@ -121,6 +154,7 @@ def test_it_draws(here, capsys):
         (["no_such_module:build", "--inputs", "x.pt"], "No module named 'no_such_module'"),
         (["NAME:build_it", "--inputs", "x.pt"], "has no attribute 'build_it'"),
         (["NAME:broken", "--inputs", "x.pt"], "is a list, no torch.nn.Module"),
+        (["NAME:number", "--inputs", "x.pt"], "number is of type int: name a function without arg"),
         (["BUILD", "--inputs", "x.pt", "--weights", "model.pt"], "save a state_dict"),
         (["BUILD", "--inputs", "x.pt", "--weights", "x.pt"], "x.pt is a Tensor, no state_dict"),
         (["BUILD", "--inputs", "x.pt", "--weights", "dict.pt"], "Missing key(s) in state_dict"),
@@ -181,7 +215,9 @@ def test_as_a_command(here):
     )
     assert good.returncode == 0, good.stderr
     assert "4 inputs, Categorical outputs" in good.stdout
-    assert good.stderr == ""
+    assert good.stderr == (
+        f"python -m fimlib: note: without --weights, these are the weights that {build} gives.\n"
+    )
     assert bad.returncode == 2
     assert bad.stdout == ""
     assert bad.stderr.startswith("python -m fimlib: error: FileNotFoundError: ")
