@@ -481,7 +481,10 @@ def _advice(s: Summary) -> list[str]:
     """What follows, in plain sentences."""
     errors, labels, inputs = zip(*map(_choice, s.layers), strict=True)
     low, high = _percent(min(errors)), _percent(max(errors))
-    lines = [*_which(s), f"The error is then {low if low == high else f'{low} to {high}'} of I."]
+    counts_doubt = any(x.better == 2 and x.relative_sd_i2_error for x in s.layers)
+    doubt = " (counting one standard error)" if counts_doubt else ""
+    span = low if low == high else f"{low} to {high}"
+    lines = [*_which(s), f"The error is then {span} of I{doubt}."]
     where = "in every layer" if len(s.layers) > 1 else "there"
     if math.isinf(max(labels)):
         lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")

@@ -266,6 +266,18 @@ def test_an_uncertain_choice_is_none():
     row = found.layers[0]._replace(better=None)
     text = str(dataclasses.replace(found, layers=(row, *found.layers[1:])))
     assert "V₂ is too uncertain to choose for layer 0: Î₁ is counted on there" in text
+    assert "standard error" not in text
+
+
+def test_an_error_that_counts_a_standard_error_says_so():
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    for better, is_said in ((2, True), (1, False), (None, False)):
+        row = found.layers[0]._replace(
+            better=better, relative_sd_i1=0.3, relative_sd_i2=0.1, relative_sd_i2_error=0.05
+        )
+        text = str(dataclasses.replace(found, layers=(row,)))
+        expected = "15 % of I (counting one standard error)." if is_said else "30 % of I."
+        assert f"\nThe error is then {expected}\n" in text
     assert re.search(r"^0 .*\?$", text, re.MULTILINE)
 
 
