@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fimlib import _activations
 from fimlib._trace import CapturedError, Uncaptured
 from fimlib.derivatives import (
     Batch,
@@ -399,15 +400,23 @@ def known(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseS
     match module:
         case nn.Sigmoid():
             z = torch.sigmoid(s)
-            first = (1 - z).mul_(z)
-            return z, ElementwiseStep(first, torch.rsub(z, 1, alpha=2).mul_(first))
+            return z, ElementwiseStep(*_activations.of_sigmoid(s, z))
         case nn.Tanh():
             z = torch.tanh(s)
-            first = 1 - z.square()
-            return z, ElementwiseStep(first, -2 * z * first)
+            return z, ElementwiseStep(*_activations.of_tanh(s, z))
         case nn.LogSigmoid():
-            first = torch.sigmoid(-s)
-            return nn.functional.logsigmoid(s), ElementwiseStep(first, first * (first - 1))
+            step = ElementwiseStep(*_activations.of_logsigmoid(s))
+            return nn.functional.logsigmoid(s), step
+        case nn.Softplus(beta=beta, threshold=threshold):
+            step = ElementwiseStep(*_activations.of_softplus(s, beta, threshold))
+            return nn.functional.softplus(s, beta, threshold), step
+        case nn.SiLU():
+            return nn.functional.silu(s), ElementwiseStep(*_activations.of_silu(s))
+        case nn.Mish():
+            return nn.functional.mish(s), ElementwiseStep(*_activations.of_mish(s))
+        case nn.GELU(approximate=how):
+            step = ElementwiseStep(*_activations.of_gelu(s, how))
+            return nn.functional.gelu(s, approximate=how), step
         case nn.ReLU():
             return s.relu(), ElementwiseStep((s > 0).to(s), None)
         case nn.LeakyReLU():

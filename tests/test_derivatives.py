@@ -650,7 +650,10 @@ def test_seeds_are_carried_back_in_the_place_of_the_outputs():
 
 
 def test_known_activations_are_differentiated_like_unknown_ones():
-    """Closed forms, and torch's own rules, against what is found out for a module of one's own."""
+    """Closed forms, and torch's own rules, against what is found out for a module of one's own.
+
+    That is right to 1e-15 of 1; ``test_activations`` looks closer.
+    """
     from fimlib import _layerwise
 
     s = torch.linspace(-4, 4, 41).double().reshape(1, -1)
@@ -659,7 +662,7 @@ def test_known_activations_are_differentiated_like_unknown_ones():
             z, step = _layerwise.known("0", module, s)
             expected, first, second = _layerwise.two_derivatives(module, s)
             assert torch.allclose(z, expected, rtol=1e-14, atol=1e-16), module
-            assert torch.allclose(step.first, first, rtol=1e-12, atol=1e-16), module
+            assert torch.allclose(step.first, first, rtol=1e-12, atol=1e-15), module
             found = torch.zeros_like(s) if step.second is None else step.second
             assert torch.allclose(found, second, rtol=1e-10, atol=1e-15), module
 
@@ -698,10 +701,10 @@ def test_activations_that_torch_cannot_differentiate_in_place(kind):
 
 
 def test_an_infinite_second_derivative_is_refused():
-    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Mish(), nn.Linear(1, 1))
-    nn.init.constant_(net[0].weight, 89.0)
-    with pytest.raises(ValueError, match=r"'1' \(Mish\) has no finite derivative"):
-        differentiate(net, torch.ones(1, 1))
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), Root(), nn.Linear(1, 1))
+    nn.init.zeros_(net[0].weight)
+    with pytest.raises(ValueError, match=r"'1' \(Root\) has no finite derivative"):
+        differentiate(net, torch.ones(1, 1), engine="layerwise")
 
 
 @pytest.mark.parametrize("engine", ["auto", "layerwise", "hesscale"])
