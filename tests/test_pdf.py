@@ -88,6 +88,13 @@ def test_a_missing_browser_is_said(monkeypatch):
         browser.find()
 
 
+FORMULA = '<span class="math notranslate nohighlight">\\(h\\)</span>'
+EXPLAINED = (
+    f'<span class="sym"><a href="notation.html#sym-h">{FORMULA}</a>'
+    '<span class="tip" role="tooltip">the output; of one input</span></span>'
+)
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
@@ -108,6 +115,8 @@ def test_a_missing_browser_is_said(monkeypatch):
             '<dl role="presentation">\n<dd><em class="sig-param">x</em>,</dd>',
         ),
         ('<div class="pst-scrollable-table-container">', accessible.SCROLLS),
+        (f"{FORMULA}, {FORMULA} and", f'<span class="kept">{FORMULA},</span> {FORMULA} and'),
+        (f"({EXPLAINED}).", f'(<span class="kept">{EXPLAINED}).</span>'),
         ('<p class="admonition-title" id="box">', '<p class="admonition-title">'),
         ('<section class="lemma-content" id="proof-content">', '<section class="lemma-content">'),
         ('<div id="id4" role="doc-biblioentry">', '<div id="id4" role="listitem">'),

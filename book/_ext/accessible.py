@@ -13,6 +13,9 @@ from sphinx.application import Sphinx
 NOTEBOOKS = "_generated/"
 UNNAMED_IMAGE = "Figure drawn by the code above"  # of a notebook that gives no alt text
 SCROLLS = '<div class="pst-scrollable-table-container" tabindex="0">'
+FORMULA = r'<span class="math notranslate nohighlight">[^<]*</span>'
+EXPLAINED = rf'<span class="sym"><a [^>]*>{FORMULA}</a><span class="tip"[^>]*>[^<]*</span></span>'
+KEPT = '<span class="kept">'
 MENDS = [
     # Fonts that are loaded ahead are refused where a page is opened without a server.
     (r'<link rel="preload" as="font"[^>]*>', ""),
@@ -26,6 +29,8 @@ MENDS = [
     (r' id="proof-content"', ""),
     # A role of the bibliography is deprecated; the plain one says the same in a list.
     (r'role="doc-biblioentry"', 'role="listitem"'),
+    # A line may break between a formula and the full stop after it: MathJax makes boxes.
+    (rf"(?<!{KEPT})({EXPLAINED}|{FORMULA})([.,;:!?)]+)", rf"{KEPT}\1\2</span>"),
     # The page of the search has two fields.
     (r'(?s)(id="search-input".*?)id="search-input"', r'\1id="search-field"'),
 ]

@@ -44,7 +44,8 @@ class ClaimRole(SphinxRole):
             logger.warning("no such number in the report: %s", self.text, location=self.env.docname)
         if field == "which":
             return [nodes.math("", text)], []
-        return [nodes.inline("", text or "?", classes=["pasted-text"])], []
+        is_number = any(c.isdigit() for c in text or "?")
+        return [nodes.inline("", text or "?", classes=["pasted-text"] if is_number else [])], []
 
 
 class MinutesRole(SphinxRole):

@@ -34,6 +34,7 @@ QUIET = (
     nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.raw,
     nodes.comment, nodes.caption, nodes.thead, nodes.footnote, nodes.citation, nodes.term,
     nodes.image, nodes.math_block, addnodes.pending_xref, addnodes.download_reference,
+    addnodes.desc_signature,
 )  # fmt: skip
 
 Entry = dict[str, Any]

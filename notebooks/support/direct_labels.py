@@ -31,7 +31,7 @@ LEAST = 0.25  # less is no place
 STEP = 0.4  # between points of a line
 
 
-def label_lines(figure: Figure, *, size: float = 9) -> list[str]:
+def label_lines(figure: Figure, *, size: float = 10) -> list[str]:
     """Write every line's label beside it, once in the figure, which is finished but for that.
 
     A label goes to the panel and the place with most room around it; of panels with room enough,

@@ -169,7 +169,7 @@ def softmax_figure(data: Mapping[str, Columns]) -> Figure:
         draw_triangle(axes[0], data["three"])
         draw_temperatures(
             axes[1], data["ten"], "lambda-max-i", figures.GREEN,
-            {"sigma-max": ("σ max", "--"), "spread": ("1 − ‖σ‖²", ":")},
+            {"sigma-max": (r"$\sigma_{\max}$", "--"), "spread": ("1 − ‖σ‖²", ":")},
         )  # fmt: skip
         axes[1].set_title(r"ten classes: $\lambda_{\max}(\mathcal{I})$")
         draw_temperatures(

@@ -414,7 +414,7 @@ def compared(found: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
         return "These are the reference results themselves.\n"
     rows = compare(found, reference)
     moved = [row for row in rows if row.moved]
-    lines = ["| | kind of comparison | moved? | |", "| --- " * 4 + "|"]
+    lines = ["| run | kind of comparison | moved? | values |", "| --- " * 4 + "|"]
     lines += [
         f"| {r.figure} | {r.how} | {'**yes**' if r.moved else 'no'} | {r.text} |" for r in rows
     ]

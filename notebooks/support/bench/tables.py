@@ -21,7 +21,7 @@ def targets(found: Found) -> str:
     """The table of targets, and why some are missed."""
     judged = [(t, *verdict(t, found)) for t in TARGETS]
     lines = table(
-        ["one thread", "target", "measured", ""],
+        ["one thread", "target", "measured", "verdict"],
         [
             [t.text, f"{'≤' if t.at_most else '≥'} {t.bound:g}", text, word]
             for t, text, word, _ in judged
