@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import APPROXIMATE, differentiate, tied
+from fimlib._summary_plot import draw
+from fimlib._summary_text import text
+from fimlib.derivatives import differentiate, tied
 from fimlib.families import Family, check_num_samples
 from fimlib.family import check_family
 from fimlib.gaussian import Gaussian, GaussianHead
@@ -26,18 +28,12 @@ from fimlib.precision import chebyshev
 from fimlib.streaming import accumulate, batches, check_shape
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NUM_PROBES = 128
 MOST_ESTIMATED = 32  # inputs at which V₂ is estimated, where S is not known
 MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube of their number
 NUMBERS_AT_A_TIME = 2**23  # of J, where V₂ is estimated: 64 MB
-# Okabe and Ito's colours: Fisher information, Î₁, Î₂.
-GREEN, BLUE, VERMILION, GREY = "#009E73", "#0072B2", "#D55E00", "#666666"
-COLUMNS = 4  # panels in a row, at most
-MOST_NAMED = 4  # layers in a sentence
-ESTIMATORS = {1: "Î₁", 2: "Î₂"}
 
 
 class LayerSummary(NamedTuple):
@@ -107,7 +103,7 @@ class Summary:
 
     def __str__(self) -> str:
         """A table, and what follows from it."""
-        return "\n".join([*_head(self), "", *_table(self), "", *_advice(self)])
+        return text(self)
 
     def plot(self) -> Figure:
         """Relative error against labels per input: one panel per layer, Î₁ blue, Î₂ vermilion.
@@ -119,35 +115,7 @@ class Summary:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot as plt
-        except ImportError as error:
-            raise ImportError(
-                "plot() draws with matplotlib, which is not installed: pip install "
-                "'fimlib[plot]', or pip install matplotlib."
-            ) from error
-        rows = -(-len(self.layers) // COLUMNS)
-        columns = -(-len(self.layers) // rows)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(2.6 * columns + 0.8, 2.9 * rows + 0.9), sharex=True,
-            sharey=True, squeeze=False, layout="constrained",
-        )  # fmt: skip
-        for ax, layer in itertools.zip_longest(axes.flat, self.layers):
-            if layer is None:
-                ax.set_axis_off()
-            else:
-                _draw(ax, layer, self)
-        for ax in axes.flat[max(0, len(self.layers) - columns) : len(self.layers)]:
-            ax.set_xlabel("labels" if self.num_inputs == 1 else "labels per input")
-            ax.tick_params(labelbottom=True)
-        figure.supylabel("error in units of I", fontsize="medium")
-        entries = {  # not every panel has every line
-            text: line
-            for ax in axes.flat
-            for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=3, frameon=False)
-        return figure
+        return draw(self)
 
 
 def summarise(
@@ -395,198 +363,3 @@ def _better(v1: float, v2: float, error: float) -> int | None:
     if abs(v1 - v2) <= 2 * error and error > 0:
         return None
     return 2 if v2 < v1 else 1
-
-
-# In words.
-
-
-def _head(s: Summary) -> list[str]:
-    """What was looked at, and what the columns mean."""
-    one = s.num_inputs == 1
-    lines = [
-        f"{_inputs(s.num_inputs)}, {type(s.joint.family).__name__} outputs; {_origin(s)}",
-        f"error   typical ‖Î − I‖ / ‖I‖ in a layer, from {_labels(s)} for "
-        f"{'it' if one else 'each input'}",
-        f"labels  {'needed' if one else 'per input'} to keep that below "
-        f"{_percent(s.relative_error)} at {_percent(s.confidence)} confidence",
-    ]
-    if not one:
-        lines.append(f"inputs  drawn at random, with {_labels(s)} each, for the same")
-    return lines
-
-
-def _origin(s: Summary) -> str:
-    """Where the derivatives come from, and what of them is exact."""
-    if s.num_estimated:
-        return (
-            f"I, V₁ exact (engine {s.engine!r}),\nV₂ estimated from {s.num_probes} probes at "
-            f"{_inputs(s.num_estimated)}, ± one standard error."
-        )
-    is_exact = s.engine not in APPROXIMATE
-    how = "all exact" if is_exact else "I and V₁ exact, V₂ of an approximate S"
-    return f"{how} (engine {s.engine!r})."
-
-
-def _table(s: Summary) -> list[str]:
-    """The rows, aligned, under two lines of titles."""
-    kinds = ["error", "labels", *(["inputs"] if s.num_inputs > 1 else [])]
-    pairs = [title for kind in kinds for title in (kind, "")]
-    rows = [
-        ["", "", "", *pairs, ""],
-        ["layer", "params", "mean I", *["Î₁", "Î₂"] * len(kinds), "better"],
-        *(_cells(layer, s) for layer in s.layers),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-        for cells in rows
-    ]
-    return [*lines[:2], "─" * max(map(len, lines)), *lines[2:]]
-
-
-def _cells(layer: LayerSummary, s: Summary) -> list[str]:
-    second = _percent(layer.relative_sd_i2)
-    if layer.relative_sd_i2_error:
-        second += f" ± {_percent(layer.relative_sd_i2_error)}"
-    counts = [layer.labels_needed_i1, layer.labels_needed_i2]
-    if s.num_inputs > 1:
-        counts += [c for c in (layer.inputs_needed_i1, layer.inputs_needed_i2) if c is not None]
-    return [
-        _name(layer.layer),
-        f"{layer.num_parameters:,}",
-        f"{layer.mean_fisher:.1e}",
-        _percent(layer.relative_sd_i1),
-        second,
-        *map(_count, counts),
-        "?" if layer.better is None else ESTIMATORS[layer.better],
-    ]
-
-
-class _Choice(NamedTuple):
-    """What the better estimator of a layer comes to; Î₁ where that is not known."""
-
-    error: float
-    labels: float
-    inputs: float | None
-
-
-def _choice(x: LayerSummary) -> _Choice:
-    if x.better == 2:
-        error = x.relative_sd_i2 + x.relative_sd_i2_error
-        return _Choice(error, x.labels_needed_i2, x.inputs_needed_i2)
-    return _Choice(x.relative_sd_i1, x.labels_needed_i1, x.inputs_needed_i1)
-
-
-def _advice(s: Summary) -> list[str]:
-    """What follows, in plain sentences."""
-    errors, labels, inputs = zip(*map(_choice, s.layers), strict=True)
-    low, high = _percent(min(errors)), _percent(max(errors))
-    counts_doubt = any(x.better == 2 and x.relative_sd_i2_error for x in s.layers)
-    doubt = " (counting one standard error)" if counts_doubt else ""
-    span = low if low == high else f"{low} to {high}"
-    lines = [*_which(s), f"The error is then {span} of I{doubt}."]
-    where = "in every layer" if len(s.layers) > 1 else "there"
-    if math.isinf(max(labels)):
-        lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")
-    elif max(labels) <= s.num_samples:
-        lines.append(f"That is good enough {where}: no more labels are needed.")
-    else:
-        each = "" if s.num_inputs == 1 else " per input"
-        lines.append(f"{max(labels):,.0f} labels{each} are enough {where}; mostly fewer will do.")
-    known = [n for n in inputs if n is not None]
-    if known and math.isfinite(max(known)):
-        lines.append(
-            f"Of inputs drawn at random it takes {max(known):,.0f}, with {_labels(s)} each."
-        )
-    lines.append("I itself takes no labels at all: joint.fisher_information() of this summary.")
-    return lines
-
-
-def _which(s: Summary) -> list[str]:
-    """Which estimator for which layer."""
-    chosen = {j: [x for x in s.layers if x.better == j] for j in (1, 2, None)}
-    takes = [f"{ESTIMATORS[j]} for {_these(chosen[j], s)}" for j in (1, 2) if chosen[j]]
-    lines = [f"Take {'; '.join(takes)}."] if takes else []
-    if chosen[None]:
-        lines.append(
-            f"V₂ is too uncertain to choose for {_these(chosen[None], s)}: Î₁ is counted on there; "
-            "more probes (num_probes=) tell more."
-        )
-    return lines
-
-
-def _these(layers: list[LayerSummary], s: Summary) -> str:
-    """Some of the layers by name."""
-    if len(layers) == len(s.layers) > 1:
-        return "all layers"
-    if len(layers) > MOST_NAMED:
-        return f"{len(layers)} of {len(s.layers)} layers (see the table)"
-    names = ", ".join(_name(layer.layer) for layer in layers)
-    return f"layer{'s' * (len(layers) > 1)} {names}"
-
-
-def _name(layer: str) -> str:
-    return layer or "(itself)"
-
-
-def _inputs(count: int) -> str:
-    return f"{count:,} input{'s' * (count != 1)}"
-
-
-def _labels(s: Summary) -> str:
-    return f"{s.num_samples:,} label{'s' * (s.num_samples != 1)}"
-
-
-def _percent(share: float) -> str:
-    """A share in percent, with two digits.
-
-    >>> [_percent(x) for x in (0.0, 0.00123, 0.0456, 0.0999, 0.123, 7.89, 1234.0, math.inf)]
-    ['0 %', '0.12 %', '4.6 %', '10 %', '12 %', '790 %', '120,000 %', 'inf']
-    """
-    if share == 0 or not math.isfinite(share):
-        return "0 %" if share == 0 else "inf"
-    value = float(f"{100 * share:.2g}")
-    if value < 1e-3:
-        return f"{value:.0e} %"
-    return f"{value:,.{max(0, 1 - math.floor(math.log10(value)))}f} %"
-
-
-def _count(count: float) -> str:
-    return "inf" if math.isinf(count) else f"{count:,.0f}"
-
-
-# Drawn.
-
-
-def _draw(ax: Axes, layer: LayerSummary, s: Summary) -> None:
-    """One panel of ``Summary.plot``."""
-    counts = [n for x in s.layers for n in (x.labels_needed_i1, x.labels_needed_i2)]
-    last = max([10.0, *filter(math.isfinite, counts)])
-    span = (1.0, 10.0 ** math.ceil(math.log10(last)))
-
-    def falling(at_n: float) -> list[float]:
-        return [at_n * (s.num_samples / n) ** 0.5 for n in span]
-
-    ax.axhline(1, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
-    ax.axhline(s.relative_error, color=GREY, linestyle=":", label="error asked for")
-    doubt = layer.relative_sd_i2_error
-    if doubt:
-        above = falling(layer.relative_sd_i2 + doubt)
-        ax.plot(span, above, color=VERMILION, linestyle=":", label="one standard error above")
-    for j, sd, needed, color, bound in (
-        (1, layer.relative_sd_i1, layer.labels_needed_i1, BLUE, layer.bound_i1),
-        (2, layer.relative_sd_i2, layer.labels_needed_i2, VERMILION, layer.bound_i2),
-    ):
-        if sd == 0:
-            sign = r"\approx" if j == 2 and doubt else "="
-            text = rf"$V_{j} {sign} 0$"
-            ax.text(0.04, 0.04, text, color=color, transform=ax.transAxes)
-            continue
-        ax.plot(span, falling(sd), color=color, label=rf"$\sqrt{{V_{j}}}$, error of $\hat I_{j}$")
-        if bound is not None:
-            text = rf"bound of $\sqrt{{V_{j}}}$"
-            ax.plot(span, falling(bound), color=color, linestyle="--", linewidth=1, label=text)
-        if math.isfinite(needed):
-            error = sd * (s.num_samples / needed) ** 0.5
-            ax.plot(needed, error, "o", color=color, label=rf"safe number for $\hat I_{j}$")
-    ax.set(xscale="log", yscale="log", title=_name(layer.layer))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fimlib
+from fimlib import _summary_text
 from fimlib import summary as module
 
 FAMILIES = {
@@ -311,7 +312,7 @@ def test_the_table_is_aligned_and_says_what_it_found():
         cells = re.split(r"\s{2,}", line)
         assert cells[0] == row.layer
         assert cells[-1] == f"Î{'₁₂'[row.better - 1]}"
-        assert cells[3] == module._percent(row.relative_sd_i1)
+        assert cells[3] == _summary_text.percent(row.relative_sd_i1)
         assert cells[6] == f"{row.labels_needed_i2:,.0f}"
     best = max(
         row.labels_needed_i2 if row.better == 2 else row.labels_needed_i1 for row in found.layers

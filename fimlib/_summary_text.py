@@ -1,0 +1,180 @@
+"""A ``Summary`` in words: what was looked at, a table, and what follows."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from fimlib.derivatives import APPROXIMATE
+
+if TYPE_CHECKING:
+    from fimlib.summary import LayerSummary, Summary
+
+MOST_NAMED = 4  # layers in a sentence
+ESTIMATORS = {1: "Î₁", 2: "Î₂"}
+
+
+def text(s: Summary) -> str:
+    """All of it."""
+    return "\n".join([*head(s), "", *table(s), "", *advice(s)])
+
+
+def head(s: Summary) -> list[str]:
+    """What was looked at, and what the columns mean."""
+    one = s.num_inputs == 1
+    lines = [
+        f"{some_inputs(s.num_inputs)}, {type(s.joint.family).__name__} outputs; {origin(s)}",
+        f"error   typical ‖Î − I‖ / ‖I‖ in a layer, from {some_labels(s)} for "
+        f"{'it' if one else 'each input'}",
+        f"labels  {'needed' if one else 'per input'} to keep that below "
+        f"{percent(s.relative_error)} at {percent(s.confidence)} confidence",
+    ]
+    if not one:
+        lines.append(f"inputs  drawn at random, with {some_labels(s)} each, for the same")
+    return lines
+
+
+def origin(s: Summary) -> str:
+    """Where the derivatives come from, and what of them is exact."""
+    if s.num_estimated:
+        return (
+            f"I, V₁ exact (engine {s.engine!r}),\nV₂ estimated from {s.num_probes} probes at "
+            f"{some_inputs(s.num_estimated)}, ± one standard error."
+        )
+    is_exact = s.engine not in APPROXIMATE
+    how = "all exact" if is_exact else "I and V₁ exact, V₂ of an approximate S"
+    return f"{how} (engine {s.engine!r})."
+
+
+def table(s: Summary) -> list[str]:
+    """The rows, aligned, under two lines of titles."""
+    kinds = ["error", "labels", *(["inputs"] if s.num_inputs > 1 else [])]
+    pairs = [word for kind in kinds for word in (kind, "")]
+    rows = [
+        ["", "", "", *pairs, ""],
+        ["layer", "params", "mean I", *["Î₁", "Î₂"] * len(kinds), "better"],
+        *(row(layer, s) for layer in s.layers),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
+        for cells in rows
+    ]
+    return [*lines[:2], "─" * max(map(len, lines)), *lines[2:]]
+
+
+def row(layer: LayerSummary, s: Summary) -> list[str]:
+    """The cells of one layer."""
+    second = percent(layer.relative_sd_i2)
+    if layer.relative_sd_i2_error:
+        second += f" ± {percent(layer.relative_sd_i2_error)}"
+    counts = [layer.labels_needed_i1, layer.labels_needed_i2]
+    if s.num_inputs > 1:
+        counts += [c for c in (layer.inputs_needed_i1, layer.inputs_needed_i2) if c is not None]
+    return [
+        title(layer.layer),
+        f"{layer.num_parameters:,}",
+        f"{layer.mean_fisher:.1e}",
+        percent(layer.relative_sd_i1),
+        second,
+        *map(number, counts),
+        "?" if layer.better is None else ESTIMATORS[layer.better],
+    ]
+
+
+class Choice(NamedTuple):
+    """What the better estimator of a layer comes to; Î₁ where that is not known."""
+
+    error: float
+    labels: float
+    inputs: float | None
+
+
+def choice(x: LayerSummary) -> Choice:
+    """The choice that the sentences below the table make."""
+    if x.better == 2:
+        error = x.relative_sd_i2 + x.relative_sd_i2_error
+        return Choice(error, x.labels_needed_i2, x.inputs_needed_i2)
+    return Choice(x.relative_sd_i1, x.labels_needed_i1, x.inputs_needed_i1)
+
+
+def advice(s: Summary) -> list[str]:
+    """What follows, in plain sentences."""
+    errors, labels, inputs = zip(*map(choice, s.layers), strict=True)
+    low, high = percent(min(errors)), percent(max(errors))
+    counts_doubt = any(x.better == 2 and x.relative_sd_i2_error for x in s.layers)
+    doubt = " (counting one standard error)" if counts_doubt else ""
+    span = low if low == high else f"{low} to {high}"
+    lines = [*which(s), f"The error is then {span} of I{doubt}."]
+    where = "in every layer" if len(s.layers) > 1 else "there"
+    if math.isinf(max(labels)):
+        lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")
+    elif max(labels) <= s.num_samples:
+        lines.append(f"That is good enough {where}: no more labels are needed.")
+    else:
+        each = "" if s.num_inputs == 1 else " per input"
+        lines.append(f"{max(labels):,.0f} labels{each} are enough {where}; mostly fewer will do.")
+    known = [n for n in inputs if n is not None]
+    if known and math.isfinite(max(known)):
+        lines.append(
+            f"Of inputs drawn at random it takes {max(known):,.0f}, with {some_labels(s)} each."
+        )
+    lines.append("I itself takes no labels at all: joint.fisher_information() of this summary.")
+    return lines
+
+
+def which(s: Summary) -> list[str]:
+    """Which estimator for which layer."""
+    chosen = {j: [x for x in s.layers if x.better == j] for j in (1, 2, None)}
+    takes = [f"{ESTIMATORS[j]} for {these(chosen[j], s)}" for j in (1, 2) if chosen[j]]
+    lines = [f"Take {'; '.join(takes)}."] if takes else []
+    if chosen[None]:
+        lines.append(
+            f"V₂ is too uncertain to choose for {these(chosen[None], s)}: Î₁ is counted on there; "
+            "more probes (num_probes=) tell more."
+        )
+    return lines
+
+
+def these(layers: list[LayerSummary], s: Summary) -> str:
+    """Some of the layers by name."""
+    if len(layers) == len(s.layers) > 1:
+        return "all layers"
+    if len(layers) > MOST_NAMED:
+        return f"{len(layers)} of {len(s.layers)} layers (see the table)"
+    names = ", ".join(title(layer.layer) for layer in layers)
+    return f"layer{'s' * (len(layers) > 1)} {names}"
+
+
+def title(layer: str) -> str:
+    """A layer's name; that of the network itself is empty."""
+    return layer or "(itself)"
+
+
+def some_inputs(count: int) -> str:
+    """So many inputs."""
+    return f"{count:,} input{'s' * (count != 1)}"
+
+
+def some_labels(s: Summary) -> str:
+    """The labels of each input."""
+    return f"{s.num_samples:,} label{'s' * (s.num_samples != 1)}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with two digits.
+
+    >>> [percent(x) for x in (0.0, 0.00123, 0.0456, 0.0999, 0.123, 7.89, 1234.0, math.inf)]
+    ['0 %', '0.12 %', '4.6 %', '10 %', '12 %', '790 %', '120,000 %', 'inf']
+    """
+    if share == 0 or not math.isfinite(share):
+        return "0 %" if share == 0 else "inf"
+    value = float(f"{100 * share:.2g}")
+    if value < 1e-3:
+        return f"{value:.0e} %"
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(value)))}f} %"
+
+
+def number(count: float) -> str:
+    """A number of labels or inputs."""
+    return "inf" if math.isinf(count) else f"{count:,.0f}"
