@@ -108,9 +108,9 @@ class Summary:
     def plot(self) -> Figure:
         """Relative error against labels per input: one panel per layer, Î₁ blue, Î₂ vermilion.
 
-        Both axes are logarithmic; dashed lines are upper bounds, where there are any; green is the
-        Fisher information itself, where the error is as large as what is estimated; the dotted
-        line is the relative error that was asked for.
+        Their names stand where the lines end. Both axes are logarithmic; dashed lines are upper
+        bounds, where there are any; green is the Fisher information itself, where the error is as
+        large as what is estimated; the dotted line is the relative error that was asked for.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -5,12 +5,13 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fimlib
-from fimlib import _summary_text
+from fimlib import _summary_plot, _summary_text
 from fimlib import summary as module
 
 FAMILIES = {
@@ -395,19 +396,76 @@ def test_the_figure_shows_the_numbers():
             (1, row.relative_sd_i1, row.labels_needed_i1),
             (2, row.relative_sd_i2, row.labels_needed_i2),
         ):
-            name = rf"$\sqrt{{V_{j}}}$, error of $\hat I_{j}$"
+            name = rf"$\hat I_{j}$"
             assert (name in lines) == (sd > 0)
+            assert [text.get_text() for text in ax.texts].count(name) == (sd > 0)
             if sd > 0:
                 assert lines[name].get_xdata()[0] == 1
                 assert lines[name].get_ydata()[0] == pytest.approx(2 * sd)  # N = 4
-                [at] = lines[rf"safe number for $\hat I_{j}$"].get_xdata()
+                [at] = lines[f"safe number of labels of {name}"].get_xdata()
                 assert at == needed
-                [error] = lines[rf"safe number for $\hat I_{j}$"].get_ydata()
+                [error] = lines[f"safe number of labels of {name}"].get_ydata()
                 # Chebyshev: sd = ε √(1 − confidence), rounded up to whole labels
                 assert error <= 0.1 * 0.05**0.5 * (1 + 1e-9)
     assert any(text.get_text() == "$V_2 = 0$" for text in figure.axes[2].texts)
-    assert len(figure.legends) == 1
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "Fisher information I", "error asked for", "upper bound", "safe number of labels",
+    ]  # fmt: skip
     plt.close(figure)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("num_samples", [1, 50])
+def test_names_stand_beside_their_lines_and_meet_nothing(family, num_samples):
+    from matplotlib import colors
+    from matplotlib import pyplot as plt
+
+    figure = fimlib.summarise(mlp(), inputs(), family, num_samples=num_samples).plot()
+    figure.canvas.draw()
+    for ax in figure.axes:
+        courses = {line.get_label(): course(line) for line in ax.lines}
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) == 2
+        assert not boxes[0].overlaps(boxes[1])
+        for text, box in zip(ax.texts, boxes, strict=True):
+            for at in courses.values():
+                inside = (at > [box.x0, box.y0]) & (at < [box.x1, box.y1])
+                assert not inside.all(1).any(), text.get_text()
+            assert ax.bbox.x0 < box.x0 < box.x1 < ax.bbox.x1
+            assert ax.bbox.y0 < box.y0 < box.y1 < ax.bbox.y1
+            assert contrast_to_white(colors.to_rgb(text.get_color())) >= 4.5
+            if own := [at for name, at in courses.items() if name == text.get_text()]:
+                line = next(line for line in ax.lines if line.get_label() == text.get_text())
+                hues = [colors.rgb_to_hsv(colors.to_rgb(t.get_color()))[0] for t in (line, text)]
+                assert hues[0] == pytest.approx(hues[1], abs=0.02)
+                centre = [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]
+                away = ((own[0] - centre) ** 2).sum(1).min() ** 0.5
+                assert away < 1.5 * max(box.width, box.height)
+    plt.close(figure)
+
+
+def course(line):
+    """Where a line runs, in pixels: [n, 2]."""
+    ends = line.get_transform().transform(line.get_xydata())
+    share = np.linspace(0, 1, 501)[:, None]
+    return ends[0] * (1 - share) + ends[-1] * share
+
+
+def contrast_to_white(rgb):
+    """By the formula of the WCAG."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05)
+
+
+def test_where_no_place_is_free_a_name_stands_where_there_is_most_room():
+    at = np.array([[0.5, y] for y in np.linspace(0, 1, 101)])
+    places = [np.array([0.5, 0.5]), np.array([0.47, 0.5]), np.array([0.48, 0.5])]
+    found = _summary_plot.freest(places, np.array([0.1, 0.1]), [at])
+    assert found.tolist() == [0.47, 0.5]
+    free = np.array([0.6, 0.5])
+    found = _summary_plot.freest([*places, free, free + 0.1], np.array([0.1, 0.1]), [at])
+    assert found.tolist() == free.tolist()
 
 
 def test_the_figure_says_where_v2_is_an_estimate():
@@ -416,10 +474,26 @@ def test_the_figure_says_where_v2_is_an_estimate():
     found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
     unsure = found.layers[2]._replace(relative_sd_i2_error=0.25)
     figure = dataclasses.replace(found, layers=(unsure,)).plot()
-    [text] = figure.axes[0].texts
-    assert text.get_text() == r"$V_2 \approx 0$"
+    assert [t.get_text() for t in figure.axes[0].texts] == [r"$\hat I_1$", r"$V_2 \approx 0$"]
+    assert figure.legends[0].get_texts()[-1].get_text() == "one standard error above"
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert lines["one standard error above"].get_ydata()[0] == pytest.approx(0.25)
+    plt.close(figure)
+
+
+def test_the_figure_says_where_there_is_nothing_to_estimate():
+    from matplotlib import pyplot as plt
+
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    endless = found.layers[0]._replace(
+        relative_sd_i1=0.0, relative_sd_i2=math.inf, labels_needed_i2=math.inf, bound_i2=math.inf
+    )
+    figure = dataclasses.replace(found, layers=(endless,)).plot()
+    figure.canvas.draw()
+    [ax] = figure.axes
+    assert [t.get_text() for t in ax.texts] == ["$V_1 = 0$", "$V_2 > I = 0$"]
+    assert not ax.texts[0].get_window_extent().overlaps(ax.texts[1].get_window_extent())
+    assert len(ax.lines) == 2
     plt.close(figure)
 
 
