@@ -45,6 +45,12 @@ def test_every_public_name_has_one_entry():
     assert all(f"- file: {page.stem}\n" in contents for page in [BOOK / "api.md", *PAGES])
 
 
+def test_what_a_family_does_otherwise_than_all_is_shown():
+    """Categorical takes classes where the others take labels."""
+    assert {"observed", "expected"} <= {*api_reference.members(fimlib.Categorical)}
+    assert "observed" not in api_reference.members(fimlib.Bernoulli)
+
+
 def test_a_module_without_public_names_is_refused():
     with pytest.raises(ValueError, match=r"fimlib\._trace defines no public name"):
         api_reference.of_modules(["fimlib._trace"])

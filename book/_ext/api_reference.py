@@ -29,7 +29,7 @@ import fimlib
 
 # What a family shows of its own: formulas. How it shares in the work stands with Family.
 CLOSED_FORMS = ["covariance", "fourth_moment", "cumulants", "information", "variance1"]
-CLOSED_FORMS += ["covariance12", "outer_covariance_min", "residual_bound", "expected"]
+CLOSED_FORMS += ["covariance12", "outer_covariance_min", "residual_bound", "observed", "expected"]
 
 LITERAL = re.compile(r"(``.+?``)", re.DOTALL)
 EMPHASIS = re.compile(r"(?<![\w*\\])\*(?=\w)[^*\n]*(?<=\w)\*(?![\w*])")
