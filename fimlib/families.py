@@ -92,9 +92,9 @@ class Categorical(Family):
 
         Raises:
             ValueError: y is not of an integer type, has another shape, or holds no class; or it
-                looks one-hot, [B, C] with a single 1 in every row and else 0, where C > 2 and
-                B > 1. If each row really is N = C labels, all of class 0 but one of class 1, give
-                ``expected`` their shares.
+                looks one-hot, [B, C] with a single 1 in every row and else 0, where C > 2 and the
+                rows are not all alike. If each row really is N = C labels, all of class 0 but one
+                of class 1, give ``expected`` their shares.
         """
         h = self.natural(h)
         y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=h.device)
@@ -245,14 +245,16 @@ class Categorical(Family):
 
 
 def looks_one_hot(y: Tensor, num_classes: int) -> bool:
-    """Whether rows [B, C] have a single 1 and else 0, and are no two classes or one row.
+    """Whether rows [B, C] have a single 1 and else 0, C > 2 and not the same place in all rows.
 
-    With two classes half of all pairs of labels look so. With more, C labels that are drawn for
-    each of B inputs do with probability (4/9)^B at most, from two classes with odds of 2 to 1.
+    With two classes half of all pairs of labels look so; and the same labels may be meant for all
+    inputs. Else, C labels that are drawn for each of B inputs look so with probability (4/9)^B at
+    most, from two classes with odds of 2 to 1.
     """
-    if y.ndim != 2 or y.shape[1] != num_classes or num_classes == 2 or len(y) < 2:
+    if y.ndim != 2 or y.shape[1] != num_classes or num_classes == 2 or not len(y):
         return False
-    return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) == 1).all())
+    is_single = ((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()
+    return bool(is_single) and not bool((y == y[0]).all())
 
 
 def softmax_covariance(sigma: Tensor) -> Tensor:

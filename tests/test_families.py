@@ -332,10 +332,10 @@ def test_observed_classes_are_counted():
 
 
 def test_as_many_labels_as_classes_are_no_one_hot_rows():
-    """Unless all rows look so; two classes, or one input, tell too little."""
+    """Unless all rows look so; two classes, or rows all alike, tell too little."""
     for y in (
         [[0, 1, 2], [0, 1, 0]], [[0, 1, 0], [0, 0, 0]], [[1, 1, 0], [0, 1, 0]],
-        [[2, 0, 0], [0, 1, 0]], [[0, 1, 0]],
+        [[2, 0, 0], [0, 1, 0]], [[0, 1, 0]], [[0, 0, 1]] * 3,
     ):  # fmt: skip
         assert Categorical().observed(inputs(len(y), 3), y).num_samples == 3
     assert Categorical().observed(inputs(2, 2), [[0, 1], [1, 0]]).num_samples == 2
