@@ -146,6 +146,7 @@ def test_the_extras_name_all_imports(folder, extras):
     modules = {"backpack-for-pytorch": "backpack", "pytorch-minimize": "torchmin"}
     modules |= {"curvlinops-for-pytorch": "curvlinops", "scikit-learn": "sklearn"}
     modules |= {"PyYAML": "yaml", "myst-nb": "myst_nb", "beautifulsoup4": "bs4"}
+    modules |= {"ipython": "IPython"}
     asked = [Requirement(text).name for text in PROJECT["dependencies"]]
     for extra in extras | (
         {"backpack", "minimize", "sos", "plot"} if "notebooks" in extras else set()

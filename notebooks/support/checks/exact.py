@@ -314,7 +314,7 @@ def eq_20_sampled(_cases: int, repeats: int = 4000) -> Check:
 
 
 def chebyshev(cases: int) -> Check:
-    """With the labels that ``num_samples_needed`` asks for, ‖Î − I‖ ≥ ε‖I‖ is rare enough.
+    """With the labels that num_samples_needed asks for, ‖Î − I‖ ≥ ε‖I‖ is rare enough.
 
     The biases of each layer of a trained network, at ten inputs; the share of failures against
     1 − confidence.
