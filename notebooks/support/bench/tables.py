@@ -210,13 +210,13 @@ def meaning(found: Found) -> str:
         nearest = min(others, key=lambda k: others[k])
         sentences.append(
             f"For a small network and a batch of {batch:,}, the exact diagonal Fisher information "
-            f"takes {fisher:.2g} times one forward and backward pass here, and "
-            f"{others[nearest]:.2g} times with {CANDIDATES[nearest].name}, the fastest other way."
+            f"takes {fisher:#.2g} times one forward and backward pass here, and "
+            f"{others[nearest]:#.2g} times with {CANDIDATES[nearest].name}, the fastest other way."
         )
     if everything:
         sentences.append(
             f"With the variances of both estimators and the variance over inputs, all exact, it "
-            f"takes {everything:.2g} times: to know how far an estimate can "
+            f"takes {everything:#.2g} times: to know how far an estimate can "
             f"be trusted costs about as much as {everything:.0f} steps of training."
         )
     estimates = (ratio(found, k, "mlp", batch) for k in ("ours-i1-1", "backpack-mc"))
@@ -224,8 +224,8 @@ def meaning(found: Found) -> str:
     many = quotient(found, "ours-i1-5000", "ours-i1-1", "mlp", batch)
     if sampled and many and fisher:
         sentences.append(
-            f"For a classifier, 5,000 labels cost {many[0]:.2g} times what one does, and the exact "
-            f"value {fisher / sampled:.2g} times the cheapest estimate from one label."
+            f"For a classifier, 5,000 labels cost {many[0]:#.2g} times what one does, and the "
+            f"exact value {fisher / sampled:#.2g} times the cheapest estimate from one label."
         )
     return " ".join(sentences) + "\n"
 
