@@ -228,8 +228,8 @@ def try_softmax(data: Mapping[str, Columns]) -> str:
   5.2 {at("theorem-5-2-m", half):.3g}.
 * **Compare the two sure places.** With all doubt on one class the certified bound is
   {loose("certified-m", one)} times the value, Theorem 5.2 {loose("theorem-5-2-m", one)} times. With
-  as much doubt on two it is {loose("theorem-5-2-m", two)} times, and Corollary 4.2 is the tightest
-  bound of all: of the {len(three["at"])} places {beaten} are such.
+  as much doubt on two Theorem 5.2 is {loose("theorem-5-2-m", two)} times the value, and Corollary
+  4.2 is the tightest bound of all: of the {len(three["at"])} places {beaten} are such.
 * **Choose ten classes and cool down.** At $\\tau = {tau[-1]:.3g}$ Theorem 5.2 is {factor[-1]:.3g}
   times the value; at $\\tau = {tau[worst]:.3g}$ it is farthest off, {factor[worst]:.3g} times; at
   $\\tau = {tau[0]:.3g}$ all bounds agree within {max(coldest) / min(coldest) - 1:.2%}. Down to

@@ -64,6 +64,7 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") ->
             at_one = record["parameters"]["num_samples"] if last else 1
             draw_variances(axes[0, k], data, at_one=at_one)
             draw_ratios(axes[1, k], data)
+            axes[0, k].margins(y=0.12)  # room for labels
             axes[0, k].set_title(f"layer {layer}" + (" (output)" if last else ""))
             axes[1, k].set_xlabel("epoch")
             axes[1, k].xaxis.get_major_locator().set_params(integer=True)

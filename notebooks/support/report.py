@@ -147,7 +147,9 @@ def compare_one(run: Run, group: Mapping[str, Run]) -> Comparison:
         return Comparison(figure, "exact", moved=False, text="identical")
     both = ours.merge(theirs, on=KEYS, how="outer", suffixes=("", "_reference"))
     apart = decades(both.value, both.value_reference)
-    size = f"by {factor(apart.median())} in the median, at most {factor(apart.max())}"
+    size = f"at most by {factor(apart.max())}" if apart.any() else "where one is 0 or negative"
+    if apart.median() > 0:
+        size = f"by {factor(apart.median())} in the median, {size}"
     if same_machine(run, there):
         changed = both.value.ne(both.value_reference) & both[["value", "value_reference"]].any(
             axis=1
@@ -204,8 +206,12 @@ def between_seeds(run: Run, group: Mapping[str, Run]) -> float:
 
 
 def short(x: float) -> str:
-    """Two significant digits, without an exponent where that is easier to read."""
-    return f"{float(f'{x:.2g}'):g}"
+    """Two significant digits, without an exponent where that is easier to read.
+
+    >>> [short(x) for x in (0.0123, 12.3, 224000.0, 1.8e6, -0.5)]
+    ['0.012', '12', '220,000', '1.8e+06', '-0.5']
+    """
+    return f"{float(f'{x:.2g}'):,g}"
 
 
 def ours(decision: Decision) -> str:
@@ -266,16 +272,15 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         ("The hidden layers", "V₁/V₂:", "c"),
         ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1"),
         ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2"),
-        ("Log-sigmoid", "share of the layers' I, V₁, V₂ that is a tenth by epoch 5:", "f-most"),
+        ("Log-sigmoid", "share of layers' I, V₁, V₂ down to a tenth by epoch 5:", "f-most"),
     ]
     points = []
     for topic, text, key in lines:
         decision = by_id[key]
-        what = "value" if decision.claim.low == decision.claim.high else "range"
-        points.append(
-            f"* *{topic}* {text} {ours(decision)} the {what} {tolerance(decision)}. "
-            f"**{decision.verdict}**\n"
-        )
+        numbers = f"{ours(decision)} the range {tolerance(decision)}"
+        if decision.claim.low == decision.claim.high and len(decision.cells):
+            numbers = f"{decision.within} of {len(decision.cells)} are {tolerance(decision)}"
+        points.append(f"* *{topic}* {text} {numbers}. **{decision.verdict}**\n")
     return (
         f"From {made}. Numbers are medians and ranges over all cases; behind "
         "them stands how many agree with the paper, and the verdict.\n\n"

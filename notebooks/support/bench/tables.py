@@ -60,7 +60,9 @@ def cell(row: Row | None, threads: str) -> str:
         return "other values"
     timed = row["times"][threads]
     few = "" if timed["repetitions"] >= 20 else f", n = {timed['repetitions']}"
-    cost = duration(timed["seconds"]) if row["candidate"] == "unit" else f"{timed['ratio']:.3g} ×"
+    cost = f"{digits(timed['ratio'])} ×"
+    if row["candidate"] == "unit":
+        cost = duration(timed["seconds"])
     return f"{cost}, {memory(row['memory_mb'])}{few}"
 
 
@@ -84,6 +86,15 @@ def memory(mb: float) -> str:
     return f"{mb / 1000:,.3g} GB" if mb >= 1000 else f"{mb:,.0f} MB"
 
 
+def digits(x: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> digits(1.994), digits(17.76), digits(2190.4)
+    ('1.99', '17.8', '2,190')
+    """
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
 def values(rows: Sequence[Row]) -> str:
     """How far a candidate's values are from the exact ones."""
     known = [row for row in rows if "difference" in row]
@@ -93,14 +104,14 @@ def values(rows: Sequence[Row]) -> str:
     if not all(row["agrees"] for row in known):
         return f"**differs: {worst:.1g}**"
     if CANDIDATES[known[0]["candidate"]].estimate:
-        return f"estimate, off by {worst:.0%}"
+        return f"estimate, off by {worst:.{0 if worst > 0.01 else 1}%}"
     return f"{worst:.0e}"
 
 
 def products(rows: Sequence[Row]) -> str:
     """Multiplications and additions of matrix products, in units."""
     counted = [row for row in rows if row.get("unit_flops")]
-    return f"{counted[-1]['flops'] / counted[-1]['unit_flops']:.3g}" if counted else ""
+    return digits(counted[-1]["flops"] / counted[-1]["unit_flops"]) if counted else ""
 
 
 def peers(rows: Sequence[Row], threads: str) -> str:
