@@ -454,8 +454,8 @@ def test_the_page_says_what_was_found():
     ("changed", "missed"),
     [
         ({"ours_fisher": 2.01}, "exact diagonal I, in units"),
-        ({"ours_first": 3.6}, "I, Var_x I and V₁"),
-        ({"ours_all": 5.6}, "Var_x I, V₁ and V₂, in units"),
+        ({"ours_first": 3.6}, "I, Varₓ I and V₁"),
+        ({"ours_all": 5.6}, "Varₓ I, V₁ and V₂, in units"),
         ({"ours_i1_5000": 2.5}, "Î₁ from 5,000 labels"),
         ({"ours_i2_1": 2.7}, "Î₂ from 5,000 labels"),
     ],

@@ -1,5 +1,6 @@
 """Runs that are killed at random, given again, and end with the very same table of values."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -56,6 +57,12 @@ def kill(*processes):
             process.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def kill_all(process):
+    """What is left of its group; by then all of it may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def below(process, program=""):
@@ -135,9 +142,9 @@ def test_whatever_is_killed_whenever_the_tables_are_those_of_an_uninterrupted_ru
             case "support.runs" | "ipykernel":
                 kill(*below(process, victim)[:1])
                 time.sleep(dice.uniform(0, 2))
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_all(process)
             case "all":
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_all(process)
                 kill(*started)
         process.wait()
     done = make(project, *command)

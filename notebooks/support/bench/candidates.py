@@ -342,9 +342,9 @@ CURVLINOPS = "curvlinops-for-pytorch"
 CANDIDATES = {
     "unit": Candidate("forward + backward", "gradient of the mean loss: the unit", unit),
     "ours-fisher": Candidate("fimlib", EXACT_FISHER, ours("I"), bounded=True),
-    "ours-first": Candidate("fimlib", "I, Var_x I, V₁", ours("I", "Var_x I", "V1"), bounded=True),
+    "ours-first": Candidate("fimlib", "I, Varₓ I, V₁", ours("I", "Var_x I", "V1"), bounded=True),
     "ours-all": Candidate(
-        "fimlib", "everything: I, Var_x I, V₁, V₂", ours(*OF_THE_PAPER), bounded=True
+        "fimlib", "everything: I, Varₓ I, V₁, V₂", ours(*OF_THE_PAPER), bounded=True
     ),
     **{
         f"ours-i{j}-{n}": Candidate(

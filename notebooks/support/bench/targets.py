@@ -74,8 +74,8 @@ PRODUCTS = (
 )
 TARGETS = (
     Target("MLP: exact diagonal I, in units", 2.0, True, in_units("ours-fisher"), PRODUCTS),
-    Target("MLP: I, Var_x I and V₁, in units", 3.5, True, in_units("ours-first"), PRODUCTS),
-    Target("MLP: I, Var_x I, V₁ and V₂, in units", 5.5, True, in_units("ours-all"), PRODUCTS),
+    Target("MLP: I, Varₓ I and V₁, in units", 3.5, True, in_units("ours-first"), PRODUCTS),
+    Target("MLP: I, Varₓ I, V₁ and V₂, in units", 5.5, True, in_units("ours-all"), PRODUCTS),
     *(
         Target(
             f"MLP: {name} from 5,000 labels, over the cost from one",
