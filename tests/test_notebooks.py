@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
 
 import nbformat
@@ -94,13 +95,14 @@ def test_a_killed_run_goes_on_and_has_the_same_values(tiny, tmp_path, capsys):
 @pytest.mark.full
 def test_a_run_killed_at_random_points_has_the_same_values(tmp_path):
     """Whatever the runner is doing: starting, training, drawing, giving the folder its name."""
-    size = SIZE | {"epochs": 40}
+    size, begun = SIZE | {"epochs": 40}, time.monotonic()
     with started(tmp_path / "whole", size) as process:
         process.wait()
+    whole = time.monotonic() - begun
     delays, kills = random.Random(0), 0
     while not results.load(tmp_path / "killed"):
         with started(tmp_path / "killed", size) as process, suppress(subprocess.TimeoutExpired):
-            process.wait(delays.uniform(4, 14) if kills < 12 else None)
+            process.wait(delays.uniform(whole / 4, whole * 0.8) if kills < 12 else None)
         kills += 1
     assert kills >= 2
     one, other = (tmp_path / name / "a/values.csv" for name in ("whole", "killed"))
