@@ -86,6 +86,30 @@ def test_one_label_in_two_colours_is_written_twice():
     assert [[t.get_text() for t in ax.texts] for ax in axes] == [["layer 1"], ["layer 1"]]
 
 
+def test_of_two_lines_that_nearly_meet_each_has_its_label_on_its_own_side():
+    figure, [ax] = panels(figsize=(4, 3))
+    lower, upper = (ax.plot(X, 0 * X + y, label=f"{y}")[0] for y in (0, 0.01))
+    ax.set_ylim(-1, 1)
+    label_lines(figure)
+    heights = {text: (box.y0 + box.y1) / 2 for text, (_, box) in texts(figure).items()}
+    at = {str(k.get_label()): k.get_transform().transform([0, k.get_ydata()[0]])[1]
+          for k in (lower, upper)}  # fmt: skip
+    assert heights["0"] < at["0"] < at["0.01"] < heights["0.01"]
+
+
+def test_a_leader_takes_the_way_that_crosses_least():
+    figure, [ax] = panels(figsize=(4, 3))
+    for k in range(-1, 4):
+        ax.plot(X, 0 * X + 0.3 * k, color="black" if k else figures.BLUE,
+                label="" if k else "named")  # fmt: skip
+    ax.set_ylim(-4, 10)
+    drawn = list(ax.lines)
+    label_lines(figure)
+    [leader] = set(ax.lines) - set(drawn)
+    start, tip = leader.get_ydata()
+    assert start < tip  # from below, past one line instead of three
+
+
 def test_where_a_line_is_hemmed_in_something_leads_to_it():
     figure, [ax] = panels(figsize=(4, 3))
     for k in range(-3, 4):

@@ -77,7 +77,8 @@ def test_words_are_counted(tmp_path):
     (tmp_path / "page.md").write_text(
         "# One\n\n```{page-head}\n:sure: not counted\n\ntwo $x + y$ – [here](there.md)\n```\n\n"
         "$$\nx\n$$ (eq-1)\n\n```python\nnot = counted\n```\n\n```{include} part.md\n```\n"
-        ":::{admonition} x\nsix {glue:text}`a b::c:.2f`.\n:::\n",
+        ":::{admonition} x\nsix {glue:text}`a b::c:.2f`.\n:::\n"
+        ":::{dropdown} More\nfolded, not counted\n:::\n",
         "utf-8",
     )
     assert live.words(tmp_path / "page.md") == live.PER_FORMULA + len(

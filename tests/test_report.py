@@ -167,6 +167,10 @@ def test_the_pages_show_every_claim_and_every_case(tmp_path, monkeypatch):
     assert f"UB/V₁ in the hidden layers: {numbers}" in landing
     assert "largest V₂ there: 5 of 5 are 0. **reproduced**" in landing
     assert report.tally(by_id.values()) in landing
+    cells = pd.Series([0.0, 0.0, 1.0])
+    broken = [d._replace(cells=cells) if d.claim.id == "d-zero" else d for d in by_id.values()]
+    monkeypatch.setattr(report, "decide", lambda _: broken)
+    assert "largest V₂ there: 2 of 3 are 0." in report.landing(found, "a test")
 
 
 def test_one_run_that_does_not_count_takes_the_verdicts(tmp_path):
