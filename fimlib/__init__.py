@@ -58,11 +58,8 @@ from fimlib.family import Family, Labels
 from fimlib.fisher import (
     covariance_i1_i2,
     estimate_i1,
-    estimate_i1_matrix,
     estimate_i2,
-    estimate_i2_matrix,
     fisher_information,
-    fisher_matrix,
     sample_variance_i1,
     sample_variance_i2,
     variance_i1,
@@ -75,6 +72,9 @@ from fimlib.hutchinson import HutchinsonEstimate, hutchinson_variance_i2
 
 # Section 4.1: random inputs and labels.
 from fimlib.joint import Joint, JointBounds, JointInterval, joint_covariance
+
+# Section 1: full matrices on chosen parameters.
+from fimlib.matrices import estimate_i1_matrix, estimate_i2_matrix, fisher_matrix
 
 # Engines: which takes a network, and its cost.
 from fimlib.plan import Plan, plan

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from fimlib import _layerwise
 from fimlib._layerwise import ElementwiseStep, LinearStep, Steps, right_factors
-from fimlib.derivatives import Block, Derivatives, check_model, check_plain, check_untied
+from fimlib.derivatives import Block, Derivatives, check_model, check_plain, tied
 from fimlib.diagonal import Diagonal, Term
 from fimlib.families import Categorical
 from fimlib.family import Labels
@@ -147,7 +147,11 @@ def hessian_diagonal_approximation(
     with torch.inference_mode(False):
         check_model(model, x)
         check_plain(model)
-        check_untied(model)
+        if names := tied(model):
+            raise NotImplementedError(
+                f"parameter {names[1]!r} is the same tensor as {names[0]!r}: the diagonal recursion "
+                "has no derivatives of tied parameters."
+            )
         outputs, steps = record(model, x.detach().clone())
     check_labels(outputs, labels)
     gradient, diagonal = at_the_outputs(labels, method)

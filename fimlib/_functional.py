@@ -1,14 +1,9 @@
-r"""Exact J of any network with outputs of each input alone, by ``torch.func``: first order only.
+r"""Exact J and S of any network with outputs of each input alone, by autograd and ``torch.func``.
 
 J = ∂h comes from one backward pass per output, over all inputs at once (``vmap`` of ``jacrev``);
-where ``vmap`` cannot follow the network, from plain autograd, input by input. Nothing is known of
-the operations, so nothing of them could be refused. Instead, J is *checked*: along random
-directions v in the parameters, J·v must be the difference quotient of the outputs,
-
-    J·v = (h(θ + εv) − h(θ − εv)) / 2ε,
-
-which it is not where the graph was cut (``detach``, ``.data``, ``no_grad``) or an operation has
-another derivative than it says.
+where ``vmap`` cannot follow the network, from plain autograd, input by input. S comes from forward
+mode along each parameter (``_forward_mode``). Nothing of the operations has to be known; what
+autograd believes of them is confirmed like any engine's results.
 """
 
 from __future__ import annotations
@@ -20,50 +15,68 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fimlib import _forward_mode
+from fimlib._forward_mode import Curves
 from fimlib._trace import Uncaptured, walk, without_randomness
-from fimlib.derivatives import (
-    Block,
-    Derivatives,
-    call_with,
-    check_alone,
-    check_outputs,
-    is_same,
-    perturb,
-    separate,
-)
+from fimlib.derivatives import Block, Derivatives, call_with, check_outputs, is_same, separate
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
-STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
-RANGE = 100.0  # contributions to J·v that one direction may sum up, largest over smallest
 
 PerParameter = dict[str, Tensor]
 Jacobian = Callable[[nn.Module, Tensor, list[str]], PerParameter]
+Way = Callable[[nn.Module, Tensor, list[str], Tensor], Derivatives]
 
 
 def differentiate(
-    model: nn.Module, x: Tensor, *, order: int = 2, wanted: frozenset[str] | None = None
+    model: nn.Module, x: Tensor, *, order: int, wanted: frozenset[str] | None, way: Way
 ) -> Derivatives:
-    """J of any network, S of none; see ``fimlib.differentiate``.
+    """J of any network, and S; see ``fimlib.differentiate``.
 
     A tied parameter has the total derivative with respect to the shared tensor, under the first
     of its names. Everything is dense: [B, T, *shape] per parameter.
 
+    Args:
+        model: The network; it is copied.
+        x: [B, ...].
+        order: 1 or 2.
+        wanted: Names of parameters; None: all.
+        way: How J is found (order 1), or the curves along each parameter (order 2).
+
     Raises:
-        NotImplementedError: order=2; the outputs are random, or depend on the other inputs; or J
-            is not the derivative of the outputs.
+        NotImplementedError: the outputs are random, or autograd cannot differentiate the network.
         ValueError: the outputs are not [B, T], or a derivative is not finite.
     """
-    if order != 1:
-        raise NotImplementedError(
-            "the functional engine has first derivatives only: use order=1 (enough for I, V₁, Î₁ "
-            "and their bounds), or fimlib.hutchinson_variance_i2 for an unbiased estimate of V₂."
-        )
     own, outputs = private(model, x)
     names = [n for n, _ in own.named_parameters() if wanted is None or n in wanted]
-    check_alone(model, x, outputs)
-    J = checked_jacobian(own, x, names, outputs)
-    blocks = (Block(n.rpartition(".")[0], J[n], None, {n: None}) for n in names)
-    return Derivatives(outputs, tuple(blocks), "functional")
+    try:
+        derivs = way(own, x, names, outputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever vmap or autograd does not know
+        raise NotImplementedError(
+            f"autograd cannot differentiate {type(own).__name__}: {type(error).__name__}: {error}"
+        ) from error
+    for block in derivs.blocks:
+        check_finite(block)
+    return derivs
+
+
+def first_order(jacobian: Jacobian) -> Way:
+    """J, by one of the two ways."""
+
+    def way(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Derivatives:
+        J = in_chunks(jacobian, own, x, names, outputs.shape[1])
+        blocks = (Block(n.rpartition(".")[0], J[n], None, {n: None}) for n in names)
+        return Derivatives(outputs, tuple(blocks))
+
+    return way
+
+
+def second_order(curves: Curves) -> Way:
+    """J and S, by one of the ways to curves along the parameters."""
+    return lambda own, x, names, outputs: _forward_mode.differentiate(
+        own, x, names, outputs, curves
+    )
 
 
 def private(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
@@ -93,43 +106,18 @@ def private(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     return own, outputs.detach()
 
 
-# The two ways to J.
-
-
-def checked_jacobian(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> PerParameter:
-    """J by the first of the two ways that gives the derivative of the outputs."""
-    for way in (vectorised, one_by_one):
-        try:
-            J = in_chunks(way, own, x, names, outputs.shape[1])
-        except (ValueError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever vmap or autograd does not know
-            if way is one_by_one:
-                raise NotImplementedError(
-                    f"autograd cannot differentiate {type(own).__name__}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            continue
-        check_finite(J)
-        wrong = doubted(way, own, x, J)
-        if not wrong:
-            return J
-    raise NotImplementedError(
-        f"what autograd says of parameter {', '.join(map(repr, wrong[:3]))} is not the "
-        "derivative of the outputs (J·v differs from their difference quotient along v): the "
-        "forward pass cuts the derivatives off, as detach(), .data, .item() and torch.no_grad() "
-        "do, or your own autograd.Function has another backward()."
-    )
-
-
-def check_finite(J: PerParameter) -> None:
-    """A ValueError that names a parameter whose derivative is not finite."""
-    for name, rows in J.items():
-        if not torch.isfinite(rows).all():
+def check_finite(block: Block) -> None:
+    """A ValueError that names a parameter whose derivatives are not finite."""
+    for D in (block.J, block.S):
+        if D is not None and not torch.isfinite(D).all():
             raise ValueError(
-                f"the derivative of the outputs in parameter {name!r} is NaN or infinite at one "
-                "of the inputs, e.g. of a root at 0: check the weights and the inputs."
+                f"the derivative of the outputs in parameter {', '.join(map(repr, block.inputs))} "
+                "is NaN or infinite at one of the inputs, e.g. of a root at 0: check the weights "
+                "and the inputs."
             )
+
+
+# The two ways to J.
 
 
 def in_chunks(
@@ -233,147 +221,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-# Is it the derivative?
-
-
-def doubted(way: Jacobian, own: nn.Module, x: Tensor, J: PerParameter) -> list[str]:
-    """Parameters whose J is not the derivative of the outputs; [] if all are.
-
-    At a kink (a ReLU at 0) no difference quotient is the derivative. A kink goes away when all
-    weights are moved a little, a cut does not; so inputs in doubt get more chances.
-    """
-    left = x[~confirmed(own, x, J)]
-    wrong: list[str] = []
-    names, num_outputs = list(J), next(iter(J.values())).shape[1]
-    for strength in STRENGTHS:
-        if not len(left):
-            return []
-        moved, still, wrong = separate(own), [], []
-        perturb(moved, strength)
-        for part in split(own, left, names, num_outputs):
-            again = way(moved, part, names)
-            is_bad = ~confirmed(moved, part, again)
-            still.append(part[is_bad])
-            if is_bad.any():
-                wrong += [n for n in names if not confirmed(moved, part, {n: again[n]}).all()]
-        left = torch.cat(still)
-    return list(dict.fromkeys(wrong or names)) if len(left) else []
-
-
-def entries(rows: Tensor) -> Tensor:
-    """All numbers of a parameter in a row, one for a parameter without axes: [B, T, numel]."""
-    return rows.reshape(*rows.shape[:2], -1)
-
-
-def confirmed(own: nn.Module, x: Tensor, J: PerParameter) -> Tensor:
-    """At which inputs J·v agrees with the difference quotient of the outputs: [B], bool.
-
-    The quotient is taken in float64, also for a float32 network, along directions that each let
-    parameters of similar influence count alike. What moves no output by more than about 1e-8 of
-    its size, when it changes by its own, is lost in rounding.
-    """
-    v = direction(own, list(J))
-    flat = {n: (entries(J[n]), d.flatten()) for n, d in v.items()}
-    products = {n: (rows @ d).double() for n, (rows, d) in flat.items()}
-    squares = {n: (rows.square() @ d.square()).double() for n, (rows, d) in flat.items()}
-    influence = {n: float(terms.mean().sqrt()) for n, terms in squares.items()}
-    precise, z = in_double(own, x)
-    step = step_of(precise)
-    fine = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for shares in directions(influence):
-        w = {n: share * v[n] for n, share in shares.items()}
-        plus, minus = (outputs_at(precise, z, w, sign * step) for sign in (1, -1))
-        quotient = (plus.double() - minus.double()) / (2 * step)
-        claim = torch.stack([share * products[n] for n, share in shares.items()]).sum(0)
-        scale = torch.stack([share**2 * squares[n] for n, share in shares.items()]).sum(0).sqrt()
-        fine &= agree(claim, quotient, scale, J[next(iter(w))].dtype, noise(plus, step))
-    return fine
-
-
-def agree(
-    claim: Tensor, quotient: Tensor, scale: Tensor, dtype: torch.dtype, noise: Tensor
-) -> Tensor:
-    """Whether [B, M] numbers are the quotients, row by row, within what rounding explains.
-
-    Args:
-        claim: In question, computed in ``dtype``.
-        quotient: What they should be.
-        scale: The size of the terms that were summed up to each.
-        dtype: In which the claim was computed.
-        noise: Of the quotients, [B, 1].
-    """
-    eps = torch.finfo(dtype).eps
-    slack = eps**0.35 * scale + 1e3 * eps * scale.amax(1, keepdim=True) + noise
-    fine: Tensor = ((claim - quotient).abs() <= slack).all(1)  # NaN is not
-    return fine
-
-
-def noise(h: Tensor, step: float) -> Tensor:
-    """Rounding error of a difference quotient of the rows of h: [B, 1]."""
-    return 16 * torch.finfo(h.dtype).eps * h.double().abs().amax(1, keepdim=True) / step
-
-
-def in_double(own: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """A float64 copy and its inputs, or a plain copy where the network insists on its type."""
-    copy = separate(own).double()
-    z = x.double() if x.is_floating_point() else x
-    try:
-        with torch.enable_grad():
-            if torch.isfinite(copy(z.clone())).all():
-                return copy, z
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # whatever a module raises at numbers of another type
-        pass
-    return separate(own), x
-
-
-def direction(own: nn.Module, names: list[str]) -> PerParameter:
-    """A random direction, every parameter in proportion to its size."""
-    moved = separate(own)
-    perturb(moved, 1.0)
-    return {n: (moved.get_parameter(n) - own.get_parameter(n)).detach() for n in names}
-
-
-def step_of(own: nn.Module) -> float:
-    """ε, along such a direction: so small that few kinks lie between, for rounding as large."""
-    return float(torch.finfo(next(own.parameters()).dtype).eps ** 0.42)
-
-
-@contextmanager
-def shifted(own: nn.Module, v: PerParameter, step: float) -> Iterator[None]:
-    """Move the parameters of ``own`` to θ + step · v for a while."""
-    before = {n: own.get_parameter(n).data for n in v}
-    try:
-        for n, old in before.items():
-            own.get_parameter(n).data = old + step * v[n].to(old)
-        yield
-    finally:
-        for n, old in before.items():
-            own.get_parameter(n).data = old
-
-
-def outputs_at(own: nn.Module, x: Tensor, v: PerParameter, step: float) -> Tensor:
-    """The outputs at θ + step · v, [B, T]."""
-    with shifted(own, v, step), torch.enable_grad():  # without it, attention takes another way
-        h: Tensor = own(x.clone())
-    return h.detach()
-
-
-def directions(influence: dict[str, float]) -> Iterator[dict[str, float]]:
-    """Parameters of similar influence together, each with the share that makes them alike.
-
-    So that no parameter hides another; and no share exceeds 1. Those of no influence at all come
-    first, together.
-    """
-    group: dict[str, float] = {}
-    least = 0.0
-    for n in sorted(influence, key=lambda n: influence[n]):
-        if group and influence[n] > RANGE * least:
-            yield group
-            group = {}
-        least = least if group else influence[n]
-        group[n] = least / influence[n] if influence[n] > 0 else 1.0
-    yield group

@@ -76,7 +76,7 @@ class ElementwiseStep:
     first: Tensor
     second: Tensor | None
 
-    def part(self, at: slice) -> ElementwiseStep:
+    def part(self, at: slice | Tensor) -> ElementwiseStep:
         """The same at some of the inputs."""
         return ElementwiseStep(self.first[at], None if self.second is None else self.second[at])
 
@@ -102,7 +102,7 @@ def differentiate(
     rows = identity(outputs) if directions is None else directions.to(outputs)
     factors = [(s.name, right_factors(s, wanted)) for s in steps if isinstance(s, LinearStep)]
 
-    def sweep(at: slice) -> Derivatives:
+    def sweep(at: slice | Tensor) -> Derivatives:
         with torch.inference_mode(False), torch.no_grad():
             parts = [s.part(at) if isinstance(s, ElementwiseStep) else s for s in steps]
             carried = backward(rows[at], parts, order, wanted)

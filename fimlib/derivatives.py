@@ -40,6 +40,12 @@ class Block:
     S: Tensor | None
     inputs: Mapping[str, Tensor | None]
 
+    def at(self, inputs: slice | Tensor) -> Block:
+        """The same at some of the inputs."""
+        S = None if self.S is None else self.S[inputs]
+        factors = {n: None if z is None else z[inputs] for n, z in self.inputs.items()}
+        return Block(self.layer, self.J[inputs], S, factors)
+
     @property
     def second(self) -> Tensor:
         """S; a ValueError where there is none."""
@@ -68,6 +74,15 @@ class Derivatives:
     blocks: tuple[Block, ...]
     engine: str = ""
     projected: bool = False
+
+    def at(self, inputs: slice | Tensor) -> Derivatives:
+        """The same at some of the inputs."""
+        blocks = tuple(block.at(inputs) for block in self.blocks)
+        return replace(self, outputs=self.outputs[inputs], blocks=blocks)
+
+    def first_order(self) -> Derivatives:
+        """The same without S."""
+        return replace(self, blocks=tuple(replace(block, S=None) for block in self.blocks))
 
     def contract(self, form: Callable[[Block], Tensor], degree: int) -> Diagonal:
         """Apply a form to every parameter's derivatives.
@@ -119,7 +134,7 @@ class Batch:
     Attributes:
         outputs: The network's outputs h at all of them, [B, T].
         inputs: The layer of every block, and its right factors at all of them, as in ``Block``.
-        sweep: From a slice of the inputs to the derivatives there.
+        sweep: From some of the inputs, a slice or positions, to the derivatives there.
         size: How many inputs to take at a time.
         engine: As in ``Derivatives``.
         projected: As in ``Derivatives``.
@@ -127,7 +142,7 @@ class Batch:
 
     outputs: Tensor
     inputs: tuple[tuple[str, Mapping[str, Tensor | None]], ...]
-    sweep: Callable[[slice], Derivatives]
+    sweep: Callable[[slice | Tensor], Derivatives]
     size: int
     engine: str
     projected: bool = False
@@ -137,11 +152,15 @@ class Batch:
         """Derivatives that are there already, in one piece."""
         inputs = tuple((block.layer, block.inputs) for block in derivs.blocks)
         size = max(1, len(derivs.outputs))
-        return cls(derivs.outputs, inputs, lambda _: derivs, size, derivs.engine, derivs.projected)
+        return cls(derivs.outputs, inputs, derivs.at, size, derivs.engine, derivs.projected)
 
     def derivatives(self) -> Derivatives:
         """Those at all inputs."""
-        return self.sweep(slice(None))
+        return replace(self.sweep(slice(None)), engine=self.engine)
+
+    def at(self, inputs: Tensor) -> Derivatives:
+        """Those at some of the inputs, by position."""
+        return self.sweep(inputs)
 
     def pieces(self) -> Iterator[tuple[slice, Derivatives]]:
         """The inputs in order, ``size`` at a time, and the derivatives there; one piece of none."""
@@ -167,6 +186,8 @@ WRAPPER = (
 )
 EXACT = ("layerwise", "traced", "backpack", "functional")
 APPROXIMATE = ("becker-lecun", "hesscale")
+
+Seeds = Callable[[Tensor], Tensor | None]
 
 
 def differentiate(
@@ -223,132 +244,11 @@ def differentiate(
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
-    return checked(model, x, engine, order, layers).derivatives()
+    from fimlib._choose import checked
 
-
-Seeds = Callable[[Tensor], Tensor | None]
-
-
-def checked(
-    model: nn.Module,
-    x: Tensor,
-    engine: str,
-    order: int,
-    layers: Sequence[str] | None,
-    seeds: Seeds | None = None,
-) -> Batch:
-    """``differentiate``; for ``seeds`` see ``prepare``."""
-    with torch.inference_mode(False):
-        check_model(model, x)
-        check_plain(model)
-        wanted = selected(model, layers)
-        x = x.detach()
-        names = candidates(model, engine, order)
-        batch = first_that_takes(names, model, x, order, wanted, seeds)
-    if not all_finite(batch.outputs):
-        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
-    return batch
-
-
-def prepare(
-    model: nn.Module,
-    *,
-    engine: str = "auto",
-    order: int = 2,
-    layers: Sequence[str] | None = None,
-    seeds: Seeds | None = None,
-) -> Callable[[Tensor], Batch]:
-    """``differentiate`` for many batches alike, with everything looked at once, in the first.
-
-    The others go to the engine that took the first. Whether such a batch, or what comes of it, is
-    finite is for the caller to look at: where a look means waiting for a device, one is enough.
-
-    Args, Raises: as ``differentiate``, and
-        seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
-            the outputs themselves, or None. Those that it did are ``projected``.
-    """
-    first: list[tuple[str, torch.dtype, torch.device]] = []
-
-    def again(x: Tensor) -> Batch:
-        taken, *kind = first[0] if first else (engine, x.dtype, x.device)
-        if [x.dtype, x.device] != kind:
-            raise ValueError(
-                f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on {kind[1]}: "
-                "convert it with .to(...)."
-            )
-        if first and taken == "layerwise":
-            with torch.inference_mode(False):
-                return run(taken, model, x.detach(), order, selected(model, layers), seeds)
-        batch = checked(model, x, taken, order, layers, seeds)
-        first[:] = [(batch.engine, x.dtype, x.device)]
-        return batch
-
-    return again
-
-
-def candidates(model: nn.Module, engine: str, order: int) -> tuple[str, ...]:
-    """The engines to try, in order."""
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 (J) or 2 (J and S), got {order!r}.")
-    if engine == "auto" and order == 1:
-        return ("functional",) if tied(model) else ("layerwise", "traced", "functional")
-    if engine == "auto":
-        return ("layerwise", "traced", "backpack")
-    if engine not in EXACT + APPROXIMATE:
-        known = ", ".join(("auto", *EXACT, *APPROXIMATE))
-        raise ValueError(f"unknown engine {engine!r}; choose one of: {known}.")
-    return (engine,)
-
-
-def first_that_takes(
-    names: tuple[str, ...],
-    model: nn.Module,
-    x: Tensor,
-    order: int,
-    wanted: frozenset[str] | None,
-    seeds: Seeds | None = None,
-) -> Batch:
-    """Derivatives by the first of the engines that supports the model.
-
-    Raises:
-        NotImplementedError: none does; for those after the first, every refusal is told.
-    """
-    refusals: list[Exception] = []
-    for name in names:
-        try:
-            return run(name, model, x, order, wanted, seeds)
-        except (NotImplementedError, ImportError) as refusal:
-            if len(names) == 1:
-                raise
-            refusals.append(refusal)
-    told = " Nor does it: ".join(str(refusal) for refusal in refusals[1:])
-    helps = order == 2 and not any(word in told for word in ("order=1", " cuts "))
-    remedy = " For I, V₁ and Î₁ alone take order=1." if helps else ""
-    raise NotImplementedError(f"{told}{remedy}") from refusals[-1]
-
-
-def run(
-    engine: str,
-    model: nn.Module,
-    x: Tensor,
-    order: int,
-    wanted: frozenset[str] | None,
-    seeds: Seeds | None = None,
-) -> Batch:
-    """Derivatives by one engine, of a checked model."""
-    from fimlib import _approximate, _backpack, _functional, _layerwise, _traced
-
-    if engine != "functional":
-        check_untied(model)
-    if engine == "layerwise":  # which works in place on nothing that it is given
-        return _layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
-    x = x.clone()  # the first module may work in place
-    if engine in APPROXIMATE:
-        derivs = _approximate.differentiate(model, x, order=order, wanted=wanted, method=engine)
-        return Batch.of(derivs)
-    others = {"traced": _traced, "backpack": _backpack, "functional": _functional}
-    derivs = others[engine].differentiate(model, x, order=order, wanted=wanted)
-    return Batch.of(replace(derivs, engine=engine))
+    x = x.clone() if isinstance(x, Tensor) else x  # the result keeps it
+    check_module(model)
+    return checked(model, x, engine, order, selected(model, layers)).batch.derivatives()
 
 
 def selected(model: nn.Module, layers: Sequence[str] | None) -> frozenset[str] | None:
@@ -398,16 +298,6 @@ def check_plain(model: nn.Module) -> None:
             )
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters: there is nothing to differentiate in.")
-
-
-def check_untied(model: nn.Module) -> None:
-    """Refuse tied parameters, whose second derivatives have cross terms that no engine computes."""
-    if found := tied(model):
-        raise ValueError(
-            f"parameter {found[1]!r} is the same tensor as {found[0]!r}: tied parameters are not "
-            "supported by this engine. Untie them, e.g. by copy.deepcopy of the module; or take "
-            "order=1 (engine 'auto' or 'functional'), and for V₂ fimlib.hutchinson_variance_i2."
-        )
 
 
 def tied(model: nn.Module) -> tuple[str, str] | None:
@@ -488,46 +378,16 @@ def tensors(values: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def check_alone(model: nn.Module, x: Tensor, outputs: Tensor) -> None:
-    """Refuse a model whose outputs for one input are not a function of that input alone.
-
-    It is called on the whole batch again, and on parts of it; at its weights, and at others, since
-    weights of 0 hide what is before them. The parts meet another copy than the whole batch, so what
-    a copy has kept shows.
-
-    Raises:
-        NotImplementedError: the outputs differ.
-    """
-    whole, parts = separate(model), separate(model)
-    for strength in (0.0, 0.5):
-        for own in (whole, parts):
-            perturb(own, strength)
-        halves = [half for half in (x[:1], x[1:]) if len(half)]
-        found = [call(whole, x), call(whole, x), *(call(parts, half) for half in halves)]
-        expected = found[0] if strength else outputs
-        if expected is None or (strength and any(h is None for h in found)):
-            continue  # other weights may be none that the model was made for
-        halves = [half for half in (expected[:1], expected[1:]) if len(half)]
-        pairs = zip((expected, expected, *halves), found, strict=True)
-        if not all(h is not None and is_same(h, e, expected) for e, h in pairs):
-            raise NotImplementedError(
-                "the outputs for one input depend on the others of the batch, on how often the "
-                "model was called, or on chance: make forward() a function of each input alone. "
-                f"If it is one, and {x.dtype} rounds too much for that to show, call .double() on "
-                "the model and on the inputs."
-            )
-
-
-def call(model: nn.Module, x: Tensor) -> Tensor | None:
-    """The outputs, if there are any and they are finite."""
+def call(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
+    """The outputs, without a graph, if there are any and they are finite."""
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             h = model(x.clone())
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # whatever a module raises at a batch, or at weights, that it rejects
         return None
-    return h if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
+    return h.detach() if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
 
 
 def perturb(model: nn.Module, strength: float) -> None:
@@ -536,10 +396,16 @@ def perturb(model: nn.Module, strength: float) -> None:
         return
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
     for parameter in model.parameters():
-        size = parameter.detach().square().mean().sqrt()
-        fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-        noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
-        parameter.data += strength * (size if size > 0 else fallback) * noise
+        parameter.data += strength * random_step(parameter.detach(), generator)
+
+
+def random_step(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers as large as a parameter's, or as they may become where all are 0."""
+    parameter = parameter.detach()
+    size = parameter.square().mean().sqrt()
+    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+    noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
+    return torch.where(size > 0, size, fallback) * noise
 
 
 def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:

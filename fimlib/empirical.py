@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.families import Labels, check_num_samples, weighted_variance
-from fimlib.fisher import (
-    check_labels,
-    estimate_i1,
-    estimate_i1_matrix,
-    family_of,
-    jacobian,
-)
+from fimlib.fisher import check_labels, estimate_i1, family_of
+from fimlib.matrices import estimate_i1_matrix, jacobian
 
 
 def data_fisher(derivs: Derivatives, labels: Labels) -> Diagonal:

@@ -9,43 +9,26 @@ estimates have a part in the result.
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fimlib._choose import checked
+from fimlib._confirm import STRENGTHS, Truth, shifted, step_of
+from fimlib._forward_mode import twice_differentiable
 from fimlib._functional import (
-    STRENGTHS,
     PerParameter,
-    agree,
-    checked_jacobian,
-    direction,
-    entries,
-    in_double,
-    noise,
     one_by_one,
     outputs_from,
     private,
     quiet,
-    shifted,
     split,
-    step_of,
     values_of,
 )
-from fimlib.derivatives import (
-    Block,
-    Derivatives,
-    check_alone,
-    check_model,
-    check_plain,
-    perturb,
-    selected,
-    separate,
-)
+from fimlib.derivatives import Block, Derivatives, check_module, perturb, selected, separate
 from fimlib.diagonal import Diagonal, Term
 from fimlib.families import Family, check_num_samples
 
@@ -130,16 +113,16 @@ def hutchinson_variance_i2(
     """
     n = check_num_samples(num_samples)
     size, num_blocks = blocks_of(num_probes)
+    check_module(model)
+    wanted = selected(model, layers)
+    derivs = checked(model, x, "auto", 1, wanted).batch.derivatives()
+    h = family.natural(derivs.outputs)
+    outputs = derivs.outputs
     with torch.inference_mode(False), twice_differentiable():
-        check_model(model, x)
-        check_plain(model)
-        wanted = selected(model, layers)
         x = x.detach().clone()
-        own, outputs = private(model, x)
-        h = family.natural(outputs)
-        check_alone(model, x, outputs)
+        own, _ = private(model, x)
         names = [name for name, _ in own.named_parameters() if wanted is None or name in wanted]
-        J = checked_jacobian(own, x, names, outputs)
+        J = {name: derivs.jacobian(name) for name in names}
         products = checked_products(own, x, names, outputs)
         parts = []
         for rows in rows_at_a_time(len(x), num_blocks * sum(J[name][0].numel() for name in names)):
@@ -163,7 +146,7 @@ def blocks_of(num_probes: int) -> tuple[int, int]:
     Raises:
         ValueError: fewer than 3 probes: there is no error bar.
     """
-    is_integer = isinstance(num_probes, numbers.Integral) and not isinstance(num_probes, bool)
+    is_integer = isinstance(num_probes, Integral) and not isinstance(num_probes, bool)
     if not is_integer or num_probes < 3:
         raise ValueError(
             f"num_probes must be an integer ≥ 3, got {num_probes!r}: two independent probes make "
@@ -171,13 +154,6 @@ def blocks_of(num_probes: int) -> tuple[int, int]:
         )
     size = -(-int(num_probes) // BLOCKS)
     return size, int(num_probes) // size
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Kernels for attention and recurrence that have second derivatives."""
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-        yield
 
 
 # The estimate, from the probes.
@@ -260,7 +236,7 @@ def summary(found: dict[str, tuple[Tensor, Tensor]], n: int) -> tuple[Part, Part
     inside: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, (r, k) in found.items():
         parameters[name] = estimate(r / n, k / n)
-        inside.setdefault(name.rpartition(".")[0], []).append((entries(r), entries(k)))
+        inside.setdefault(name.rpartition(".")[0], []).append((numbers(r), numbers(k)))
     for layer, both in inside.items():
         r, k = (torch.cat(parts, 2).mean(2) / n for parts in zip(*both, strict=True))
         layers[layer] = estimate(r, k)
@@ -414,19 +390,28 @@ def is_derivative(
 
 def confirmed(way: Products, own: nn.Module, x: Tensor, names: list[str]) -> Tensor:
     """At which inputs v·(H v) is the difference quotient of J·v, parameter by parameter: [B]."""
-    precise, z = in_double(own, x)
-    v = {n: d.to(next(precise.parameters())) for n, d in direction(own, names).items()}
-    step = step_of(precise)
+    truth = Truth.of(own, x)
+    v = {n: truth.v[n] for n in names}
+    step = step_of(truth.dtype)
 
     def slopes(sign: int) -> Tensor:
-        with shifted(precise, v, sign * step):
-            J = one_by_one(precise, z, names)
-        return torch.cat([entries(J[n]) @ v[n].flatten() for n in names], dim=1)
+        with shifted(truth.own, v, sign * step):
+            J = one_by_one(truth.own, truth.x, names)
+        return torch.cat([numbers(J[n]) @ v[n].flatten() for n in names], dim=1).double()
 
     plus, minus = slopes(1), slopes(-1)
-    products = way(precise, z, names, {n: d.expand(len(z), *d.shape) for n, d in v.items()})
-    terms = [entries(products[n] * v[n]).double() for n in names]
+    batched = {n: d.expand(len(truth.x), *d.shape) for n, d in v.items()}
+    products = way(truth.own, truth.x, names, batched)
+    terms = [numbers(products[n] * v[n]).double() for n in names]
     claim = torch.cat([t.sum(2) for t in terms], dim=1)
     scale = torch.cat([t.square().sum(2).sqrt() for t in terms], dim=1)
-    quotient = (plus.double() - minus.double()) / (2 * step)
-    return agree(claim, quotient, scale, plus.dtype, noise(plus, step))
+    eps = torch.finfo(truth.dtype).eps
+    rounding = truth.noise.double().repeat(len(names)) / step
+    slack = eps**0.35 * scale + rounding + 16 * eps * (plus.abs() + minus.abs()) / step
+    fine: Tensor = ((claim - (plus - minus) / (2 * step)).abs() <= slack).all(1)
+    return fine
+
+
+def numbers(rows: Tensor) -> Tensor:
+    """All numbers of a parameter in a row, one for a parameter without axes: [B, T, numel]."""
+    return rows.reshape(*rows.shape[:2], -1)

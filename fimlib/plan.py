@@ -10,14 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import (
-    APPROXIMATE,
-    call_with,
-    candidates,
-    check_model,
-    checked,
-    separate,
-)
+from fimlib._choose import checked
+from fimlib.derivatives import APPROXIMATE, call_with, check_module, selected, separate
 from fimlib.streaming import memory
 
 REPETITIONS = 3
@@ -78,19 +72,14 @@ def plan(
         >>> found.engine, found.exact, list(found.refusals)
         ('traced', True, ['layerwise'])
     """
-    check_model(model, x)
-    x, refusals = x.detach().clone(), {}
-    for name in candidates(model, engine, order):
-        try:
-            taken = checked(model, x, name, order, layers).engine
-            break
-        except (NotImplementedError, ImportError) as refusal:
-            refusals[name] = str(refusal)
-    else:  # the error that differentiate raises
-        taken = checked(model, x, engine, order, layers).engine
+    check_module(model)
+    wanted = selected(model, layers)
+    x = x.detach().clone() if isinstance(x, Tensor) else x
+    chosen = checked(model, x, engine, order, wanted)
+    taken, refusals = chosen.batch.engine, {n: str(e) for n, e in chosen.refusals.items()}
 
     def work(x: Tensor) -> None:
-        checked(model, x, taken, order, layers).derivatives()
+        checked(model, x, taken, order, wanted).batch.derivatives()
 
     own = separate(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)

@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from fimlib._probabilities import warn_of_probabilities
-from fimlib.derivatives import WRAPPER, Batch, all_finite, check_module, differentiate, prepare
+from fimlib._choose import prepare
+from fimlib.derivatives import WRAPPER, Batch, all_finite, check_module, differentiate
 from fimlib.families import Family
 from fimlib.joint import Joint
 

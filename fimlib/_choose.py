@@ -1,0 +1,361 @@
+"""Which engine differentiates a network: tried in order, each confirmed before its numbers leave.
+
+Every engine is one row of ``ENGINES``. What it finds at the first batch is compared with the
+network itself (``_confirm``); an engine that does not support the network, or whose numbers are not
+its derivatives, is passed over. If none is left, the error names the cause that the most general of
+them found, and a remedy that has been tried on the first inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fimlib import _approximate, _backpack, _forward_mode, _functional, _layerwise, _traced
+from fimlib._confirm import Unconfirmed, confirm, few
+from fimlib.derivatives import (
+    Batch,
+    Derivatives,
+    Seeds,
+    all_finite,
+    check_model,
+    check_module,
+    check_plain,
+    selected,
+    tied,
+)
+
+Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None, Seeds | None], Batch]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to the derivatives of a network.
+
+    Attributes:
+        name: As in ``differentiate(..., engine=name)``.
+        attempts: What it tries, in order, for derivatives of order 1 and 2.
+        takes_ties: Whether it has the derivatives of tied parameters.
+        is_exact: Whether its S is exact.
+    """
+
+    name: str
+    attempts: Callable[[int], tuple[Attempt, ...]]
+    takes_ties: bool = False
+    is_exact: bool = True
+
+
+def plain_engine(name: str, function: Callable[..., Derivatives], *, is_exact: bool = True) -> Engine:
+    """An engine with one attempt, which knows no rows but those of the outputs."""
+
+    def attempt(
+        model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, _: Seeds | None
+    ) -> Batch:
+        return Batch.of(function(model, x.clone(), order=order, wanted=wanted))
+
+    return Engine(name, lambda _: (attempt,), is_exact=is_exact)
+
+
+def layerwise(
+    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, seeds: Seeds | None
+) -> Batch:
+    """The layerwise engine, which writes to nothing that it is given."""
+    return _layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
+
+
+def functional(order: int) -> tuple[Attempt, ...]:
+    """Two ways to J, three to S."""
+    if order == 1:
+        ways = (_functional.vectorised, _functional.one_by_one)
+        return tuple(functional_attempt(_functional.first_order(way)) for way in ways)
+    return tuple(
+        functional_attempt(_functional.second_order(curves)) for curves in _forward_mode.WAYS
+    )
+
+
+def functional_attempt(way: _functional.Way) -> Attempt:
+    """One of these ways."""
+
+    def attempt(
+        model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, _: Seeds | None
+    ) -> Batch:
+        found = _functional.differentiate(model, x.clone(), order=order, wanted=wanted, way=way)
+        return Batch.of(found)
+
+    return attempt
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("layerwise", lambda _: (layerwise,)),
+        plain_engine("traced", _traced.differentiate),
+        plain_engine("backpack", _backpack.differentiate),
+        Engine("functional", functional, takes_ties=True),
+        *(
+            plain_engine(name, partial(_approximate.differentiate, method=name), is_exact=False)
+            for name in _approximate.METHODS
+        ),
+    )
+}
+AUTO = ("layerwise", "traced", "functional")
+LAYERS_TO_TRY = 4  # from the last on, as a remedy
+
+
+class TooManyParameters(NotImplementedError):  # noqa: N818
+    """The network is supported, at a cost that nobody has agreed to."""
+
+
+def candidates(model: nn.Module, engine: str, order: int) -> tuple[str, ...]:
+    """The engines to try, in order."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 (J) or 2 (J and S), got {order!r}.")
+    if engine == "auto":
+        return tuple(n for n in AUTO if ENGINES[n].takes_ties or not tied(model))
+    if engine not in ENGINES:
+        known = ", ".join(("auto", *ENGINES))
+        raise ValueError(f"unknown engine {engine!r}; choose one of: {known}.")
+    return (engine,)
+
+
+class Chosen(NamedTuple):
+    """Confirmed derivatives.
+
+    Attributes:
+        batch: They.
+        attempt: What found them, for batches to come.
+        refusals: Why not the engines before it, by name.
+    """
+
+    batch: Batch
+    attempt: Attempt
+    refusals: dict[str, Exception]
+
+
+def checked(
+    model: nn.Module,
+    x: Tensor,
+    engine: str,
+    order: int,
+    wanted: frozenset[str] | None = None,
+    seeds: Seeds | None = None,
+) -> Chosen:
+    """Confirmed derivatives in the named parameters; for ``seeds`` see ``prepare``.
+
+    Raises:
+        NotImplementedError: no engine supports the network; with the cause and a remedy.
+    """
+    with torch.inference_mode(False):
+        check_model(model, x)
+        check_plain(model)
+        names = candidates(model, engine, order)
+        chosen = choose(names, model, x.detach(), order, wanted, seeds, unasked=engine == "auto")
+    if isinstance(chosen, dict):
+        raise NotImplementedError(
+            f"{cause(chosen)}{remedy(chosen, model, x, engine, order, wanted)}"
+        ) from list(chosen.values())[-1]
+    if not all_finite(chosen.batch.outputs):
+        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+    return chosen
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    engine: str = "auto",
+    order: int = 2,
+    layers: Sequence[str] | None = None,
+    seeds: Seeds | None = None,
+) -> Callable[[Tensor], Batch]:
+    """``differentiate`` for many similar batches; only the first is checked in full.
+
+    The others go to the engine that supports the first. The caller checks for finite values, so
+    that a GPU is synchronised once.
+
+    Args, Raises: as ``differentiate``, and
+        seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
+            the outputs themselves, or None. The result is then ``projected``.
+    """
+    check_module(model)
+    wanted = selected(model, layers)
+    first: list[tuple[Attempt, str, torch.dtype, torch.device]] = []
+
+    def again(x: Tensor) -> Batch:
+        if not first:
+            chosen = checked(model, x, engine, order, wanted, seeds)
+            first.append((chosen.attempt, chosen.batch.engine, x.dtype, x.device))
+            return chosen.batch
+        attempt, name, *kind = first[0]
+        if [x.dtype, x.device] != kind:
+            raise ValueError(
+                f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on {kind[1]}: "
+                "convert it with .to(...)."
+            )
+        with torch.inference_mode(False):
+            return replace(attempt(model, x.detach(), order, wanted, seeds), engine=name)
+
+    return again
+
+
+def choose(
+    names: Sequence[str],
+    model: nn.Module,
+    x: Tensor,
+    order: int,
+    wanted: frozenset[str] | None,
+    seeds: Seeds | None,
+    *,
+    unasked: bool,
+) -> Chosen | dict[str, Exception]:
+    """Derivatives by the first engine that supports the network, or every engine's refusal."""
+    refusals: dict[str, Exception] = {}
+    for name in names:
+        if name == "functional" and order == 2 and unasked:
+            try:
+                check_affordable(model, x, wanted)
+            except NotImplementedError as refusal:
+                refusals[name] = refusal
+                continue
+        for attempt in ENGINES[name].attempts(order):
+            try:
+                batch = tried(name, attempt, model, x, order, wanted, seeds)
+            except (NotImplementedError, ImportError) as refusal:
+                if not isinstance(refusals.get(name), Unconfirmed):
+                    refusals[name] = refusal
+                continue
+            return Chosen(batch, attempt, refusals)
+    return refusals
+
+
+def tried(
+    name: str,
+    attempt: Attempt,
+    model: nn.Module,
+    x: Tensor,
+    order: int,
+    wanted: frozenset[str] | None,
+    seeds: Seeds | None,
+) -> Batch:
+    """What one attempt finds, confirmed; a NotImplementedError where it finds nothing.
+
+    Raises:
+        ValueError, NotImplementedError, ImportError: in fimlib's words.
+    """
+    engine = ENGINES[name]
+    if tied(model) and not engine.takes_ties:
+        first, second = tied(model) or ("", "")
+        raise NotImplementedError(
+            f"parameter {second!r} is the same tensor as {first!r}: engine {name!r} has no "
+            "derivatives of tied parameters."
+        )
+    try:
+        batch = replace(attempt(model, x, order, wanted, seeds), engine=name)
+        at = few(len(x), model).to(x.device)
+        sample = batch.at(at)
+
+        def again(moved: nn.Module, inputs: Tensor) -> Derivatives:
+            return attempt(moved, inputs, order, wanted, seeds).derivatives()
+
+        if not engine.is_exact:
+            sample = sample.first_order()
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            confirm(model, x[at], sample, again, seeds)
+    except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a forward pass may hold that this engine never met
+        raise NotImplementedError(
+            f"engine {name!r} cannot follow the forward pass of {type(model).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return batch
+
+
+def check_affordable(model: nn.Module, x: Tensor, wanted: frozenset[str] | None) -> None:
+    """Refuse what takes very many passes, if nobody asked for it by name.
+
+    Raises:
+        TooManyParameters: with about how long it takes.
+    """
+    parameters = dict(model.named_parameters())
+    names = [n for n in parameters if wanted is None or n in wanted]
+    count = sum(parameters[n].numel() for n in names)
+    if count <= _forward_mode.MANY_PARAMETERS:
+        return
+    own, outputs = _functional.private(model, x[:1])
+    seconds = _forward_mode.seconds_needed(own, x[:1], names, outputs)
+    raise TooManyParameters(
+        f"second derivatives of this network take one pass for each of {count:,} parameters, about "
+        f"{duration(seconds)} for one input; engine='functional' does that."
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in the largest unit that makes it at least 1."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(1.0, seconds):.0f} seconds"
+
+
+# What an error says.
+
+
+def cause(refusals: dict[str, Exception]) -> str:
+    """Of all refusals the one by the engine that came furthest."""
+    confirmed = [e for e in refusals.values() if isinstance(e, Unconfirmed)]
+    return str((confirmed or list(refusals.values()))[-1])
+
+
+def remedy(
+    refusals: dict[str, Exception],
+    model: nn.Module,
+    x: Tensor,
+    engine: str,
+    order: int,
+    wanted: frozenset[str] | None,
+) -> str:
+    """The first remedy that works at the first two inputs, as a sentence; "" if none does."""
+    trials = [(" engine='auto' supports it.", "auto", order, wanted)] if engine != "auto" else []
+    if wanted is None:
+        is_costly = any(isinstance(e, TooManyParameters) for e in refusals.values())
+        for chosen in parts(model, _forward_mode.MANY_PARAMETERS if is_costly else 0):
+            named = ", ".join(map(repr, chosen))
+            sentence = f" For a part of the network take layers=[{named}]."
+            trials.append((sentence, engine, order, selected(model, chosen)))
+    if order == 2:
+        trials.append((" For I, V₁ and Î₁ alone take order=1.", engine, 1, wanted))
+    return next((sentence for sentence, *trial in trials if works(model, x[:2], *trial)), "")
+
+
+def works(
+    model: nn.Module, x: Tensor, engine: str, order: int, wanted: frozenset[str] | None
+) -> bool:
+    """Whether the network can be differentiated so."""
+    names = candidates(model, engine, order)
+    try:
+        with torch.inference_mode(False):
+            chosen = choose(names, model, x.detach(), order, wanted, None, unasked=engine == "auto")
+    except (ValueError, NotImplementedError):
+        return False
+    return isinstance(chosen, Chosen)
+
+
+def parts(model: nn.Module, most: int) -> list[list[str]]:
+    """Layers to try in place of the whole network: several of at most so many parameters, or one."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        sizes[layer] = sizes.get(layer, 0) + parameter.numel()
+    layers = [layer for layer in reversed(sizes) if layer]
+    last: list[str] = []
+    for layer in layers:
+        if sum(sizes[n] for n in [*last, layer]) > most:
+            break
+        last.insert(0, layer)
+    several = [last] if 1 < len(last) < len(sizes) else []
+    return several + [[layer] for layer in layers[:LAYERS_TO_TRY]]

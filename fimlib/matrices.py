@@ -1,0 +1,129 @@
+"""Full matrices on chosen parameters (Eqs 2–4): the Fisher information and its two estimators.
+
+J comes from ``differentiate``'s engines, so any model that these support will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fimlib._choose import checked
+from fimlib._confirm import confirm_hessian
+from fimlib._forward_mode import twice_differentiable
+from fimlib._probabilities import warn_of_probabilities
+from fimlib.derivatives import call_with, check_model
+from fimlib.families import Family, Labels
+from fimlib.fisher import check_labels, family_of
+
+
+def fisher_matrix(
+    model: nn.Module, x: Tensor, family: Family, *, parameters: Sequence[str]
+) -> Tensor:
+    r"""Fisher information matrix over the inputs, I(θ) = E_x (∂h)ᵀ 𝓘 (∂h) (Eq. 2).
+
+    Args:
+        model: Any module that maps x to the outputs [B, T] of the family; in eval mode.
+        x: [B, ...]; B = 1 gives the conditional matrix.
+        family: The output family.
+        parameters: Names, as in ``model.named_parameters()``; flattened and joined in this order.
+
+    Returns:
+        [P, P], float64, symmetric, in nat/θ².
+
+    Raises:
+        ValueError: an unknown parameter name, outputs that do not fit the family, or what
+            ``fimlib.differentiate`` refuses.
+    """
+    outputs, J = jacobian(model, x, parameters, family)
+    warn_of_probabilities(family, outputs, model)
+    cov = family.covariance(family.natural(outputs))
+    return torch.einsum("bti,btu,buj->ij", J, cov, J) / len(x)
+
+
+def estimate_i1_matrix(
+    model: nn.Module, x: Tensor, labels: Labels, *, parameters: Sequence[str]
+) -> Tensor:
+    """The estimator Î₁(θ) = (1/N) Σ_k ∂ℓ_k ∂ℓ_kᵀ, averaged over the inputs (Eq. 3).
+
+    Args, Returns, Raises: as ``fisher_matrix``, with labels drawn for the model's outputs at x.
+    """
+    outputs, J = jacobian(model, x, parameters, family_of(labels))
+    check_labels(outputs, labels)
+    scores = labels.project(J) * labels.weights.sqrt()[:, :, None]
+    return torch.einsum("bai,baj->ij", scores, scores) / len(x)
+
+
+def estimate_i2_matrix(
+    model: nn.Module, x: Tensor, labels: Labels, *, parameters: Sequence[str]
+) -> Tensor:
+    r"""The estimator Î₂(θ) = −(1/N) Σ_k ∂²ℓ_k, averaged over the inputs (Eq. 4).
+
+    ``−∂²ℓ = (∂h)ᵀ𝓘(∂h) − Σ_a δ_a ∂²h^a`` is linear in δ, so one Hessian serves all labels.
+
+    Args, Returns, Raises: as ``estimate_i1_matrix``.
+    """
+    family, names = family_of(labels), list(parameters)
+    outputs, J = jacobian(model, x, names, family)
+    check_labels(outputs, labels)
+    cov = family.covariance(family.natural(outputs))
+    information = torch.einsum("bti,btu,buj->ij", J, cov, J) / len(x)
+    residual, at = labels.mean_residual(), labels.outputs
+
+    def at_outputs(outputs: Tensor) -> Tensor:
+        return (family.link(outputs.double(), at) * residual).sum() / len(x)
+
+    def residual_output(model: nn.Module, flat: Tensor) -> Tensor:
+        return at_outputs(functional(model, names, flat, x))
+
+    def curvature(model: nn.Module) -> Tensor:
+        found: Tensor = torch.func.hessian(partial(residual_output, model))(flatten(model, names))
+        return found.detach()
+
+    with twice_differentiable():
+        found = curvature(model)
+        confirm_hessian(model, x, names, found, at_outputs, curvature)
+    return information - found.double()
+
+
+def jacobian(
+    model: nn.Module, x: Tensor, names: Sequence[str], family: Family
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T], and J [B, T, P] of the natural parameters in float64.
+
+    P counts the entries of the named parameters.
+    """
+    check_model(model, x)
+    check_names(model, names)
+    derivs = checked(model, x, "auto", 1, frozenset(names)).batch.derivatives()
+    natural = family.natural_derivatives(derivs)
+    family.natural(derivs.outputs)
+    J = torch.cat([natural.jacobian(name).flatten(2) for name in names], dim=2)
+    return derivs.outputs, J.double()
+
+
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """A ValueError unless these are names of different parameters."""
+    known = dict(model.named_parameters())
+    if isinstance(names, str) or len(set(names)) != len(names):
+        raise ValueError(f"parameters must be a list of different names, got {names!r}.")
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"no parameters named {unknown}; there are: {', '.join(known)}.")
+
+
+def flatten(model: nn.Module, names: Sequence[str]) -> Tensor:
+    """The named parameters as one vector [P]."""
+    return torch.cat([model.get_parameter(name).detach().flatten() for name in names])
+
+
+def functional(model: nn.Module, names: Sequence[str], flat: Tensor, x: Tensor) -> Tensor:
+    """The outputs with the named parameters taken from the vector ``flat``."""
+    known = dict(model.named_parameters())
+    pieces = torch.split(flat, [known[name].numel() for name in names])
+    values = {n: p.view_as(known[n]) for n, p in zip(names, pieces, strict=True)}
+    result: Tensor = call_with(model, values, x)
+    return result
