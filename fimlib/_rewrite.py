@@ -34,6 +34,8 @@ Dims = int | Sequence[int] | None
 
 RULES: dict[Any, Rule] = {}
 IN_PYTHON = ("torch.nn.functional", "torch.functional")
+ELSEWHERE = (torch.batch_norm,)  # rules that readers of the graph do without ...
+IN_NODES = (Tensor.__setitem__,)  # ... and that they alone need
 GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
@@ -42,7 +44,7 @@ class Rewriting(TorchFunctionMode):
 
     Attributes:
         node: Whether an activation becomes one node of autograd's graph, an ``Activation``, whose
-            derivatives are for the reader of that graph to take; and whether batch norm stays one.
+            derivatives are for the reader of that graph to take.
     """
 
     def __init__(self, *, node: bool) -> None:
@@ -77,9 +79,7 @@ def rule_for(func: Any, node: bool) -> Rule | None:
     """The rule in the place of a function, if there is one."""
     if func is elementwise:
         return None if node else expanded
-    if node and func is torch.batch_norm:
-        return None
-    return RULES.get(func)
+    return None if func in (ELSEWHERE if node else IN_NODES) else RULES.get(func)
 
 
 def takes(rule: Rule, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -562,3 +562,19 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
         index = torch.arange(-left, size + right, device=input.device) % size
         input = input.index_select(input.ndim - 1 - i, index)
     return input
+
+
+@replaces(Tensor.__setitem__)
+def assign(s: Tensor, index: Any, value: Any) -> Any:
+    """Put all of a new tensor in the place of the old one, unless that is a part of another."""
+    followed = s.requires_grad or (isinstance(value, Tensor) and value.requires_grad)
+    if not followed or s._is_view() or not s.is_floating_point():
+        return NotImplemented
+    with torch._C.DisableTorchFunction():
+        places = torch.arange(s.numel(), device=s.device).view(s.shape)[index]
+    value = value.to(s) if isinstance(value, Tensor) else s.new_full((), value)
+    lead = max(0, value.ndim - places.ndim)  # axes of length 1
+    value = value.flatten(0, lead) if lead else value
+    flat = s.flatten().index_copy(0, places.flatten(), value.expand(places.shape).flatten())
+    s.copy_(flat.view(s.shape))
+    return None
