@@ -315,7 +315,7 @@ def power(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
         if i in arguments and j in arguments and (i == j or is_crossed):
             if not torch.isfinite(factor).all():
                 raise ValueError(f"{t.made[node]} has no finite derivative at this input.")
-            factor = (2 * factor if i != j else factor).expand(shape(z))
+            factor = (2 * factor if i != j else factor).expand(shape((node, 0)))
             found.append(Bend((node, 0), arguments[i], arguments[j], factor))
     return found
 
