@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from fimlib._activations import OF_NODES
+from fimlib._activations import Two
 from fimlib._trace import Edge, Trace, kind, shape
 
 ELEMENTWISE = re.compile(
-    r"""Sigmoid|LogSigmoid|Tanh|Softplus|Gelu|Silu|Mish|Elu|Celu|Hardswish|Exp|Exp2|Expm1|Log|Log2
-    |Log10|Log1p|Sin|Cos|Tan|Sinh|Cosh|Asin|Acos|Atan|Asinh|Acosh|Atanh|Sqrt|Rsqrt|Pow
-    |Reciprocal|Erf|Erfc|Erfinv|Logit|Lgamma|Digamma""",
+    r"""Activation|Sigmoid|LogSigmoid|Tanh|Softplus|Gelu|Silu|Mish|Elu|Celu|Hardswish|Exp|Exp2
+    |Expm1|Log|Log2|Log10|Log1p|Sin|Cos|Tan|Sinh|Cosh|Asin|Acos|Atan|Asinh|Acosh|Atanh|Sqrt|Rsqrt
+    |Pow|Reciprocal|Erf|Erfc|Erfinv|Logit|Lgamma|Digamma""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Every number of the result depends on one number of each argument of its shape ...
 UNITWISE = re.compile(
     r"""Add|Sub|Rsub|Neg|Mul|Div|Where|MaskedFill|Maximum|Minimum|Abs|Clamp|ClampMin|ClampMax
-    |Relu|LeakyRelu|Threshold|Hardtanh|Hardsigmoid|Softshrink|Hardshrink|Clone|Alias|ToCopy""",
+    |Relu|LeakyRelu|Threshold|Hardtanh|Hardsigmoid|Softshrink|Hardshrink|Clone|Alias|ToCopy|Copy
+    |Sign|Sgn|Round|Floor|Ceil|Trunc""",
     re.VERBOSE | re.IGNORECASE,
 )
 # ... and these only number them, in the same order.
@@ -238,10 +239,13 @@ def rule_of(node: Any, i: int, k: int, like: Tensor) -> Rule:
     return any_operation(node, i, k, like)
 
 
-def closed_form(node: Any) -> tuple[Tensor, Tensor] | None:
-    """The two derivatives of an activation that keeps what it was computed from."""
-    of = OF_NODES.get(kind(node))
-    return None if of is None else of(node, node._saved_self.detach())
+def closed_form(node: Any) -> Two | None:
+    """The two derivatives of an activation."""
+    if kind(node) != "Activation":
+        return None
+    (s,) = node.saved_tensors
+    found: Two = node.curve.slopes(s.detach())
+    return found
 
 
 def merged(function: Map) -> Map:

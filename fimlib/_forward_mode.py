@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from fimlib._rewrite import rewritten
 from fimlib.derivatives import Block, Derivatives, call_with
 
 NUMBERS_AT_A_TIME = 2**22  # that all operations of a forward pass make together
@@ -119,7 +120,8 @@ def along(own: nn.Module, x: Tensor, name: str) -> Callable[[Tensor], tuple[Tens
 
     def derivatives(e: Tensor) -> tuple[Tensor, Tensor]:
         def curve(tau: Tensor) -> Tensor:
-            h: Tensor = call_with(own, {**fixed, name: fixed[name] + tau * e}, x)
+            with rewritten():
+                h: Tensor = call_with(own, {**fixed, name: fixed[name] + tau * e}, x)
             return h
 
         def velocity(tau: Tensor) -> Tensor:
@@ -147,7 +149,8 @@ def rows_at(
 ) -> tuple[Tensor, Tensor]:
     """First and second derivatives along the directions at one input: [c, T] each."""
     with torch.enable_grad():
-        h = own(one.clone())[0]
+        with rewritten():
+            h = own(one.clone())[0]
         first = h.new_zeros(len(directions), len(h))
         second = torch.zeros_like(first)
         for a, output in enumerate(h if h.requires_grad else ()):

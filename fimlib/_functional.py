@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fimlib import _forward_mode
 from fimlib._forward_mode import Curves
+from fimlib._rewrite import rewritten
 from fimlib._trace import Uncaptured, walk, without_randomness
 from fimlib.derivatives import Block, Derivatives, call_with, check_outputs, is_same, separate
 
@@ -150,7 +151,8 @@ def outputs_from(own: nn.Module, names: list[str]) -> Callable[[PerParameter, Te
     fixed = {n: p.detach() for n, p in own.named_parameters() if n not in names}
 
     def outputs(values: PerParameter, one: Tensor) -> Tensor:
-        h: Tensor = call_with(own, {**fixed, **values}, one[None])
+        with rewritten():
+            h: Tensor = call_with(own, {**fixed, **values}, one[None])
         return h[0]
 
     return outputs
@@ -187,7 +189,7 @@ def one_by_one(own: nn.Module, x: Tensor, names: list[str]) -> PerParameter:
 
 def rows_at(own: nn.Module, one: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     """J at one input, [T, *shape] for each of the parameters."""
-    with torch.enable_grad():
+    with torch.enable_grad(), rewritten():
         h = own(one.clone())[0]
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     if not h.requires_grad:

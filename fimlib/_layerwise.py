@@ -11,14 +11,16 @@ so one backward sweep that carries the rows ∂h^a and ∂s_u gives both J and S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fimlib import _activations
+from fimlib import _activations as curves
+from fimlib._activations import Curve
 from fimlib._trace import CapturedError, Uncaptured
 from fimlib.derivatives import (
     Batch,
@@ -31,21 +33,33 @@ from fimlib.derivatives import (
 )
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
-CURVED = (
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.LogSigmoid,
-    nn.Softplus,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-)
+# The curves of torch's own activations, without what they do in place.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Curve]] = {
+    nn.Sigmoid: lambda _: curves.SIGMOID,
+    nn.Tanh: lambda _: curves.TANH,
+    nn.Tanhshrink: lambda _: curves.TANHSHRINK,
+    nn.Softsign: lambda _: curves.SOFTSIGN,
+    nn.LogSigmoid: lambda _: curves.LOGSIGMOID,
+    nn.SiLU: lambda _: curves.SILU,
+    nn.Mish: lambda _: curves.MISH,
+    nn.Hardsigmoid: lambda _: curves.HARDSIGMOID,
+    nn.Hardswish: lambda _: curves.HARDSWISH,
+    nn.SELU: lambda _: curves.SELU,
+    nn.ReLU: lambda _: curves.RELU,
+    nn.ReLU6: lambda m: curves.hardtanh(m.min_val, m.max_val),
+    nn.Hardtanh: lambda m: curves.hardtanh(m.min_val, m.max_val),
+    nn.GELU: lambda m: curves.gelu(m.approximate),
+    nn.Softplus: lambda m: curves.softplus(m.beta, m.threshold),
+    nn.ELU: lambda m: curves.elu(m.alpha),
+    nn.CELU: lambda m: curves.celu(m.alpha),
+    nn.LeakyReLU: lambda m: curves.leaky_relu(m.negative_slope),
+    nn.RReLU: lambda m: curves.leaky_relu((m.lower + m.upper) / 2),
+    nn.Threshold: lambda m: curves.threshold(m.threshold, m.value),
+    nn.Softshrink: lambda m: curves.softshrink(m.lambd),
+    nn.Hardshrink: lambda m: curves.hardshrink(m.lambd),
+}
 # Modules whose code is torch's own: they may be run without a copy, and be believed.
-KNOWN = (nn.Sequential, nn.Linear, nn.Flatten, *TRANSPARENT, *PIECEWISE_LINEAR, *CURVED)
+KNOWN = (nn.Sequential, nn.Linear, nn.Flatten, *TRANSPARENT, *ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -370,8 +384,9 @@ def elementwise(
             one of the parameters, which are named by id.
         ValueError: a derivative is NaN or infinite at s.
     """
-    if type(module) in (*PIECEWISE_LINEAR, *CURVED):
-        return known(name, module, s)
+    if type(module) in ACTIVATIONS:
+        curve = ACTIVATIONS[type(module)](module)
+        return curve.value(s), ElementwiseStep(*curve.slopes(s))
     kind = f"module {name!r} ({type(module).__name__})"
     refusal = NotImplementedError(
         f"{kind} is not supported by the layerwise engine, which knows nn.Sequential of Linear, "
@@ -393,48 +408,6 @@ def elementwise(
     if not fits:
         raise refusal
     return z, ElementwiseStep(first, second if second.any() else None)
-
-
-def known(name: str, module: nn.Module, s: Tensor) -> tuple[Tensor, ElementwiseStep]:
-    """Values, σ' and σ'' of one of torch's own activations; most of them in closed form."""
-    match module:
-        case nn.Sigmoid():
-            z = torch.sigmoid(s)
-            return z, ElementwiseStep(*_activations.of_sigmoid(s, z))
-        case nn.Tanh():
-            z = torch.tanh(s)
-            return z, ElementwiseStep(*_activations.of_tanh(s, z))
-        case nn.LogSigmoid():
-            step = ElementwiseStep(*_activations.of_logsigmoid(s))
-            return nn.functional.logsigmoid(s), step
-        case nn.Softplus(beta=beta, threshold=threshold):
-            step = ElementwiseStep(*_activations.of_softplus(s, beta, threshold))
-            return nn.functional.softplus(s, beta, threshold), step
-        case nn.SiLU():
-            return nn.functional.silu(s), ElementwiseStep(*_activations.of_silu(s))
-        case nn.Mish():
-            return nn.functional.mish(s), ElementwiseStep(*_activations.of_mish(s))
-        case nn.GELU(approximate=how):
-            step = ElementwiseStep(*_activations.of_gelu(s, how))
-            return nn.functional.gelu(s, approximate=how), step
-        case nn.ReLU():
-            return s.relu(), ElementwiseStep((s > 0).to(s), None)
-        case nn.LeakyReLU():
-            first = torch.full_like(s, module.negative_slope).masked_fill_(s > 0, 1.0)
-            return s * first, ElementwiseStep(first, None)
-        case nn.Hardtanh():  # and ReLU6
-            inside = (s > module.min_val) & (s < module.max_val)
-            z = s.clamp(module.min_val, module.max_val)
-            return z, ElementwiseStep(inside.to(s), None)
-        case nn.ELU() | nn.CELU():  # torch rounds α of the second
-            rate = 1 / module.alpha if isinstance(module, nn.CELU) else 1.0
-            scale, left = module.alpha, (s * rate).clamp_max(0)
-            z = torch.where(s > 0, s, scale * torch.expm1(left))
-            first = torch.where(s > 0, 1.0, scale * rate * left.exp())
-            return z, ElementwiseStep(first, torch.where(s > 0, 0.0, rate * first))
-    z, first, second = two_derivatives(module, s)
-    check_derivatives(f"module {name!r} ({type(module).__name__})", first, second)
-    return z, ElementwiseStep(first, second)
 
 
 def check_derivatives(kind: str, first: Tensor, second: Tensor) -> None:

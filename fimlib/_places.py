@@ -221,7 +221,7 @@ def unfolded(op: Any) -> Tensor:
 
 def embedding(op: Any, num_rows: int) -> Pull:
     """A table [V, D] whose rows are looked up, at any positions of an input."""
-    index = op._saved_indices.flatten(1)  # [B, positions], none of them padding
+    index = op._saved_indices.reshape(len(op._saved_indices), -1)  # [B, positions], no padding
     start = num_rows * torch.arange(len(index), device=index.device)[:, None]
 
     def pull(rows: Tensor, _power: int) -> Tensor:

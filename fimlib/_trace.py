@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
+from fimlib._rewrite import Activation, rewritten
 from fimlib.derivatives import FIRST_AXIS, check_outputs, separate, tensors
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
@@ -27,11 +28,6 @@ Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it
 REMEDY = (
     "This engine follows operations that are linear in each parameter, and elementwise functions; "
     "where such a network ends in a softmax, remove that: the outputs are natural parameters."
-)
-# What is known of operations that are refused.
-HINTS = dict.fromkeys(
-    ("NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"),
-    "Or write it out: c = s - s.mean(...), then c / c.square().mean(...).add(eps).sqrt().",
 )
 # These read the shape or the order of their first argument, not its values.
 FORMS = re.compile(
@@ -49,39 +45,33 @@ class Trace:
 
     Attributes:
         outputs: h, [B, T].
-        root: h, as autograd knows it.
+        root: h, as autograd knows it; None if it depends on no parameter.
         names: The parameter at each leaf of the graph.
         made: Which function, in which module, made each node.
         nodes: Those between the parameters in question and h, in the order of the forward pass.
         users: For every node or leaf, the nodes that take what it made, and as which argument.
         ancestors: For every node or leaf, the parameters that it depends on.
+        unused: Parameters in question that h does not depend on, by their names.
     """
 
     outputs: Tensor
-    root: Edge
+    root: Edge | None
     names: dict[Node, str]
     made: dict[Node, str]
     nodes: list[Node]
     users: dict[Node, list[Edge]]
     ancestors: dict[Node, frozenset[str]]
+    unused: dict[str, Tensor]
 
     def dependent(self, node: Node) -> dict[int, Edge]:
         """Of the node's arguments, by position, those that depend on parameters."""
         edges = enumerate(node.next_functions)
         return {i: (n, k) for i, (n, k) in edges if n is not None and self.ancestors[n]}
 
-    def restricted(self, wanted: frozenset[str]) -> Trace:
-        """The same, as if no other parameters than these were any."""
-        ancestors = {node: below & wanted for node, below in self.ancestors.items()}
-        names = {leaf: name for leaf, name in self.names.items() if name in wanted}
-        nodes = [node for node in self.nodes if ancestors[node]]
-        return replace(self, names=names, nodes=nodes, ancestors=ancestors)
-
     def refusal(self, node: Node, why: str) -> NotImplementedError:
         """The error that names a node by what the user wrote."""
         name = self.made.get(node, f"{node.name()}, of no function of torch")
-        hint = HINTS.get(kind(node), "")
-        return NotImplementedError(f"{name}: {why} {REMEDY} {hint}".rstrip())
+        return NotImplementedError(f"{name}: {why} {REMEDY}")
 
 
 class CapturedError(NotImplementedError):
@@ -214,7 +204,7 @@ class Watch(Uncaptured):
             modules.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with self:
+            with self, rewritten(node=True):
                 yield
         finally:
             for hook in hooks:
@@ -251,15 +241,16 @@ def is_shape_or_condition(result: Any) -> bool:
     return isinstance(result, int | str | torch.dtype | torch.device | torch.layout)
 
 
-def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Run a copy of the model and read the graph.
+def trace(model: nn.Module, x: Tensor, wanted: frozenset[str] | None = None) -> Trace:
+    """Run a copy of the model and read the graph, as if no others than the wanted were parameters.
 
     Raises:
         ValueError: the input does not fit, or the outputs are not [B, T] and finite.
-        NotImplementedError: the pass is random, cuts the graph, or leaves a parameter out.
+        NotImplementedError: the pass is random, or cuts the graph.
     """
-    private = separate(model).requires_grad_()
-    names = {made_by(p): n for n, p in private.named_parameters()}
+    private = separate(model).requires_grad_(False)
+    parameters = {n: p for n, p in private.named_parameters() if wanted is None or n in wanted}
+    names = {made_by(p.requires_grad_()): n for n, p in parameters.items()}
     watch = Watch(names, {id(p): n for n, p in model.named_parameters()})
 
     def run() -> Tensor:
@@ -278,13 +269,11 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         below = (ancestors[n] for n, _ in node.next_functions if n is not None)
         own = (names[node],) if node in names else ()
         ancestors[node] = frozenset(own).union(*below)
-    for node, name in names.items():
-        if node not in ancestors:
-            raise NotImplementedError(f"parameter {name!r} has no part in the outputs: remove it.")
+    unused = {n: parameters[n].detach() for leaf, n in names.items() if leaf not in ancestors}
+    names = {leaf: n for leaf, n in names.items() if leaf in ancestors}
     inner = [node for node in nodes if node.next_functions and ancestors[node]]
-    return Trace(
-        outputs, (nodes[-1], outputs.output_nr), names, watch.made, inner, users, ancestors
-    )
+    root = (nodes[-1], outputs.output_nr) if nodes else None
+    return Trace(outputs, root, names, watch.made, inner, users, ancestors, unused)
 
 
 def walk(root: Node | None) -> tuple[list[Node], dict[Node, list[Edge]]]:
@@ -340,6 +329,11 @@ def shape(edge: Edge) -> tuple[int, ...]:
 
 
 def kind(node: Node) -> str:
-    """The node's operation as autograd calls it, e.g. "Sigmoid"; "" if it is none of torch's."""
-    match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
-    return match[1] if match else ""
+    """The node's operation as autograd calls it, e.g. "Addmm"; "" if it is none of torch's.
+
+    An activation is called "Activation", and a copy into all of a tensor "Copy".
+    """
+    if getattr(node, "_forward_cls", None) is Activation:
+        return "Activation"
+    match = re.fullmatch(r"(\w+?)Backward\d+|torch::autograd::(Copy)Backwards", node.name())
+    return (match[1] or match[2]) if match else ""

@@ -12,15 +12,15 @@ linearly:
 u over the units of all of them, all derivatives total. The Jacobian of the units is the same for
 all outputs a. Whatever is none of the three is refused.
 
-Of a sigmoid or tanh autograd keeps the value alone, so that their derivatives lose digits where
-they saturate: f' and f'' are right to about 1e-16, not in proportion to their size. The layerwise
-engine loses none.
+Much else is computed in such operations (see ``_rewrite``): norms, softmax, activations in closed
+forms.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
@@ -58,6 +58,7 @@ LINEAR = re.compile(
     |Index|IndexSelect|Select|Slice|Gather|Unbind|Split|SplitWithSizes|Diagonal|Trace|Triu|Tril
     |ConstantPadNd|(Reflection|Replication)Pad[123]D|Upsample\w+|(Mkldnn)?(Adaptive)?AvgPool[23]D
     |Relu|LeakyRelu|Threshold|Hardtanh|Hardsigmoid|Softshrink|Hardshrink|RreluWithNoise|Abs
+    |Sign|Sgn|Round|Floor|Ceil|Trunc|Copy|IndexCopy|DiagEmbed|(Native)?ChannelShuffle
     |Clamp|ClampMin|ClampMax|Maximum|Minimum|Max|Min|Amax|Amin|Median|Topk|Sort
     |(Adaptive)?MaxPool[23]D(WithIndices)?""",
     re.VERBOSE | re.IGNORECASE,
@@ -68,6 +69,7 @@ PRODUCTS = {
     "Bmm": (0, 1),
     "Mv": (0, 1),
     "Dot": (0, 1),
+    "Vdot": (0, 1),
     "Addmm": (1, 2),
     "Addmv": (1, 2),
     "Baddbmm": (1, 2),
@@ -107,8 +109,9 @@ def along_graph(
     model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
 ) -> Derivatives:
     """J and S from one graph for all inputs, or from one for each piece of them."""
-    t, size = trace(model, x), len(x)
-    t = t if wanted is None else t.restricted(wanted)
+    t, size = trace(model, x, wanted), len(x)
+    if t.root is None:
+        return Derivatives(t.outputs.detach(), tuple(no_part(t, order)))
     check_nodes(t)
     bends = [bend for node in t.nodes for bend in curvature(t, node)] if order == 2 else []
     found = places(t, size)
@@ -127,14 +130,21 @@ def along_graph(
     del rows
     S = second_order(net, J, weights) if order == 2 else {}
     blocks = tuple(Block(p.layer, J[p], S.get(p), p.inputs) for p in found)
-    return Derivatives(t.outputs.detach(), blocks)
+    return Derivatives(t.outputs.detach(), blocks + tuple(no_part(t, order)))
+
+
+def no_part(t: Trace, order: int) -> Iterator[Block]:
+    """Zeros for the parameters that the outputs do not depend on."""
+    for name, parameter in t.unused.items():
+        zero = parameter.new_zeros(()).expand(*t.outputs.shape, *parameter.shape)
+        yield Block(name.rpartition(".")[0], zero, zero if order == 2 else None, {name: None})
 
 
 def inputs_at_once(net: Linearised, bends: list[Bend], found: list[Place]) -> int:
     """How many inputs to differentiate together: 1 if their graph mixes them up."""
     t = net.t
     size, num_outputs = t.outputs.shape
-    if size > 1 and not inputs_stay_apart(net, bends, found):
+    if size > 1 and not inputs_stay_apart(net, t.root, bends, found):
         return 1
     ends = {p.edge for p in found} | {bend.s for bend in bends}
     numbers = sum(prod(shape(end)) for end in ends) // size
@@ -222,10 +232,13 @@ def curvature(t: Trace, node: Any) -> list[Bend]:
     name, arguments, z = kind(node), t.dependent(node), (node, 0)
     if LINEAR.fullmatch(name):
         return []
+    if name == "Pow":
+        return power(t, node, arguments)
     if ELEMENTWISE.fullmatch(name) and len(arguments) == 1:
         (s,) = arguments.values()
         if shape(s) == shape(z):
-            return [Bend(z, s, s, second_derivative(t, node, s))]
+            second = second_derivative(t, node, s)
+            return [] if second is None else [Bend(z, s, s, second)]
     if name == "Mul":
         if not shared(t, arguments):
             return []
@@ -250,8 +263,11 @@ def shared(t: Trace, factors: dict[int, Edge]) -> frozenset[str]:
     return first & second
 
 
-def second_derivative(t: Trace, node: Node, s: Edge) -> Tensor:
-    """f''(s) of an elementwise z = f(s): known, or from differentiating autograd's rule for f'."""
+def second_derivative(t: Trace, node: Node, s: Edge) -> Tensor | None:
+    """f''(s) of an elementwise z = f(s): known, or from differentiating autograd's rule for f'.
+
+    None is 0 everywhere.
+    """
     if (known := closed_form(node)) is not None:
         return known[1]
     end, weight = [GradientEdge(*s)], [t.outputs.new_ones(shape((node, 0)))]
@@ -278,6 +294,27 @@ def quotient(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
     if shared(t, arguments):
         bends.append(Bend(z, arguments[0], arguments[1], (-2 / r**2).expand(shape(z))))
     return bends
+
+
+def power(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
+    """Curvature of z = s^r: r(r − 1)s^(r−2), s^(r−1)(1 + r log s) between the two, z log² s."""
+    saved = (node._saved_self, node._saved_exponent)  # tensors or numbers
+    s, r = (torch.as_tensor(v).detach().to(t.outputs) for v in saved)
+    log = torch.special.xlogy  # of which 0 is 0, whatever its second argument
+    factors = {
+        (0, 0): torch.where(r * (r - 1) == 0, 0.0, r * (r - 1) * s ** (r - 2)),
+        (0, 1): torch.where(r == 0, 0.0, s ** (r - 1)) + log(r * s ** (r - 1), s),
+        (1, 1): log(log(s**r, s), s),
+    }
+    is_crossed = bool(shared(t, arguments))
+    found = []
+    for (i, j), factor in factors.items():
+        if i in arguments and j in arguments and (i == j or is_crossed):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{t.made[node]} has no finite derivative at this input.")
+            factor = (2 * factor if i != j else factor).expand(shape((node, 0)))
+            found.append(Bend((node, 0), arguments[i], arguments[j], factor))
+    return found
 
 
 def second_order(
@@ -383,14 +420,16 @@ def weighted_squares(weight: Tensor, ds: Tangents, dr: Tangents, units: tuple[in
     return torch.einsum("tbu,ocbu->btoc", weight, squares)
 
 
-def inputs_stay_apart(net: Linearised, bends: list[Bend], found: list[Place]) -> bool:
+def inputs_stay_apart(
+    net: Linearised, root: Edge, bends: list[Bend], found: list[Place]
+) -> bool:
     """Whether the first axis of all tensors that matter counts the inputs, and none meets another.
 
     Every two inputs differ in a bit of their numbers. Random rows at all units of the inputs with
     (or without) that bit must not reach the others.
     """
     t, size = net.t, len(net.t.outputs)
-    sources = list(dict.fromkeys([t.root, *(e for bend in bends for e in (bend.s, bend.r))]))
+    sources = list(dict.fromkeys([root, *(e for bend in bends for e in (bend.s, bend.r))]))
     ends = list(dict.fromkeys([*sources, *(b.z for b in bends), *(p.edge for p in found)]))
     if any(not shape(e) or shape(e)[0] % size or e[0] in t.names for e in ends):
         return False

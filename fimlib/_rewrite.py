@@ -1,0 +1,580 @@
+"""Torch's functions in other words: the same values, and derivatives that can be relied on.
+
+Within ``rewritten()`` torch's functions are computed by others, for three reasons:
+
+* Of its activations, torch's derivatives lose digits far from 0, or round a constant to float32.
+  Here they have those of ``_activations``.
+* Forward mode over forward mode through torch's norms (``native_layer_norm`` and the like) is wrong
+  in torch 2.13: the second derivatives lack terms, and nothing says so.
+* An engine that knows linear and elementwise functions and products knows all that is made of them.
+
+Functions that torch writes in Python (``torch.nn.functional``) are followed inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+
+from fimlib import _activations as activations
+from fimlib._activations import Curve
+
+Rule = Callable[..., Any]  # called as the function in its place; NotImplemented: torch's own
+Dims = int | Sequence[int] | None
+
+RULES: dict[Any, Rule] = {}
+IN_PYTHON = ("torch.nn.functional", "torch.functional")
+ELSEWHERE = (torch.batch_norm,)  # rules that readers of the graph do without ...
+IN_NODES = (Tensor.__setitem__,)  # ... and that they alone need
+GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+class Rewriting(TorchFunctionMode):
+    """Calls the rules in the place of torch's functions.
+
+    Attributes:
+        node: Whether an activation becomes one node of autograd's graph, an ``Activation``, whose
+            derivatives are for the reader of that graph to take.
+    """
+
+    def __init__(self, *, node: bool) -> None:
+        super().__init__()
+        self.node = node
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the rule for func, or func itself."""
+        kwargs = kwargs or {}
+        rule = rule_for(func, self.node)
+        if rule is not None and takes(rule, args, kwargs):
+            with self:
+                result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        elif rule is None and is_written_in_python(func):
+            with self:
+                return body(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def rewritten(*, node: bool = False) -> Iterator[None]:
+    """Compute torch's functions by the rules; see ``Rewriting``."""
+    with Rewriting(node=node):
+        yield
+
+
+def rule_for(func: Any, node: bool) -> Rule | None:
+    """The rule in the place of a function, if there is one."""
+    if func is elementwise:
+        return None if node else expanded
+    return None if func in (ELSEWHERE if node else IN_NODES) else RULES.get(func)
+
+
+def takes(rule: Rule, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the rule is for such arguments."""
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def is_written_in_python(func: Any) -> bool:
+    """Whether torch's function is one that calls others of torch."""
+    return func is Tensor.norm or (
+        isinstance(func, FunctionType)
+        and func.__module__ in IN_PYTHON
+        and not set(GUARDS).isdisjoint(func.__code__.co_names)
+    )
+
+
+@cache
+def body(func: FunctionType) -> Callable[..., Any]:
+    """The same function without its own call to the mode that is on, so that the mode sees inside.
+
+    It looks names up in a copy of its module, in which no tensor is an unusual one.
+    """
+    inside = {**func.__globals__, **dict.fromkeys(GUARDS, lambda *_: False)}
+    same = FunctionType(func.__code__, inside, func.__name__, func.__defaults__, func.__closure__)
+    same.__kwdefaults__ = func.__kwdefaults__
+    return same
+
+
+def replaces(*functions: Any) -> Callable[[Rule], Rule]:
+    """Enter a rule for some functions."""
+
+    def enter(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return enter
+
+
+# Activations.
+
+
+def elementwise(s: Tensor, curve: Curve) -> Tensor:
+    """σ(s), to be seen by function modes as a call of one function of torch."""
+    if has_torch_function_unary(s):
+        found: Tensor = handle_torch_function(elementwise, (s,), s, curve)
+        return found
+    result: Tensor = Activation.apply(s, curve)
+    return result
+
+
+class Activation(torch.autograd.Function):
+    """The node of an activation, which keeps what is needed for closed forms."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, curve: Curve) -> Tensor:
+        """σ(s)."""
+        ctx.curve = curve
+        ctx.save_for_backward(s)
+        return curve.value(s)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, row: Tensor) -> tuple[Tensor, None]:
+        """The row times σ'."""
+        (s,) = ctx.saved_tensors
+        return row * ctx.curve.slopes(s)[0], None
+
+
+def expanded(s: Tensor, curve: Curve) -> Tensor:
+    """σ(s) by its Taylor polynomial around itself, of second degree.
+
+    Its two derivatives are those of σ in every mode, and in one inside another, where torch's own
+    ways to state derivatives (an ``autograd.Function`` with jvp) drop terms.
+    """
+    with torch._C.DisableTorchFunction():
+        at = s.detach()
+        first, second = curve.slopes(at)
+        step = s - at  # 0, of slope 1
+        slope = first if second is None else first + step * (second / 2)
+        return curve.value(at) + step * slope
+
+
+def activate(curve: Curve, s: Tensor, in_place: bool = False) -> Any:
+    """σ(s), which may take the place of s."""
+    if not isinstance(s, Tensor) or not s.is_floating_point():
+        return NotImplemented
+    return s.copy_(elementwise(s.clone(), curve)) if in_place else elementwise(s, curve)
+
+
+def enter_activations() -> None:
+    """Those by functions without options, and whether they work in place."""
+    plain = {
+        activations.SIGMOID: (torch.sigmoid, Tensor.sigmoid, torch.special.expit),
+        activations.TANH: (torch.tanh, Tensor.tanh),
+        activations.TANHSHRINK: (F.tanhshrink,),
+        activations.SOFTSIGN: (F.softsign,),
+        activations.LOGSIGMOID: (F.logsigmoid,),
+    }
+    for curve, functions in plain.items():
+        replaces(*functions)(lambda input, curve=curve: activate(curve, input))
+    either = {
+        activations.SILU: F.silu,
+        activations.MISH: F.mish,
+        activations.HARDSIGMOID: F.hardsigmoid,
+        activations.HARDSWISH: F.hardswish,
+        activations.SELU: F.selu,
+    }
+    for curve, function in either.items():
+        replaces(function)(
+            lambda input, inplace=False, *, curve=curve: activate(curve, input, inplace)
+        )
+    within = {
+        activations.SIGMOID: (torch.sigmoid_, Tensor.sigmoid_),
+        activations.TANH: (torch.tanh_, Tensor.tanh_),
+        activations.SELU: (torch.selu_,),
+    }
+    for curve, functions in within.items():
+        replaces(*functions)(lambda input, curve=curve: activate(curve, input, True))
+    replaces(torch.selu)(lambda input: activate(activations.SELU, input))
+
+
+enter_activations()
+
+
+@replaces(F.gelu)
+def gelu(input: Tensor, *, approximate: str = "none") -> Any:
+    return activate(activations.gelu(approximate), input)
+
+
+@replaces(F.softplus)
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    return activate(activations.softplus(beta, threshold), input)
+
+
+@replaces(F.elu)
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    return activate(activations.elu(alpha), input, inplace)
+
+
+@replaces(F.celu)
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    return activate(activations.celu(alpha), input, inplace)
+
+
+@replaces(torch.celu)
+def celu_as_tensor(input: Tensor, alpha: float = 1.0) -> Any:
+    return activate(activations.celu(alpha), input)
+
+
+@replaces(F.rrelu)
+def rrelu(
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Any:
+    return NotImplemented if training else F.leaky_relu(input, (lower + upper) / 2, inplace)
+
+
+@replaces(F.glu)
+def glu(input: Tensor, dim: int = -1) -> Any:
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+# Norms.
+
+
+def centred(s: Tensor, dim: Dims) -> Tensor:
+    """S less its mean over some axes."""
+    return s - s.mean(dim, keepdim=True)
+
+
+def normalised(s: Tensor, dim: Dims, eps: float) -> Tensor:
+    """S over the root of its mean square."""
+    return s * torch.rsqrt(s.square().mean(dim, keepdim=True) + eps)
+
+
+def scaled(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """S times the weight, plus the bias, where there are such."""
+    s = s if weight is None else s * weight
+    return s if bias is None else s + bias
+
+
+def by_channel(s: Tensor, values: Tensor | None) -> Tensor | None:
+    """One number for each channel of [B, C, ...], in a shape that broadcasts to that."""
+    return None if values is None else values.view(1, -1, *[1] * (s.ndim - 2))
+
+
+def last(shape: Sequence[int]) -> tuple[int, ...]:
+    """As many of the last axes."""
+    return tuple(range(-len(shape), 0))
+
+
+@replaces(torch.layer_norm)
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dim = last(normalized_shape)
+    return scaled(normalised(centred(input, dim), dim, eps), weight, bias)
+
+
+@replaces(torch.rms_norm)
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return scaled(normalised(input, last(normalized_shape), eps), weight, None)
+
+
+@replaces(torch.group_norm)
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    groups = input.reshape(len(input), num_groups, -1)
+    whole = normalised(centred(groups, -1), -1, eps).view(input.shape)
+    return scaled(whole, by_channel(input, weight), by_channel(input, bias))
+
+
+@replaces(torch.instance_norm)
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    if not use_input_stats:
+        return batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps)
+    if running_mean is not None:  # which torch changes
+        return NotImplemented
+    dim = tuple(range(2, input.ndim))
+    whole = normalised(centred(input, dim), dim, eps)
+    return scaled(whole, by_channel(input, weight), by_channel(input, bias))
+
+
+@replaces(torch.batch_norm)
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    if training or running_mean is None or running_var is None:
+        return NotImplemented
+    mean, var = (v.view(1, -1, *[1] * (input.ndim - 2)) for v in (running_mean, running_var))
+    whole = (input - mean) * torch.rsqrt(var + eps)
+    return scaled(whole, by_channel(input, weight), by_channel(input, bias))
+
+
+@replaces(torch._weight_norm)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    others = [d for d in range(v.ndim) if d != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+@replaces(torch.var, Tensor.var)
+def var(
+    input: Tensor,
+    dim: Dims | bool = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    correction = float(unbiased) if correction is None else correction
+    dims = axes(input, dim)
+    size = prod(input.shape[d] for d in dims)
+    squares = centred(input, dims).square().sum(dims, keepdim=keepdim)
+    return squares / max(0.0, size - correction)
+
+
+@replaces(torch.std, Tensor.std)
+def std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return root(torch.var(input, *args, **kwargs))
+
+
+@replaces(torch.var_mean)
+def var_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return torch.var(input, *args, **kwargs), mean_like(input, *args, **kwargs)
+
+
+@replaces(torch.std_mean)
+def std_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return torch.std(input, *args, **kwargs), mean_like(input, *args, **kwargs)
+
+
+def mean_like(
+    input: Tensor,
+    dim: Dims | bool = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    **_correction: Any,
+) -> Tensor:
+    """The mean over the axes that a variance is taken over."""
+    return input.mean(axes(input, None if isinstance(dim, bool) else dim), keepdim=keepdim)
+
+
+def axes(s: Tensor, dim: Dims) -> tuple[int, ...]:
+    """Those meant, all if none are named."""
+    if isinstance(dim, int):
+        return (dim,)
+    return tuple(dim) if dim else tuple(range(s.ndim))
+
+
+def root(s: Tensor, degree: float = 2.0) -> Tensor:
+    """S to the power of 1 / degree; where s is 0, all derivatives are taken for 0, as torch does."""
+    at_0 = s == 0
+    s = s.masked_fill(at_0, 1.0)
+    return (s.sqrt() if degree == 2 else s.pow(1 / degree)).masked_fill(at_0, 0.0)
+
+
+@replaces(torch.linalg.vector_norm)
+def vector_norm(
+    x: Tensor,
+    ord: float = 2,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    x = x if dtype is None else x.to(dtype)
+    if x.is_complex() or ord == 0:
+        return NotImplemented
+    dims = axes(x, dim)
+    if ord in (float("inf"), -float("inf")):
+        return x.abs().amax(dims, keepdim) if ord > 0 else x.abs().amin(dims, keepdim)
+    if ord == 1:
+        return x.abs().sum(dims, keepdim=keepdim)
+    powers = x.square() if ord == 2 else x.abs().pow(ord)
+    return root(powers.sum(dims, keepdim=keepdim), ord)
+
+
+@replaces(torch.linalg.norm)
+def norm(
+    A: Tensor,  # noqa: N803
+    ord: float | str | None = None,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    is_vector = isinstance(dim, int) or (dim is None and A.ndim == 1)
+    if ord is None or (ord == "fro" and not is_vector):
+        return torch.linalg.vector_norm(A, 2, dim, keepdim, dtype=dtype)
+    if is_vector and not isinstance(ord, str):
+        return torch.linalg.vector_norm(A, ord, dim, keepdim, dtype=dtype)
+    return NotImplemented
+
+
+@replaces(torch.cosine_similarity)
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    lengths = [torch.linalg.vector_norm(x, dim=dim).clamp_min(eps) for x in (x1, x2)]
+    return (x1 * x2).sum(dim) / (lengths[0] * lengths[1])
+
+
+@replaces(torch.pairwise_distance)
+def pairwise_distance(
+    x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Tensor:
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+# Softmax and its like.
+
+
+def largest(s: Tensor, dim: Dims, keepdim: bool = True) -> Tensor:
+    """The maximum as a constant, which is subtracted lest exponentials overflow."""
+    with torch._C.DisableTorchFunction():
+        top = s.detach().amax(axes(s, dim), keepdim)
+        return top.masked_fill(top.isinf(), 0.0)
+
+
+@replaces(torch.softmax, Tensor.softmax, torch.special.softmax)
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    s = input if dtype is None else input.to(dtype)
+    e = (s - largest(s, dim)).exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+@replaces(torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    s = input if dtype is None else input.to(dtype)
+    s = s - largest(s, dim)
+    return s - s.exp().sum(dim, keepdim=True).log()
+
+
+@replaces(torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp)
+def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
+    e = (input - largest(input, dim)).exp()
+    return e.sum(axes(input, dim), keepdim=keepdim).log() + largest(input, dim, keepdim)
+
+
+@replaces(torch.logaddexp, Tensor.logaddexp)
+def logaddexp(input: Tensor, other: Tensor) -> Tensor:
+    return input + F.softplus(other - input, threshold=float("inf"))
+
+
+# Products and sums.
+
+
+@replaces(torch.addcmul, Tensor.addcmul)
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (tensor1 * tensor2)
+
+
+@replaces(torch.addcdiv, Tensor.addcdiv)
+def addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (tensor1 / tensor2)
+
+
+@replaces(torch.lerp, Tensor.lerp)
+def lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return input + weight * (end - input)
+
+
+@replaces(torch.prod, Tensor.prod)
+def product(
+    input: Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    s = input if dtype is None else input.to(dtype)
+    if not s.is_floating_point() or s.numel() == 0:
+        return NotImplemented
+    s, axis = (s.flatten(), 0) if dim is None else (s, dim)
+    while (size := s.shape[axis]) > 1:
+        half = size // 2
+        both = s.narrow(axis, 0, half) * s.narrow(axis, half, half)
+        s = torch.cat([both, s.narrow(axis, 2 * half, size % 2)], axis) if size % 2 else both
+    return s if keepdim and dim is not None else s.squeeze(axis)
+
+
+@replaces(torch.bilinear)
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    by_first = F.linear(input2, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+    z = (by_first * input1.unsqueeze(-2)).sum(-1)
+    return z if bias is None else z + bias
+
+
+@replaces(F.pad)
+def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    if mode != "circular":
+        return NotImplemented
+    for i, (left, right) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        size = input.shape[-1 - i]
+        if min(left, right) < 0 or max(left, right) > size:
+            return NotImplemented
+        index = torch.arange(-left, size + right, device=input.device) % size
+        input = input.index_select(input.ndim - 1 - i, index)
+    return input
+
+
+@replaces(Tensor.__setitem__)
+def assign(s: Tensor, index: Any, value: Any) -> Any:
+    """Put all of a new tensor in the place of the old one, unless that is a part of another."""
+    followed = s.requires_grad or (isinstance(value, Tensor) and value.requires_grad)
+    if not followed or s._is_view() or not s.is_floating_point():
+        return NotImplemented
+    with torch._C.DisableTorchFunction():
+        places = torch.arange(s.numel(), device=s.device).view(s.shape)[index]
+    value = value.to(s) if isinstance(value, Tensor) else s.new_full((), value)
+    lead = max(0, value.ndim - places.ndim)  # axes of length 1
+    value = value.flatten(0, lead) if lead else value
+    flat = s.flatten().index_copy(0, places.flatten(), value.expand(places.shape).flatten())
+    s.copy_(flat.view(s.shape))
+    return None
