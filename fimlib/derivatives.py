@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -223,6 +224,8 @@ def differentiate(
         >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
         (3.0, True)
     """
+    model = check_module(model)
+    x = x.detach().clone() if isinstance(x, Tensor) else x  # what is kept of it is not the caller's
     return checked(model, x, engine, order, layers).derivatives()
 
 
@@ -238,7 +241,7 @@ def checked(
     seeds: Seeds | None = None,
 ) -> Batch:
     """``differentiate``; for ``seeds`` see ``prepare``."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), kept_random_state(x):
         check_model(model, x)
         check_plain(model)
         wanted = selected(model, layers)
@@ -267,6 +270,7 @@ def prepare(
         seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
             the outputs themselves, or None. Those that it did are ``projected``.
     """
+    model = check_module(model)
     first: list[tuple[str, torch.dtype, torch.device]] = []
 
     def again(x: Tensor) -> Batch:
@@ -277,7 +281,7 @@ def prepare(
                 "convert it with .to(...)."
             )
         if first and taken == "layerwise":
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), kept_random_state(x):
                 return run(taken, model, x.detach(), order, selected(model, layers), seeds)
         batch = checked(model, x, taken, order, layers, seeds)
         first[:] = [(batch.engine, x.dtype, x.device)]
@@ -437,6 +441,11 @@ def call_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
     return torch.func.functional_call(model, everywhere, (x.clone(),), tie_weights=False)
 
 
+def kept_random_state(x: object) -> AbstractContextManager[None]:
+    """Afterwards the generators are as before, whatever a model has drawn."""
+    return torch.random.fork_rng([x.device] if isinstance(x, Tensor) and x.is_cuda else [])
+
+
 def check_no_global_hooks() -> None:
     """Refuse hooks on all modules, for the engines that know modules by their types."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
@@ -555,12 +564,30 @@ def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=tolerance)
 
 
-def check_module(model: object) -> None:
-    """Raise a TypeError unless this is a module."""
+def check_module(model: object) -> nn.Module:
+    """The network; where torch.compile has wrapped it, the one inside.
+
+    Raises:
+        TypeError: it is no module.
+        NotImplementedError: a module inside it is compiled.
+    """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise TypeError(f"{model.__name__} is a class: make an instance of it.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}.")
+    found: nn.Module = model.get_submodule("_orig_mod") if is_compiled(model) else model
+    for name, module in found.named_modules():
+        if is_compiled(module):
+            raise NotImplementedError(
+                f"module {name!r} is compiled by torch.compile, which hides its forward pass: put "
+                "its _orig_mod, the module as it was before, in its place."
+            )
+    return found
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what torch.compile makes of a module."""
+    return type(module).__module__.startswith("torch._dynamo")
 
 
 def check_outputs(outputs: Any, size: int) -> None:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fimlib._probabilities import warn_of_probabilities
-from fimlib.derivatives import Block, Derivatives, call_with, check_model, check_outputs
+from fimlib.derivatives import (
+    Block,
+    Derivatives,
+    call_with,
+    check_model,
+    check_module,
+    check_outputs,
+    kept_random_state,
+    separate,
+)
 from fimlib.diagonal import Diagonal
 from fimlib.families import Family, Labels, check_num_samples, weighted_variance
 from fimlib.family import check_family
@@ -254,7 +263,10 @@ def estimate_i2_matrix(
 
     Args, Returns, Raises: as ``estimate_i1_matrix``.
     """
-    family, flat = family_of(labels), flatten(model, parameters)
+    family = family_of(labels)
+    fisher = fisher_matrix(model, x, family, parameters=parameters)
+    model = separate(check_module(model))
+    flat = flatten(model, parameters)
     check_labels(outputs_of(model, x), labels)
     residual, at = labels.mean_residual(), labels.outputs
 
@@ -263,14 +275,13 @@ def estimate_i2_matrix(
         return (family.link(outputs, at) * residual).sum() / len(x)
 
     curvature: Tensor = torch.func.hessian(residual_output)(flat)
-    fisher = fisher_matrix(model, x, family, parameters=parameters)
     return fisher - curvature.double().detach()
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
     """The outputs [B, T] of a checked model, without a graph."""
     check_model(model, x)
-    with torch.no_grad():
+    with torch.no_grad(), kept_random_state(x):
         outputs: Tensor = model(x.clone())  # the first module may work in place
     check_outputs(outputs, len(x))
     return outputs
@@ -283,6 +294,7 @@ def jacobian(
 
     P counts the entries of the named parameters.
     """
+    model = separate(check_module(model))  # a forward pass may leave its traces
     outputs = outputs_of(model, x)
     flat, at = flatten(model, names), family.natural(outputs)
 

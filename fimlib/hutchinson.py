@@ -41,6 +41,7 @@ from fimlib.derivatives import (
     Derivatives,
     check_alone,
     check_model,
+    check_module,
     check_plain,
     perturb,
     selected,
@@ -130,6 +131,7 @@ def hutchinson_variance_i2(
     """
     n = check_num_samples(num_samples)
     size, num_blocks = blocks_of(num_probes)
+    model = check_module(model)
     with torch.inference_mode(False), twice_differentiable():
         check_model(model, x)
         check_plain(model)

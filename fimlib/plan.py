@@ -15,6 +15,7 @@ from fimlib.derivatives import (
     call_with,
     candidates,
     check_model,
+    check_module,
     checked,
     separate,
 )
@@ -78,6 +79,7 @@ def plan(
         >>> found.engine, found.exact, list(found.refusals)
         ('traced', True, ['layerwise'])
     """
+    model = check_module(model)
     check_model(model, x)
     x, refusals = x.detach().clone(), {}
     for name in candidates(model, engine, order):

@@ -108,7 +108,7 @@ def accumulate(
     def empty() -> Joint:
         return Joint(family, method=method, dtype=dtype, quantities=quantities)
 
-    check_module(model)
+    model = check_module(model)
     keep_freed_memory()
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     # bounds are those of the outputs, and a link comes before the projection
