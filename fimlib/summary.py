@@ -25,7 +25,7 @@ from fimlib.gaussian import Gaussian, GaussianHead
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.precision import chebyshev
-from fimlib.streaming import accumulate, batches, check_shape
+from fimlib.streaming import Pick, accumulate, batches, check_shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +129,7 @@ def summarise(
     layers: Sequence[str] | None = None,
     engine: str = "auto",
     num_probes: int = NUM_PROBES,
+    pick: Pick = None,
 ) -> Summary:
     r"""How far Î₁ and Î₂ are off, layer by layer; which is better; how many samples it takes.
 
@@ -140,8 +141,8 @@ def summarise(
 
     Args:
         model: Maps inputs to outputs [B, T] of the family; in eval mode.
-        inputs: [m, ...], or an iterable of batches x or (x, y), as a ``DataLoader``; see
-            ``accumulate``. Memory does not depend on m.
+        inputs: [m, ...], or an iterable of batches x or (x, y), as a ``DataLoader``; for what is
+            x see ``accumulate``. Memory does not depend on m.
         family: The output family.
         num_samples: N ≥ 1, labels for each input.
         relative_error: ε > 0, of ‖Î − I‖ in units of ‖I‖, norms over a layer.
@@ -149,6 +150,7 @@ def summarise(
         layers: Names of modules: only their parameters are looked at. None: all.
         engine: Where the derivatives come from; see ``differentiate``.
         num_probes: ≥ 3, where V₂ must be estimated; see ``hutchinson_variance_i2``.
+        pick: Which part of every batch is x; see ``accumulate``.
 
     Raises:
         ValueError: an argument out of its range, no inputs, and what ``accumulate`` refuses.
@@ -175,7 +177,7 @@ def summarise(
     chebyshev(torch.ones(()), torch.ones(()), relative_error, confidence)
     blocks_of(num_probes)
     model = check_module(model)
-    first, stream = _peek(model, inputs)
+    first, stream = _peek(model, inputs, pick)
     found, order = _engine(model, first, engine, layers)
     num_outputs = found.outputs.shape[1]
     sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
@@ -229,9 +231,11 @@ def summarise(
 # What goes in.
 
 
-def _peek(model: nn.Module, inputs: Tensor | Iterable[Any]) -> tuple[Tensor, Iterator[Tensor]]:
+def _peek(
+    model: nn.Module, inputs: Tensor | Iterable[Any], pick: Pick
+) -> tuple[Tensor, Iterator[Tensor]]:
     """One input, on the model's device, and all batches, this one's among them."""
-    stream = (x for _, x in batches(inputs))
+    stream = (x for _, x in batches(model, inputs, pick))
     first = next(stream, None)
     if first is None:
         raise ValueError(
@@ -325,8 +329,8 @@ def _estimate(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sums of E_x V₂⁽¹⁾ over each layer, estimated at so many inputs at once, and their errors.
 
-    The standard errors come from the probes where all inputs were taken, else from the spread of the inputs,
-    whose probes are independent, so that it contains theirs.
+    The standard errors come from the probes where all inputs were taken, else from the spread of
+    the inputs, whose probes are independent, so that it contains theirs.
     """
     assert sample.inputs is not None
     fisher = joint.fisher_information()
