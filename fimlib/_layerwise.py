@@ -25,6 +25,7 @@ from fimlib.derivatives import (
     Block,
     Derivatives,
     Seeds,
+    all_finite,
     check_no_global_hooks,
     is_same,
     separate,
@@ -349,6 +350,11 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
             f"module {name!r} ({type(module).__name__}) takes the batch, but not its parts, or "
             f"makes no tensor of them: {error}"
         ) from error
+    if not all_finite(z):
+        raise ValueError(
+            f"module {name!r} ({type(module).__name__}) makes NaN or infinite values of the inputs: "
+            f"it has no value for {len(x)} of these at a time."
+        )
     if not is_same(z, alone, z):
         raise NotImplementedError(
             f"module {name!r} ({type(module).__name__}) makes of one input what depends on the "

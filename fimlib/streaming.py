@@ -27,7 +27,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from fimlib._probabilities import warn_of_probabilities
-from fimlib.derivatives import WRAPPER, Batch, all_finite, check_module, differentiate, prepare
+from fimlib.derivatives import (
+    WRAPPER,
+    Batch,
+    add_axis,
+    all_finite,
+    check_module,
+    differentiate,
+    prepare,
+)
 from fimlib.families import Family
 from fimlib.joint import Joint
 
@@ -319,8 +327,7 @@ def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:
     """The shape of one input, the same as before."""
     if batch.ndim < 2:
         raise ValueError(
-            f"a batch must have shape [B, ...], got {list(batch.shape)}: for a single input add a "
-            "batch dimension, x[None]."
+            f"a batch must have shape [B, ...], got {list(batch.shape)}: {add_axis(batch)}."
         )
     if shape is not None and batch.shape[1:] != shape:
         raise ValueError(
