@@ -352,8 +352,8 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
         ) from error
     if not all_finite(z):
         raise ValueError(
-            f"module {name!r} ({type(module).__name__}) makes NaN or infinite values of the inputs: "
-            f"it has no value for {len(x)} of these at a time."
+            f"module {name!r} ({type(module).__name__}) makes NaN or infinite values of "
+            f"the inputs: it has no value for {len(x)} of these at a time."
         )
     if not is_same(z, alone, z):
         raise NotImplementedError(

@@ -409,8 +409,8 @@ def check_plain(model: nn.Module) -> None:
             )
         if not all(isinstance(hook, PARAMETRISATIONS) for hook in hooks_of(module)):
             raise NotImplementedError(
-                f"module {name!r} ({type(module).__name__}) has a hook, which an engine would miss: "
-                "remove it, by handle.remove() of the handle that its registration returned."
+                f"module {name!r} ({type(module).__name__}) has a hook, which an engine would "
+                "miss: remove it, by handle.remove() of the handle that its registration returned."
             )
         if "forward" in vars(module):
             raise NotImplementedError(
@@ -648,7 +648,7 @@ def to_rows(outputs: Any, size: int) -> str:
 def add_axis(x: Tensor) -> str:
     """What makes a batch of a tensor with less than two axes."""
     if x.ndim == 1 and not (x.is_floating_point() or x.is_complex()):
-        return "for one index per input add an axis, x[:, None], and read it as x[:, 0] in forward()"
+        return "for one index per input add an axis, x[:, None], and take x[:, 0] in forward()"
     return "for a single input add a batch dimension, x[None]"
 
 
