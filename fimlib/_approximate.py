@@ -43,7 +43,15 @@ from torch import Tensor, nn
 
 from fimlib import _layerwise
 from fimlib._layerwise import ElementwiseStep, LinearStep, Steps, right_factors
-from fimlib.derivatives import Block, Derivatives, check_model, check_plain, tied
+from fimlib.derivatives import (
+    Block,
+    Derivatives,
+    check_model,
+    check_module,
+    check_plain,
+    kept_random_state,
+    tied,
+)
 from fimlib.diagonal import Diagonal, Term
 from fimlib.families import Categorical
 from fimlib.family import Labels
@@ -144,7 +152,8 @@ def hessian_diagonal_approximation(
     """
     check_method(method)
     family_of(labels)
-    with torch.inference_mode(False):
+    model = check_module(model)
+    with torch.inference_mode(False), kept_random_state(x):
         check_model(model, x)
         check_plain(model)
         if names := tied(model):

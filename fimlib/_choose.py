@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fimlib import _approximate, _backpack, _forward_mode, _functional, _layerwise, _traced
-from fimlib._confirm import Unconfirmed, confirm, few
+from fimlib._confirm import ENTRIES, Unconfirmed, confirm, few
 from fimlib.derivatives import (
     Batch,
     Derivatives,
@@ -26,6 +26,7 @@ from fimlib.derivatives import (
     check_model,
     check_module,
     check_plain,
+    kept_random_state,
     selected,
     tied,
 )
@@ -104,6 +105,7 @@ ENGINES = {
     )
 }
 AUTO = ("layerwise", "traced", "functional")
+ENTRIES_OF_THE_SLOW = 64  # of S that are compared where every one of them took a pass
 LAYERS_TO_TRY = 4  # from the last on, as a remedy
 
 
@@ -150,7 +152,7 @@ def checked(
     Raises:
         NotImplementedError: no engine supports the network; with the cause and a remedy.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), kept_random_state(x):
         check_model(model, x)
         check_plain(model)
         names = candidates(model, engine, order)
@@ -181,7 +183,7 @@ def prepare(
         seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
             the outputs themselves, or None. The result is then ``projected``.
     """
-    check_module(model)
+    model = check_module(model)
     wanted = selected(model, layers)
     first: list[tuple[Attempt, str, torch.dtype, torch.device]] = []
 
@@ -196,7 +198,7 @@ def prepare(
                 f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on {kind[1]}: "
                 "convert it with .to(...)."
             )
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), kept_random_state(x):
             return replace(attempt(model, x.detach(), order, wanted, seeds), engine=name)
 
     return again
@@ -263,8 +265,8 @@ def tried(
 
         if not engine.is_exact:
             sample = sample.first_order()
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            confirm(model, x[at], sample, again, seeds)
+        most = ENTRIES if name != "functional" else ENTRIES_OF_THE_SLOW
+        confirm(model, x[at], sample, again, seeds, most)
     except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a forward pass may hold that this engine never met
@@ -338,7 +340,7 @@ def works(
     """Whether the network can be differentiated so."""
     names = candidates(model, engine, order)
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), kept_random_state(x):
             chosen = choose(names, model, x.detach(), order, wanted, None, unasked=engine == "auto")
     except (ValueError, NotImplementedError):
         return False

@@ -27,6 +27,7 @@ from fimlib.derivatives import (
     Block,
     Derivatives,
     Seeds,
+    all_finite,
     check_no_global_hooks,
     is_same,
     separate,
@@ -169,7 +170,7 @@ def forward_of_copy(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
     # a parameter in a list of the copy is the copy's, in a closure it is the model's
     parameters = {id(p): n for m in (model, own) for n, p in m.named_parameters()}
     outputs, steps = forward(chain(own), x.clone(), parameters)
-    expected = own(x)
+    expected = own(x.clone())  # the first module may work in place
     if not torch.isfinite(outputs).all():
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     if outputs.shape != expected.shape or not torch.allclose(outputs, expected):
@@ -363,6 +364,11 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
             f"module {name!r} ({type(module).__name__}) takes the batch, but not its parts, or "
             f"makes no tensor of them: {error}"
         ) from error
+    if not all_finite(z):
+        raise ValueError(
+            f"module {name!r} ({type(module).__name__}) makes NaN or infinite values of "
+            f"the inputs: it has no value for {len(x)} of these at a time."
+        )
     if not is_same(z, alone, z):
         raise NotImplementedError(
             f"module {name!r} ({type(module).__name__}) makes of one input what depends on the "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fimlib.diagonal import Diagonal, Term
 
@@ -246,8 +250,8 @@ def differentiate(
     """
     from fimlib._choose import checked
 
-    x = x.clone() if isinstance(x, Tensor) else x  # the result keeps it
-    check_module(model)
+    model = check_module(model)
+    x = x.detach().clone() if isinstance(x, Tensor) else x  # what is kept of it is not the caller's
     return checked(model, x, engine, order, selected(model, layers)).batch.derivatives()
 
 
@@ -272,6 +276,21 @@ def selected(model: nn.Module, layers: Sequence[str] | None) -> frozenset[str] |
     return frozenset(found)
 
 
+# Hooks that make a weight of other parameters, before each call and of these alone.
+PARAMETRISATIONS = (BasePruningMethod, WeightNorm, SpectralNorm)
+
+
+def hooks_of(module: nn.Module) -> Iterator[object]:
+    """The hooks on a module itself that have a part in its calls or gradients."""
+    for hooks in (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ):
+        yield from hooks.values()
+
+
 def check_plain(model: nn.Module) -> None:
     """Refuse what the engines cannot see: hooks, replaced forward passes."""
     for name, module in model.named_modules():
@@ -285,16 +304,15 @@ def check_plain(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) is a script module, which hides its "
                 "forward pass: pass the network as it was before torch.jit."
             )
-        hooks = (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        if any(hooks) or "forward" in vars(module):
+        if not all(isinstance(hook, PARAMETRISATIONS) for hook in hooks_of(module)):
             raise NotImplementedError(
-                f"module {name!r} ({type(module).__name__}) has a hook or a replaced forward(), "
-                "which an engine would miss: remove it, or use a fresh copy of the network."
+                f"module {name!r} ({type(module).__name__}) has a hook, which an engine would "
+                "miss: remove it, by handle.remove() of the handle that its registration returned."
+            )
+        if "forward" in vars(module):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) has a replaced forward(), which an "
+                "engine would miss: make it a method of a class of its own."
             )
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters: there is nothing to differentiate in.")
@@ -327,6 +345,11 @@ def call_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
     return torch.func.functional_call(model, everywhere, (x.clone(),), tie_weights=False)
 
 
+def kept_random_state(x: object) -> AbstractContextManager[None]:
+    """Afterwards the generators are as before, whatever a model has drawn."""
+    return torch.random.fork_rng([x.device] if isinstance(x, Tensor) and x.is_cuda else [])
+
+
 def check_no_global_hooks() -> None:
     """Refuse hooks on all modules, for the engines that know modules by their types."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
@@ -347,7 +370,7 @@ def separate(model: nn.Module) -> nn.Module:
     kept = (t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None)
     memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in kept}
     try:
-        return copy.deepcopy(model, dict(memo))
+        own = copy.deepcopy(model, dict(memo))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every attribute may have its own
@@ -358,6 +381,10 @@ def separate(model: nn.Module) -> nn.Module:
             f"keeps yours as it is: {error}. Remove the attribute that cannot, or give the class a "
             "__deepcopy__."
         ) from error
+    for module in own.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # the same gradients, which can be read
+    return own
 
 
 def is_copyable(module: nn.Module, memo: dict[int, Any]) -> bool:
@@ -421,12 +448,30 @@ def is_same(a: Tensor, b: Tensor, whole: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=tolerance)
 
 
-def check_module(model: object) -> None:
-    """Raise a TypeError unless this is a module."""
+def check_module(model: object) -> nn.Module:
+    """The network; where torch.compile has wrapped it, the one inside.
+
+    Raises:
+        TypeError: it is no module.
+        NotImplementedError: a module inside it is compiled.
+    """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise TypeError(f"{model.__name__} is a class: make an instance of it.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}.")
+    found: nn.Module = model.get_submodule("_orig_mod") if is_compiled(model) else model
+    for name, module in found.named_modules():
+        if is_compiled(module):
+            raise NotImplementedError(
+                f"module {name!r} is compiled by torch.compile, which hides its forward pass: put "
+                "its _orig_mod, the module as it was before, in its place."
+            )
+    return found
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what torch.compile makes of a module."""
+    return type(module).__module__.startswith("torch._dynamo")
 
 
 def check_outputs(outputs: Any, size: int) -> None:
@@ -440,7 +485,10 @@ def check_outputs(outputs: Any, size: int) -> None:
     if outputs.shape[1] == 0:
         raise ValueError("the model returns no outputs: T must be at least 1.")
     if not torch.isfinite(outputs).all():
-        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
+        raise ValueError(
+            "the outputs hold NaN or infinite values: the weights are too large, or forward() has "
+            f"no value for {size} of these inputs at a time."
+        )
 
 
 def to_rows(outputs: Any, size: int) -> str:
@@ -454,9 +502,17 @@ def to_rows(outputs: Any, size: int) -> str:
     if outputs.ndim == 1:
         return "add an axis, h[:, None]"
     return (
-        "each input needs one row of outputs, so pick or pool the positions, or put nn.Flatten() "
-        "before the layer if there should be none"
+        "a family describes one label per input, and not one for every position. Write a module "
+        "around it that picks one, as h[:, -1] of [B, L, V], or pools them, as h.mean((2, 3)) of "
+        "[B, C, H, W]"
     )
+
+
+def add_axis(x: Tensor) -> str:
+    """What makes a batch of a tensor with less than two axes."""
+    if x.ndim == 1 and not (x.is_floating_point() or x.is_complex()):
+        return "for one index per input add an axis, x[:, None], and take x[:, 0] in forward()"
+    return "for a single input add a batch dimension, x[None]"
 
 
 def check_model(model: nn.Module, x: Tensor) -> None:
@@ -476,10 +532,20 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         dropout = module.p if isinstance(module, _DropoutNd) else 0.0
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             dropout = module.dropout
-        if module.training and (dropout > 0 or isinstance(module, nn.RReLU | _BatchNorm)):
+        is_moving = isinstance(module, nn.RReLU | _BatchNorm) or any(
+            isinstance(hook, SpectralNorm) for hook in hooks_of(module)
+        )
+        if module.training and (dropout > 0 or is_moving):
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) is in training mode, so the outputs "
-                "are random or depend on the other inputs of the batch. Call model.eval() first."
+                "are random, change with every call or depend on the other inputs of the batch. "
+                "Call model.eval() first."
+            )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has no running statistics, so that it "
+                "normalises by those of the batch in eval mode, too: make it with "
+                "track_running_stats=True, and train it."
             )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -490,6 +556,11 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(
                 f"parameter {name!r} has no values yet: call the model once on an input first."
+            )
+        if parameter.numel() == 0:
+            raise ValueError(
+                f"parameter {name!r} has no entries, its shape being {list(parameter.shape)}: "
+                "remove its layer, or make it wider."
             )
         fits = parameter.dtype == x.dtype or not (x.is_floating_point() or x.is_complex())
         if not fits or parameter.device != x.device:
@@ -504,8 +575,7 @@ def check_model(model: nn.Module, x: Tensor) -> None:
             )
     if x.ndim < 2:
         raise ValueError(
-            f"the input must have shape [B, ...] with B ≥ 1, got {list(x.shape)}: for a single "
-            "input add a batch dimension, x[None]."
+            f"the input must have shape [B, ...] with B ≥ 1, got {list(x.shape)}: {add_axis(x)}."
         )
     if len(x) == 0:
         raise ValueError(f"there are no inputs: the shape is {list(x.shape)}; pass B ≥ 1.")

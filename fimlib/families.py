@@ -132,7 +132,7 @@ class Categorical(Family):
         h = self.natural(h)
         if q.shape != h.shape:
             raise ValueError(f"q must have the logits' shape {list(h.shape)}, got {list(q.shape)}.")
-        q = q.to(h)
+        q = q.detach().to(h, copy=True)
         if not (q >= 0).all():
             raise ValueError("q holds negative or NaN values: it must be a probability per class.")
         if ((q.sum(1) - 1).abs() > 1e-9).any():

@@ -99,7 +99,7 @@ class Family(ABC):
     shift_invariant = False
 
     def natural(self, h: Tensor) -> Tensor:
-        """Check the outputs h and return them in float64, without a graph.
+        """Check the outputs h and return a copy of them in float64, without a graph.
 
         Raises:
             ValueError: h is not a finite [B, T] tensor with T ≥ ``min_outputs``.
@@ -115,7 +115,7 @@ class Family(ABC):
             raise ValueError(
                 f"{name}: the outputs hold NaN or infinite values. Check the weights and the input."
             )
-        return h.detach().double()
+        return h.detach().to(torch.float64, copy=True)
 
     def link(self, h: Tensor, at: Tensor) -> Tensor:  # noqa: ARG002
         """The natural parameters as a differentiable function of the outputs: [B, T] → [B, T].
@@ -230,7 +230,8 @@ class Family(ABC):
         h, name = self.natural(h), type(self).__name__
         y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=h.device)
         size, width = len(h), self.label_size(h)
-        labels = y.to(h)[:, None] if y.ndim == 2 else y.to(h)
+        labels = y.detach().to(h, copy=True)
+        labels = labels[:, None] if y.ndim == 2 else labels
         if labels.ndim != 3 or 0 in labels.shape or labels.shape[::2] != (size, width):
             raise ValueError(
                 f"{name}: observed labels must have shape {[size, width]}, or "

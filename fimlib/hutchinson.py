@@ -113,7 +113,7 @@ def hutchinson_variance_i2(
     """
     n = check_num_samples(num_samples)
     size, num_blocks = blocks_of(num_probes)
-    check_module(model)
+    model = check_module(model)
     wanted = selected(model, layers)
     derivs = checked(model, x, "auto", 1, wanted).batch.derivatives()
     h = family.natural(derivs.outputs)

@@ -15,7 +15,8 @@ from fimlib._choose import checked
 from fimlib._confirm import confirm_hessian
 from fimlib._forward_mode import twice_differentiable
 from fimlib._probabilities import warn_of_probabilities
-from fimlib.derivatives import call_with, check_model
+from fimlib._rewrite import rewritten
+from fimlib.derivatives import call_with, check_model, check_module, kept_random_state, separate
 from fimlib.families import Family, Labels
 from fimlib.fisher import check_labels, family_of
 
@@ -66,7 +67,7 @@ def estimate_i2_matrix(
 
     Args, Returns, Raises: as ``estimate_i1_matrix``.
     """
-    family, names = family_of(labels), list(parameters)
+    model, family, names = check_module(model), family_of(labels), list(parameters)
     outputs, J = jacobian(model, x, names, family)
     check_labels(outputs, labels)
     cov = family.covariance(family.natural(outputs))
@@ -80,10 +81,13 @@ def estimate_i2_matrix(
         return at_outputs(functional(model, names, flat, x))
 
     def curvature(model: nn.Module) -> Tensor:
-        found: Tensor = torch.func.hessian(partial(residual_output, model))(flatten(model, names))
+        own = separate(model)
+        with twice_differentiable(), rewritten():
+            hessian = torch.func.hessian(partial(residual_output, own))
+            found: Tensor = hessian(flatten(own, names))
         return found.detach()
 
-    with twice_differentiable():
+    with kept_random_state(x):
         found = curvature(model)
         confirm_hessian(model, x, names, found, at_outputs, curvature)
     return information - found.double()
@@ -96,6 +100,7 @@ def jacobian(
 
     P counts the entries of the named parameters.
     """
+    model = check_module(model)
     check_model(model, x)
     check_names(model, names)
     derivs = checked(model, x, "auto", 1, frozenset(names)).batch.derivatives()

@@ -72,7 +72,7 @@ def plan(
         >>> found.engine, found.exact, list(found.refusals)
         ('traced', True, ['layerwise'])
     """
-    check_module(model)
+    model = check_module(model)
     wanted = selected(model, layers)
     x = x.detach().clone() if isinstance(x, Tensor) else x
     chosen = checked(model, x, engine, order, wanted)

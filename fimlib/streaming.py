@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import math
 import numbers
 import weakref
@@ -25,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from fimlib._probabilities import warn_of_probabilities
 from fimlib._choose import prepare
-from fimlib.derivatives import WRAPPER, Batch, all_finite, check_module, differentiate
+from fimlib._probabilities import warn_of_probabilities
+from fimlib.derivatives import WRAPPER, Batch, add_axis, all_finite, check_module, differentiate
 from fimlib.families import Family
 from fimlib.joint import Joint
 
@@ -47,6 +48,7 @@ def accumulate(
     dtype: torch.dtype = torch.float64,
     method: str | None = "certified",
     quantities: Collection[str] | None = None,
+    pick: Pick = None,
 ) -> Joint:
     r"""Averages over a whole data set, batch by batch, in bounded memory (Theorem 4.7).
 
@@ -55,8 +57,12 @@ def accumulate(
 
     Args:
         model: Maps inputs to natural parameters [B, T]; in eval mode.
-        inputs: [M, ...], or an iterable of batches x or (x, y), of which x is taken: a
-            ``DataLoader``, a list, a generator. Batches go to the model's device one at a time.
+        inputs: [M, ...], or an iterable of batches: a ``DataLoader``, a list, a generator. Batches
+            go to the model's device one at a time. A batch is a tensor x or, with labels that are
+            left out, (x, y), where y has one label for each input: [B] or [B, 1], or floating-point
+            [B, k] if ``forward()`` takes one argument. Whatever may mean something else, as other
+            tuples, dicts, or a tuple of equally long tensors in the place of a list of batches, is
+            an error; ``pick`` says what is x.
         family: The output family.
         batch_size: Inputs that are differentiated at a time; larger batches are split. By default
             as many as take about 256 MB, as measured on the first input; at least 1.
@@ -66,16 +72,18 @@ def accumulate(
         dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
         method: How λ_max(M) is found for the bounds, None for no bounds; see ``Joint``.
         quantities: What is accumulated, everything by default; see ``Joint``.
+        pick: Which part of every batch is x: a position, the key of a dict, or a function of the
+            batch. The other parts are left out.
 
     Returns:
         The accumulator, on the model's device. It is empty where ``inputs`` is a tensor with
         M = 0, as the share of a process may be.
 
     Raises:
-        ValueError: no batches; inputs of another shape than before, NaN or infinite; the model was
-            changed or moved on the way (what is written through ``.data`` cannot be seen);
-            batch_size < 1; and what ``differentiate`` and ``Joint.update`` refuse. The message
-            names the batch, counted from 1.
+        ValueError: no batches; doubt about what is x; inputs of another shape than before, NaN or
+            infinite; the model was changed or moved on the way (what is written through ``.data``
+            cannot be seen); batch_size < 1; and what ``differentiate`` and ``Joint.update`` refuse.
+            The message names the batch, counted from 1.
         NotImplementedError: as in ``differentiate``.
         TypeError: a data set instead of batches of it, or batches that are no tensors.
 
@@ -109,7 +117,7 @@ def accumulate(
     def empty() -> Joint:
         return Joint(family, method=method, dtype=dtype, quantities=quantities)
 
-    check_module(model)
+    model = check_module(model)
     keep_freed_memory()
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     # bounds are those of the outputs, and a link comes before the projection
@@ -120,7 +128,7 @@ def accumulate(
     before: dict[str, Part] = {}
     shape, number = None, 0
     device = next((p.device for p in model.parameters()), None)
-    for number, batch in batches(inputs):
+    for number, batch in batches(model, inputs, pick):
         with named(f"batch {number}"):
             shape = check_shape(batch, shape)
             if size is None:
@@ -162,13 +170,23 @@ def take(again: Callable[[Tensor], Batch], empty: Callable[[], Joint], x: Tensor
     empty().update_batch(again(x))
 
 
-def batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
+# What is x.
+
+Pick = Callable[[Any], Tensor] | int | str | None
+
+
+def batches(
+    model: nn.Module, inputs: Tensor | Iterable[Any], pick: Pick = None
+) -> Iterator[tuple[int, Tensor]]:
     """The x of every batch, counted from 1; a tensor is one batch, and none where it is empty.
 
     Raises:
-        TypeError: a data set, or a batch that is neither x nor (x, y).
+        TypeError: a data set, or a batch that holds no tensor x.
+        ValueError: what is x is in doubt, or not where ``pick`` says.
     """
     if isinstance(inputs, Tensor):
+        if pick is not None:
+            raise ValueError("inputs is a tensor, x itself, so that there is nothing to pick.")
         if inputs.ndim == 0 or len(inputs):
             yield 1, inputs
         return
@@ -179,15 +197,112 @@ def batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
             f"inputs is a {type(inputs).__name__}, which yields single inputs or none: pass "
             "torch.utils.data.DataLoader(inputs, batch_size=...), or a tensor [M, ...]."
         )
+    arguments = count_arguments(model)
+    if pick is None:
+        check_many(inputs, arguments)
     for number, batch in enumerate(inputs, start=1):
-        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"batch {number} is a {type(x).__name__}: batches must be tensors x of shape "
-                "[B, ...] or pairs (x, y); convert them, e.g. by torch.as_tensor, or by the "
-                f"collate_fn of a DataLoader; {WRAPPER}"
-            )
-        yield number, x
+        place = f"batch {number}"
+        yield number, x_of(batch, place, arguments) if pick is None else picked(batch, place, pick)
+
+
+class Arguments(NamedTuple):
+    """How many positional arguments a forward() needs, and how many it takes at most."""
+
+    needed: float
+    taken: float
+
+
+def count_arguments(model: nn.Module) -> Arguments:
+    """Those of the model's forward(); one where there is no telling."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return Arguments(1, 1)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    needed = sum(p.default is p.empty for p in named)
+    return Arguments(needed, math.inf if is_open else len(named))
+
+
+def check_many(inputs: Iterable[Any], arguments: Arguments) -> None:
+    """A ValueError if tensors side by side may be one batch (x, y), or several arguments."""
+    if not isinstance(inputs, tuple | list) or len(inputs) < 2:
+        return
+    if not all(isinstance(t, Tensor) for t in inputs):
+        return
+    is_one = len({t.shape[:1] for t in inputs}) == 1 and (
+        isinstance(inputs, tuple)
+        or len({t.dtype for t in inputs}) > 1
+        or any(t.ndim < 2 for t in inputs)
+        or len(inputs) <= arguments.taken
+    )
+    if is_one or arguments.needed > 1:
+        raise ValueError(
+            f"inputs is a {type(inputs).__name__} of {len(inputs)} tensors, which may be the parts "
+            "of one batch, as in (x, y): pass x alone, or [inputs] and pick=0 for the first of "
+            f"them. If every one is a batch of its own, pass iter(inputs); {WRAPPER}"
+        )
+
+
+def x_of(batch: Any, place: str, arguments: Arguments) -> Tensor:
+    """The x of a batch x, (x,) or (x, y); an error where that is in doubt."""
+    x, *others = batch if isinstance(batch, tuple | list) and batch else (batch,)
+    if isinstance(x, Mapping):
+        names = " or ".join(f"pick={name!r}" for name in x) if x is batch else "a function pick="
+        raise TypeError(f"{place} holds a {type(x).__name__}: say what is x by {names}; {WRAPPER}")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{place} is a {type(x).__name__}: batches must be tensors x of shape [B, ...] or "
+            "pairs (x, y); convert them, e.g. by torch.as_tensor, or by the collate_fn of a "
+            f"DataLoader; {WRAPPER}"
+        )
+    if others and not (len(others) == 1 and are_labels(others[0], x, arguments)):
+        parts = ", ".join(map(in_words, (x, *others)))
+        raise ValueError(
+            f"{place} is a {type(batch).__name__} of {parts}, which is more than x and its labels: "
+            f"take the first alone by pick=0, or another; {WRAPPER}"
+        )
+    return x
+
+
+def in_words(part: Any) -> str:
+    """A part of a batch in a few words."""
+    if isinstance(part, Tensor):
+        return f"{part.dtype} {list(part.shape)}"
+    return type(part).__name__
+
+
+def are_labels(y: Any, x: Tensor, arguments: Arguments) -> bool:
+    """Whether y can be nothing but the labels of x."""
+    if not isinstance(y, Tensor) or y.ndim == 0 or y.shape[:1] != x.shape[:1]:
+        return False
+    if arguments.needed > 1:
+        return False
+    if y.ndim == 1 or y.shape[1:] == (1,):
+        return True
+    return y.ndim == 2 and y.is_floating_point() and arguments.taken == 1
+
+
+def picked(batch: Any, place: str, pick: Callable[[Any], Tensor] | int | str) -> Tensor:
+    """What ``pick`` takes out of a batch."""
+    if callable(pick):
+        x = pick(batch)
+    elif isinstance(batch, Tensor):
+        raise ValueError(
+            f"{place} is a tensor, and pick={pick!r} takes an entry of a tuple, list or dict: "
+            "leave pick out, or pass [inputs] if they are one batch."
+        )
+    else:
+        try:
+            x = batch[pick]
+        except (TypeError, LookupError) as error:
+            known = f" of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
+            raise ValueError(
+                f"{place}: pick={pick!r} is no entry of its {type(batch).__name__}{known}."
+            ) from error
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{place}: pick gives a {type(x).__name__}, and x must be a tensor.")
+    return x
 
 
 @contextmanager
@@ -205,8 +320,7 @@ def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:
     """The shape of one input, the same as before."""
     if batch.ndim < 2:
         raise ValueError(
-            f"a batch must have shape [B, ...], got {list(batch.shape)}: for a single input add a "
-            "batch dimension, x[None]."
+            f"a batch must have shape [B, ...], got {list(batch.shape)}: {add_axis(batch)}."
         )
     if shape is not None and batch.shape[1:] != shape:
         raise ValueError(

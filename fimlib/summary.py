@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from fimlib._summary_plot import draw
 from fimlib._summary_text import text
-from fimlib.derivatives import differentiate, tied
+from fimlib.derivatives import Derivatives, check_module, differentiate, tied
 from fimlib.families import Family, check_num_samples
 from fimlib.family import check_family
 from fimlib.gaussian import Gaussian, GaussianHead
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.precision import chebyshev
-from fimlib.streaming import accumulate, batches, check_shape
+from fimlib.streaming import Pick, accumulate, batches, check_shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +129,7 @@ def summarise(
     layers: Sequence[str] | None = None,
     engine: str = "auto",
     num_probes: int = NUM_PROBES,
+    pick: Pick = None,
 ) -> Summary:
     r"""How far Î₁ and Î₂ are off, layer by layer; which is better; how many samples it takes.
 
@@ -140,8 +141,8 @@ def summarise(
 
     Args:
         model: Maps inputs to outputs [B, T] of the family; in eval mode.
-        inputs: [m, ...], or an iterable of batches x or (x, y), as a ``DataLoader``; see
-            ``accumulate``. Memory does not depend on m.
+        inputs: [m, ...], or an iterable of batches x or (x, y), as a ``DataLoader``; for what is
+            x see ``accumulate``. Memory does not depend on m.
         family: The output family.
         num_samples: N ≥ 1, labels for each input.
         relative_error: ε > 0, of ‖Î − I‖ in units of ‖I‖, norms over a layer.
@@ -149,6 +150,7 @@ def summarise(
         layers: Names of modules: only their parameters are looked at. None: all.
         engine: Where the derivatives come from; see ``differentiate``.
         num_probes: ≥ 3, where V₂ must be estimated; see ``hutchinson_variance_i2``.
+        pick: Which part of every batch is x; see ``accumulate``.
 
     Raises:
         ValueError: an argument out of its range, no inputs, and what ``accumulate`` refuses.
@@ -174,18 +176,22 @@ def summarise(
     check_num_samples(num_samples)
     chebyshev(torch.ones(()), torch.ones(()), relative_error, confidence)
     blocks_of(num_probes)
-    first, stream = _peek(model, inputs)
-    taken, order = _engine(model, first, engine, layers)
+    model = check_module(model)
+    first, stream = _peek(model, inputs, pick)
+    found, order = _engine(model, first, engine, layers)
+    num_outputs = found.outputs.shape[1]
     sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
     joint = accumulate(
         model, sample.of(stream), family, order=order, layers=layers, engine=engine,
-        method=_method(model, first, family),
+        method=_method(num_outputs, family),
     )  # fmt: skip
     norms = _sums(joint, {n: I.square() for n, I in joint.fisher_information().items()})
     variances = [_sums(joint, joint.label_variance(j)) for j in range(1, order + 1)]
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
     if order == 1:
-        value, errors = _estimate(model, sample, family, joint, num_probes, layers)
+        of_one = num_outputs * sum(t.numel() for t in joint.fisher_information().values())
+        at_once = max(1, NUMBERS_AT_A_TIME // of_one)
+        value, errors = _estimate(model, sample, family, joint, num_probes, layers, at_once)
         variances.append(value)
     spread = _sums(joint, joint.input_variance())
     means, bounds = _sums(joint, joint.fisher_information()), _bounds(joint)
@@ -217,7 +223,7 @@ def summarise(
         )
 
     return Summary(
-        tuple(map(row, norms)), joint.count, num_samples, relative_error, confidence, taken,
+        tuple(map(row, norms)), joint.count, num_samples, relative_error, confidence, found.engine,
         num_probes if order == 1 else 0, len(sample) if order == 1 else 0, joint,
     )  # fmt: skip
 
@@ -225,9 +231,11 @@ def summarise(
 # What goes in.
 
 
-def _peek(model: nn.Module, inputs: Tensor | Iterable[Any]) -> tuple[Tensor, Iterator[Tensor]]:
+def _peek(
+    model: nn.Module, inputs: Tensor | Iterable[Any], pick: Pick
+) -> tuple[Tensor, Iterator[Tensor]]:
     """One input, on the model's device, and all batches, this one's among them."""
-    stream = (x for _, x in batches(inputs))
+    stream = (x for _, x in batches(model, inputs, pick))
     first = next(stream, None)
     if first is None:
         raise ValueError(
@@ -235,31 +243,25 @@ def _peek(model: nn.Module, inputs: Tensor | Iterable[Any]) -> tuple[Tensor, Ite
             "be used only once, make it anew."
         )
     check_shape(first, None)
-    device = next((p.device for p in model.parameters()), None) if _is_module(model) else None
+    device = next((p.device for p in model.parameters()), None)
     return first[:1].to(device), itertools.chain([first], stream)
-
-
-def _is_module(model: object) -> bool:
-    return isinstance(model, nn.Module)  # else differentiate says so
 
 
 def _engine(
     model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | None
-) -> tuple[str, int]:
-    """The engine that takes the network, and whether it has S (2) or J alone (1)."""
-    alone = engine == "functional" or (_is_module(model) and tied(model) is not None)
+) -> tuple[Derivatives, int]:
+    """By the engine that takes the network; and whether it has S (2) or J alone (1)."""
+    alone = engine == "functional" or tied(model) is not None
     try:
         if not alone:
-            return differentiate(model, x, engine=engine, layers=layers).engine, 2
+            return differentiate(model, x, engine=engine, layers=layers), 2
     except NotImplementedError:
         pass  # of the second order only, or the next line says why
-    return differentiate(model, x, engine=engine, order=1, layers=layers).engine, 1
+    return differentiate(model, x, engine=engine, order=1, layers=layers), 1
 
 
-def _method(model: nn.Module, x: Tensor, family: Family) -> str | None:
+def _method(num_outputs: int, family: Family) -> str | None:
     """How λ_max(M) is found, where that is cheap."""
-    with torch.no_grad():
-        num_outputs = model(x.clone()).shape[1]
     if num_outputs > MOST_OUTPUTS_FOR_BOUNDS:
         return None
     return "multistart" if isinstance(family, Gaussian | GaussianHead) else "certified"
@@ -323,25 +325,23 @@ def _estimate(
     joint: Joint,
     num_probes: int,
     layers: Sequence[str] | None,
+    at_once: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums of E_x V₂⁽¹⁾ over each layer, estimated, and their standard errors.
+    """Sums of E_x V₂⁽¹⁾ over each layer, estimated at so many inputs at once, and their errors.
 
-    The errors come from the probes where all inputs were taken, else from the spread of the inputs,
-    whose probes are independent, so that it contains theirs.
+    The standard errors come from the probes where all inputs were taken, else from the spread of
+    the inputs, whose probes are independent, so that it contains theirs.
     """
     assert sample.inputs is not None
     fisher = joint.fisher_information()
     device = next(iter(fisher.values())).device
     x = sample.inputs.to(device)
-    with torch.no_grad():
-        num_outputs = model(x[:1].clone()).shape[1]
-    of_one = num_outputs * sum(p.numel() for p in fisher.values())
     generator = torch.Generator(device).manual_seed(0)  # not the caller's
     found = [
         hutchinson_variance_i2(
             model, part, family, num_probes=num_probes, generator=generator, layers=layers
         ).layer_means
-        for part in x.split(max(1, NUMBERS_AT_A_TIME // of_one))
+        for part in x.split(at_once)
     ]
     sums, errors = {}, {}
     for layer in joint._layers:

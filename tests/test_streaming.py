@@ -211,11 +211,133 @@ def test_a_data_set_is_refused_with_the_remedy(data):
 
 
 @pytest.mark.parametrize(
-    "batch", [{"x": X}, X.numpy(), "abc", None, (), ({"x": X}, 0)], ids=lambda b: type(b).__name__
+    "batch", [X.numpy(), "abc", None, (), ("abc", 0)], ids=lambda b: type(b).__name__
 )
 def test_batches_must_be_tensors(batch):
     with pytest.raises(TypeError, match="batch 2 is a .*as_tensor.*module with one that unp"):
         accumulate(NET, [X, batch], Categorical())
+
+
+class TakesTwo(nn.Module):
+    """Of two arguments, the second may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = NET
+
+    def forward(self, x, more=None):
+        return self.net(x if more is None else x * more)
+
+
+class NeedsThree(TakesTwo):
+    def forward(self, x, more, most):
+        return self.net(x * more * most)
+
+
+class TakesAll(TakesTwo):
+    def forward(self, *parts):
+        return self.net(parts[0])
+
+
+IDS = torch.arange(11).long()
+CLEAR = {
+    "one tensor": [X],
+    "a tuple of one": [(X,)],
+    "classes": [(X, IDS)],
+    "classes, a column": [[X, IDS[:, None]]],
+    "yes or no": [(X, IDS > 3)],
+    "one target": [(X, X[:, 0])],
+    "targets": [(X, X[:, :2])],
+    "a data set of one tensor": DataLoader(TensorDataset(X), batch_size=4),
+    "regression": DataLoader(TensorDataset(X, X[:, :2]), batch_size=4),
+    "a tuple of batches": X.split(4),
+    "a list of batches": [X[:5], X[5:10], X[10:]],
+}
+
+
+@pytest.mark.parametrize("data", CLEAR.values(), ids=CLEAR)
+def test_what_is_beyond_doubt_is_taken(data):
+    assert_same(accumulate(NET, data, Categorical()), whole(NET, X, Categorical()))
+
+
+DOUBTFUL = {
+    "two tensors, one model": (NET, [(X, X[:, None])], "batch 1 is a tuple of torch.float64"),
+    "mask": (NET, [(IDS[:, None].expand(-1, 3), IDS[:, None].expand(-1, 3))], "batch 1 is a tuple"),
+    "integer rows": (NET, [(X, torch.ones(11, 3).long())], r"torch.int64 \[11, 3\], which is more"),
+    "mask, labels": (NET, [(X, X, IDS)], "batch 1 is a tuple of .* which is more than x and its"),
+    "other length": (NET, [(X, IDS[:10])], r"torch.int64 \[10\], which is more"),
+    "number": (NET, [(X, torch.tensor(3))], r"torch.int64 \[\], which is more"),
+    "no tensor": (NET, [(X, "abc")], r"\[11, 4\], str, which is more"),
+    "a second argument": (TakesTwo(), [(X, X)], "batch 1 is a tuple"),
+    "a second of many": (TakesAll(), [[X, X]], "batch 1 is a list"),
+    "loader": (NET, DataLoader(TensorDataset(X, X, IDS), batch_size=4), "batch 1 is a list of"),
+    "a pair of inputs": (NET, (X, X), "inputs is a tuple of 2 tensors, which may be the parts"),
+    "a pair": (NET, (X, IDS), "inputs is a tuple of 2 tensors"),
+    "a pair in a list": (NET, [X, IDS], "inputs is a list of 2 tensors"),
+    "targets in a list": (NET, [X, X[:, 0]], "inputs is a list of 2 tensors"),
+    "other types in a list": (NET, [X, X.float()], "inputs is a list of 2 tensors"),
+    "a triple": (NET, (X, X, IDS), "inputs is a tuple of 3 tensors"),
+    "arguments": (NeedsThree(), [X, X, X], "inputs is a list of 3 tensors"),
+    "arguments, shorter": (NeedsThree(), [X, X[:3], X], "inputs is a list of 3 tensors"),
+    "optional arguments": (TakesTwo(), [X, X], "inputs is a list of 2 tensors"),
+    "any arguments": (TakesAll(), [X, X], "inputs is a list of 2 tensors"),
+}
+
+
+@pytest.mark.parametrize("call", [accumulate, fimlib.summarise])
+@pytest.mark.parametrize(("model", "data", "message"), DOUBTFUL.values(), ids=DOUBTFUL)
+def test_what_is_in_doubt_is_refused_with_the_word_that_settles_it(call, model, data, message):
+    with pytest.raises(ValueError, match=rf"{message}.*pick=0"):
+        call(model, data, Categorical())
+
+
+def test_the_remedies_of_doubt_help():
+    expected = whole(NET, X, Categorical())
+    for data in ([X[:6], X[6:]], (X[:6], X[6:])):
+        assert_same(accumulate(NET, iter(data), Categorical()), expected)
+    assert accumulate(TakesTwo(), iter((X, X)), Categorical()).count == 22
+    assert_same(accumulate(NET, [(X, X)], Categorical(), pick=0), expected)
+    assert accumulate(TakesTwo(), [X[:2], X[:2], X[:2]], Categorical()).count == 6
+
+
+PICKS = {
+    "position": ([(IDS, X[:6]), [IDS, X[6:]]], 1),
+    "from behind": ([(IDS, IDS, X)], -1),
+    "key": ([{"ids": IDS, "x": X}], "x"),
+    "function": ([({"x": X}, IDS)], lambda batch: batch[0]["x"]),
+    "function of a tensor": (iter([X * 2]), lambda batch: batch / 2),
+    "loader": (DataLoader(TensorDataset(IDS, X), batch_size=4), 1),
+}
+
+
+@pytest.mark.parametrize("case", PICKS)
+def test_pick_says_what_is_x(case):
+    data, pick = PICKS[case]
+    data = list(data)
+    expected = whole(NET, X, Categorical())
+    assert_same(accumulate(NET, data, Categorical(), pick=pick), expected)
+    found = fimlib.summarise(NET, data, Categorical(), pick=pick)
+    assert found.joint.count == 11
+    for name, I in expected.fisher_information().items():
+        assert torch.allclose(found.joint.fisher_information()[name], I, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("data", "pick", "error", "message"),
+    [
+        (X, 0, ValueError, "^inputs is a tensor, x itself"),
+        ([X], 0, ValueError, r"^batch 1 is a tensor, and pick=0 takes an entry.*pass \[inputs\]"),
+        ([(X,), (IDS, X)], 1, ValueError, "^batch 1: pick=1 is no entry of its tuple"),
+        ([{"x": X}], "y", ValueError, "^batch 1: pick='y' is no entry of its dict of 'x'"),
+        ([(X,)], "x", ValueError, "^batch 1: pick='x' is no entry of its tuple"),
+        ([(X, "abc")], 1, TypeError, "^batch 1: pick gives a str, and x must be a tensor"),
+        ([{"x": X, "y": IDS}], None, TypeError, "^batch 1 holds a dict: .*pick='x' or pick='y'; f"),
+        ([({"x": X}, IDS)], None, TypeError, "^batch 1 holds a dict: .*by a function pick="),
+    ],
+)
+def test_what_pick_cannot_take(data, pick, error, message):
+    with pytest.raises(error, match=message):
+        accumulate(NET, data, Categorical(), pick=pick)
 
 
 def test_swapped_arguments_and_a_dict_are_told_what_goes_where():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from strategies import inputs, mlp
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 
 import fimlib
 from fimlib import differentiate
@@ -823,8 +823,8 @@ TRAPS = {
         r"'net.1' \(GroupNorm\)",
     ),
     "batch statistics": (
-        lambda: chain(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)),
-        r"'net.1' \(BatchNorm1d\)",
+        linears(lambda self, x: self.b(F.batch_norm(self.a(x), None, None, training=True))),
+        r"batch_norm\(\) in .*statistics of the batch",
     ),
     "attention": (
         lambda: Call(
@@ -850,13 +850,6 @@ TRAPS = {
     "weight norm": (
         lambda: chain(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
         r"WeightNorm|norm",
-    ),
-    "pruned": (
-        linears(
-            lambda self, x: self.b(self.a(x)),
-            c=prune.random_unstructured(nn.Linear(4, 4), "weight", 2),
-        ),
-        "hook",
     ),
     "weight from activations": (
         linears(lambda self, x: self.b(self.a(x) @ self.a(x).T @ self.a(x))),
