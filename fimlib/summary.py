@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fimlib._summary_plot import draw
 from fimlib._summary_text import text
-from fimlib.derivatives import Derivatives, check_module, differentiate, tied
+from fimlib.derivatives import Derivatives, check_module, differentiate
 from fimlib.families import Family, check_num_samples
 from fimlib.family import check_family
 from fimlib.gaussian import Gaussian, GaussianHead
@@ -251,10 +251,8 @@ def _engine(
     model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | None
 ) -> tuple[Derivatives, int]:
     """By the engine that takes the network; and whether it has S (2) or J alone (1)."""
-    alone = engine == "functional" or tied(model) is not None
     try:
-        if not alone:
-            return differentiate(model, x, engine=engine, layers=layers), 2
+        return differentiate(model, x, engine=engine, layers=layers), 2
     except NotImplementedError:
         pass  # of the second order only, or the next line says why
     return differentiate(model, x, engine=engine, order=1, layers=layers), 1

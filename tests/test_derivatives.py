@@ -614,7 +614,7 @@ def test_tied_parameters_have_first_derivatives():
 
 
 def test_prepared_derivatives_are_the_same_and_refuse_other_types():
-    from fimlib.derivatives import prepare
+    from fimlib._choose import prepare
 
     net, x = mlp([3, 5, 3], nn.Sigmoid), inputs(4, 3)
     again = prepare(net)
@@ -631,7 +631,7 @@ def test_prepared_derivatives_are_the_same_and_refuse_other_types():
 
 
 def test_seeds_are_carried_back_in_the_place_of_the_outputs():
-    from fimlib.derivatives import prepare
+    from fimlib._choose import prepare
 
     net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=2.0), inputs(4, 3)
     family = fimlib.Categorical()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fimlib
 from fimlib import Categorical, Gaussian, Joint, _layerwise, differentiate, streaming
 from fimlib import joint as joint_module
-from fimlib.derivatives import prepare
+from fimlib._choose import prepare
 from fimlib.streaming import LiveBytes, accumulate, default_batch_size, memory
 
 NET, X = mlp([4, 5, 3], nn.Tanh, scale=1.5), inputs(11, 4)
