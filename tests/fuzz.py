@@ -789,6 +789,9 @@ class Point:
         h = self.model(self.one.clone())[0]
         return h, [self.gradient(one, create_graph) for one in h]
 
+    def jacobian(self, flat):
+        return torch.stack([row.detach() for row in self.gradients(flat)[1]])
+
     def gradient(self, value, create_graph=False):
         """Of one number, [P]."""
         if not value.requires_grad:
@@ -804,9 +807,23 @@ class Point:
         return torch.cat([g.flatten() for g in found])
 
     def hessians(self):
-        """h, J and H, [T, P, P], entry by entry."""
+        """h, J and H, [T, P, P], by autograd twice, all rows of H at once."""
         h, first = self.gradients(self.at, create_graph=True)
-        H = torch.stack([torch.stack([self.gradient(g) for g in row]) for row in first])
+        size = len(self.at)
+        H = torch.zeros(len(first), size, size, dtype=torch.float64)
+        for rows, row in zip(H, first, strict=True):
+            if row.requires_grad:
+                found = torch.autograd.grad(
+                    row,
+                    list(self.parameters.values()),
+                    torch.eye(size, dtype=torch.float64),
+                    is_grads_batched=True,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                pairs = zip(found, self.parameters.values(), strict=True)
+                parts = [row.new_zeros(size, p.numel()) if g is None else g for g, p in pairs]
+                rows[:] = torch.cat([part.reshape(size, -1) for part in parts], 1)
         return h.detach(), torch.stack([row.detach() for row in first]), H
 
     def named(self, rows):
@@ -828,74 +845,95 @@ def truth_of(model, x, trusted=True):
 
 def truth_at(point, trusted):
     """J, S, what they may be off by, h, and whose word it is."""
-    J = H = None
-    h = point.outputs(point.at)
-    if trusted:
-        try:
-            h, J, H = point.hessians()
-        except (RuntimeError, NotImplementedError):  # an operation is differentiable once
-            trusted = False
-    if trusted and agrees(point, J, H):
+    h, J = point.outputs(point.at), point.jacobian(point.at)
+    if not (trusted and is_derivative(point, J, point.outputs, point.at)):
+        J, S, J_doubt, S_doubt = quotients_of_outputs(point)
+        J_slack, S_slack = slack(point, J, S, 1e-5)
+        slacks = J_slack + J_doubt, S_slack + S_doubt
+        return *map(point.named, (J, S, *slacks)), h, "quotients"
+    try:
+        _, _, H = point.hessians()
+    except RuntimeError:  # an operation that is differentiable once
+        H = J.new_full((*J.shape, len(point.at)), float("nan"))
+    if is_derivative(point, H, point.jacobian, point.at):
         S = H.diagonal(dim1=1, dim2=2)
-        J_slack, S_slack = slack(point, J, S, 1e-7)
-        return *map(point.named, (J, S, J_slack, S_slack)), h, "autograd"
-    first, second, J_doubt, S_doubt = quotients(point)
-    J_slack, S_slack = slack(point, first, second, 1e-5)
-    J_slack, S_slack = J_slack + J_doubt, S_slack + S_doubt
-    return *map(point.named, (first, second, J_slack, S_slack)), h, "quotients"
+        return *map(point.named, (J, S, *slack(point, J, S, 1e-7))), h, "autograd"
+    S, S_doubt = quotients_of_jacobian(point)
+    J_slack, S_slack = slack(point, J, S, 1e-7)
+    return *map(point.named, (J, S, J_slack, S_slack + S_doubt)), h, "quotients of J"
 
 
-def agrees(point, J, H):
-    """Whether J·v and H·v are the difference quotients of h and J along random directions v."""
+def is_derivative(point, D, function, at):
+    """Whether D·v is the difference quotient of a function along two random directions v."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
-        v = torch.randn(point.at.shape, generator=generator, dtype=torch.float64)
-        for step in (1e-5, 1e-6):
-            ahead, behind = (point.gradients(point.at + s * step * v) for s in (1, -1))
-            first = (ahead[0] - behind[0]).detach() / (2 * step)
-            second = (torch.stack(ahead[1]) - torch.stack(behind[1])) / (2 * step)
-            scale_J = J.abs() @ v.abs() + 1e-3 * J.abs().amax()
-            scale_H = H.abs() @ v.abs() + J.abs().amax(1, keepdim=True) + H.abs().amax()
-            fits = ((J @ v - first).abs() <= 1e-5 * scale_J + 1e-9 * (1 + ahead[0].abs())).all()
-            fits &= ((H @ v - second).abs() <= 1e-5 * scale_H + 1e-9).all()
-            if fits:
-                break
-        else:
+        v = torch.randn(at.shape, generator=generator, dtype=torch.float64)
+        found = (first_difference(function, at, step * v, step) for step in (1e-5, 1e-6))
+        scale = 1e-5 * (D.abs() @ v.abs() + 1e-3 * D.abs().amax())
+        scale += 1e-9 * (1 + function(at).abs())
+        if not any(((D @ v - quotient).abs() <= scale).all() for quotient in found):
             return False
     return True
 
 
-def quotients(point):
-    """J and S of every entry by difference quotients of the outputs, and their own doubt.
+def first_difference(function, at, shift, step):
+    """Difference quotient of fourth order along a shift of so many steps."""
+    f = {k: function(at + k * shift) for k in (-2, -1, 1, 2)}
+    return (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * step)
 
-    Of fourth order, with several steps: the right one is where two neighbours agree best.
+
+def second_difference(function, at, shift, step):
+    f = {k: function(at + k * shift) for k in (-2, -1, 0, 1, 2)}
+    return (16 * (f[1] + f[-1]) - (f[2] + f[-2]) - 30 * f[0]) / (12 * step**2)
+
+
+STEPS = (8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1e-4)
+
+
+def settled(values, rounding, powers):
+    """Of quotients with several steps those where two neighbours agree best, and their doubt.
+
+    NaN where they never do, at a kink.
     """
-    P, T = len(point.at), len(point.outputs(point.at))
-    results = [torch.zeros(T, P, dtype=torch.float64) for _ in range(4)]
-    here = point.outputs(point.at)
-    rounding = 2**-52 * here.abs()
-    for i in range(P):
-        table = []
-        for step in (8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1e-4):
-            e = torch.zeros_like(point.at)
-            e[i] = step
-            f = {k: point.outputs(point.at + k * e) for k in (-2, -1, 1, 2)}
-            first = (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * step)
-            second = (16 * (f[1] + f[-1]) - (f[2] + f[-2]) - 30 * here) / (12 * step**2)
-            table.append((first, second, 8 * rounding / step, 32 * rounding / step**2))
-        for which in (0, 1):
-            values = torch.stack([row[which] for row in table])
-            noises = torch.stack([row[which + 2] for row in table])
-            doubt = (values[1:] - values[:-1]).abs() + noises[1:]
-            best = doubt.argmin(0, keepdim=True)
-            results[which][:, i] = values[1:].gather(0, best)[0]
-            results[which + 2][:, i] = doubt.gather(0, best)[0]
-    for which in (0, 1):  # at a kink nothing is right
-        values, doubt = results[which], results[which + 2]
-        unsure = doubt > 1e-4 * values.abs().amax(1, keepdim=True) + 1e-4 + 4e7 * rounding[:, None]
-        values[unsure] = float("nan")
-        results[which + 2] = 10 * doubt
-    return results
+    noises = torch.stack([8 * rounding / step**powers for step in STEPS])
+    doubt = (values[1:] - values[:-1]).abs() + noises[1:]
+    best = doubt.argmin(0, keepdim=True)
+    value, doubt = values[1:].gather(0, best)[0], doubt.gather(0, best)[0]
+    unsure = doubt > 1e-4 * value.abs() + 1e-4 + 4e7 * rounding
+    return value.masked_fill(unsure, float("nan")), 10 * doubt
+
+
+def quotients_of_outputs(point):
+    """J and S of every entry, and their doubt, from nothing but outputs."""
+    rounding = 2**-52 * point.outputs(point.at).abs()
+    found = []
+    for unit in torch.eye(len(point.at), dtype=torch.float64):
+        first, second = (
+            torch.stack([quotient(point.outputs, point.at, step * unit, step) for step in STEPS])
+            for quotient in (first_difference, second_difference)
+        )
+        J, S = settled(first, rounding, 1), settled(second, 4 * rounding, 2)
+        jump = second[-1].abs() * STEPS[-1]  # of the slope, if S has no limit
+        kink = S[0].isnan() & (jump > 1e-3 * J[0].abs())
+        found.append((J[0].masked_fill(kink, float("nan")), S[0], J[1], S[1]))
+    return [torch.stack(column, 1) for column in zip(*found, strict=True)]
+
+
+def quotients_of_jacobian(point):
+    """S of every entry, and its doubt, from a J that is right."""
+    found = []
+    for i, unit in enumerate(torch.eye(len(point.at), dtype=torch.float64)):
+
+        def column(flat, i=i):
+            return point.jacobian(flat)[:, i]
+
+        near, nearer = (first_difference(column, point.at, s * unit, s) for s in (2e-3, 1e-3))
+        doubt = (near - nearer).abs()
+        if (doubt > 1e-8 * (1 + nearer.abs())).any():
+            table = [first_difference(column, point.at, step * unit, step) for step in STEPS]
+            nearer, doubt = settled(torch.stack(table), 2**-52 * table[0].abs(), 1)
+        found.append((nearer, doubt))
+    return [torch.stack(column, 1) for column in zip(*found, strict=True)]
 
 
 def slack(point, J, S, relative):
@@ -990,8 +1028,8 @@ class Judge:
                 if not case.traps:
                     raise
                 self.hopeless = True
-        self.tolerance = 1e-7
-        if case.traps or (self.truth and "quotients" in self.truth.judges):
+        self.tolerance = 5e-7
+        if self.truth and "quotients" in self.truth.judges:
             self.tolerance = 1e-4
         self.moments = None
         if self.truth is not None:
