@@ -29,7 +29,7 @@ import fimlib
 from fimlib.derivatives import EXACT
 
 ENGINES = [("auto", 1), ("auto", 2), ("layerwise", 1), ("layerwise", 2), ("traced", 1)]
-ENGINES += [("traced", 2), ("functional", 1), ("backpack", 2), ("forward", 2)]
+ENGINES += [("traced", 2), ("functional", 1), ("functional", 2), ("backpack", 2)]
 ENGINES = [(name, order) for name, order in ENGINES if name in ("auto", *EXACT)]
 REFUSALS = (ValueError, NotImplementedError, TypeError, ImportError)
 MAX_PARAMETERS, MAX_UNITS = 60, 48
