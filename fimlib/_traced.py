@@ -302,7 +302,10 @@ def quotient(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
 def power(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
     """Curvature of z = s^r: r(r − 1)s^(r−2), s^(r−1)(1 + r log s) between the two, z log² s."""
     saved = (node._saved_self, node._saved_exponent)  # tensors or numbers
-    s, r = (torch.as_tensor(v).detach().to(t.outputs) for v in saved)
+    if not isinstance(saved[0], Tensor):  # autograd counts tensors alone
+        arguments = {1: arguments[0]}
+    like = {"dtype": t.outputs.dtype, "device": t.outputs.device}
+    s, r = (torch.as_tensor(v, **like).detach() for v in saved)
     log = torch.special.xlogy  # of which 0 is 0, whatever its second argument
     factors = {
         (0, 0): torch.where(r * (r - 1) == 0, 0.0, r * (r - 1) * s ** (r - 2)),
