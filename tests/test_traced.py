@@ -705,9 +705,7 @@ def test_weight_norm_has_the_second_derivatives_that_torch_gets_wrong():
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_parameter_without_a_part_has_derivatives_0(order):
-    net = Call(
-        lambda self, x: self.b(torch.tanh(self.a(x))), c=nn.Linear(2, 2), **linear_pair()
-    )
+    net = Call(lambda self, x: self.b(torch.tanh(self.a(x))), c=nn.Linear(2, 2), **linear_pair())
     x = inputs(3, 3)
     derivs = differentiate(net, x, engine="traced", order=order)
     assert derivs.jacobian("c.weight").shape == (3, 2, 2, 2)
