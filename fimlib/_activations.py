@@ -125,7 +125,7 @@ HARDSWISH = Curve(F.hardswish, of_hardswish)
 
 
 def gelu(approximate: str) -> Curve:
-    """s Φ(s), or its approximation by tanh."""
+    """S Φ(s), or its approximation by tanh."""
     slopes = of_gelu if approximate == "none" else of_gelu_tanh
     return Curve(lambda s: F.gelu(s, approximate=approximate), slopes)
 

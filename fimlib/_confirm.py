@@ -36,6 +36,7 @@ INPUTS = 8  # at most, spread over the batch
 PARAMETERS_AT_ALL_INPUTS = 2**17  # a larger network is looked at at fewer inputs
 ENTRIES = 8  # of S that are compared, at least one of every parameter
 RANGE = 100.0  # contributions to J·v that one direction may sum up, largest over smallest
+TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 1 / 16, 1 / 256)  # steep networks need smaller ones
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
@@ -168,7 +169,7 @@ class Truth:
         Raises:
             Unconfirmed: the network rounds numbers to a narrower type than its own.
         """
-        plain = separate(model)
+        plain = separate(model).requires_grad_()
         dtype = next(plain.parameters()).dtype
         h = outputs_without_narrowing(plain, x)
         if dtype == torch.float64:
@@ -207,7 +208,7 @@ def outputs_without_narrowing(plain: nn.Module, x: Tensor) -> Tensor:
 
 def in_double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, Tensor | None]:
     """A float64 copy, its inputs and outputs; None for these where it computes in less."""
-    own = separate(model).double()
+    own = separate(model).double().requires_grad_()
     z = x.double() if x.is_floating_point() else x
     seen = Narrowing(torch.float64)
     try:
@@ -378,7 +379,7 @@ def first_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None) -> T
             if carried is not None:
                 quotient = torch.einsum("kat,kt->ka", carried.double(), quotient)
                 noise = carried.double().abs() @ noise
-            slack = eps**0.35 * scale + noise
+            slack = eps**0.35 * scale + noise + eps * scale.max() + TINY
             left = left & ~((claim - quotient).abs() <= slack).all(1)  # NaN is in doubt
             if not left.any():
                 break

@@ -30,7 +30,7 @@ from fimlib import _activations as activations
 from fimlib._activations import Curve
 
 Rule = Callable[..., Any]  # called as the function in its place; NotImplemented: torch's own
-Dims = int | Sequence[int] | None
+Dims = int | tuple[int, ...] | list[int] | None
 
 RULES: dict[Any, Rule] = {}
 IN_PYTHON = ("torch.nn.functional", "torch.functional")
@@ -130,7 +130,7 @@ def elementwise(s: Tensor, curve: Curve) -> Tensor:
     if has_torch_function_unary(s):
         found: Tensor = handle_torch_function(elementwise, (s,), s, curve)
         return found
-    result: Tensor = Activation.apply(s, curve)
+    result: Tensor = Activation.apply(s, curve)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -371,9 +371,9 @@ def var(
     keepdim: bool = False,
     *,
     correction: float | None = None,
-) -> Tensor:
+) -> Any:
     if isinstance(dim, bool):
-        dim, unbiased = None, dim
+        dim, unbiased = None, bool(dim)
     correction = float(unbiased) if correction is None else correction
     dims = axes(input, dim)
     size = prod(input.shape[d] for d in dims)
@@ -382,7 +382,7 @@ def var(
 
 
 @replaces(torch.std, Tensor.std)
-def std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def std(input: Tensor, *args: Any, **kwargs: Any) -> Any:
     return root(torch.var(input, *args, **kwargs))
 
 
@@ -415,7 +415,7 @@ def axes(s: Tensor, dim: Dims) -> tuple[int, ...]:
 
 
 def root(s: Tensor, degree: float = 2.0) -> Tensor:
-    """S to the power of 1 / degree; where s is 0, all derivatives are taken for 0, as torch does."""
+    """S to the power of 1 / degree; where s is 0, its derivatives are taken for 0, as by torch."""
     at_0 = s == 0
     s = s.masked_fill(at_0, 1.0)
     return (s.sqrt() if degree == 2 else s.pow(1 / degree)).masked_fill(at_0, 0.0)
@@ -444,7 +444,7 @@ def vector_norm(
 
 @replaces(torch.linalg.norm)
 def norm(
-    A: Tensor,  # noqa: N803
+    A: Tensor,
     ord: float | str | None = None,
     dim: Dims = None,
     keepdim: bool = False,
@@ -460,7 +460,7 @@ def norm(
 
 
 @replaces(torch.cosine_similarity)
-def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
     lengths = [torch.linalg.vector_norm(x, dim=dim).clamp_min(eps) for x in (x1, x2)]
     return (x1 * x2).sum(dim) / (lengths[0] * lengths[1])
 
@@ -468,7 +468,7 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
 @replaces(torch.pairwise_distance)
 def pairwise_distance(
     x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Tensor:
+) -> Any:
     return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
 
 
@@ -483,27 +483,27 @@ def largest(s: Tensor, dim: Dims, keepdim: bool = True) -> Tensor:
 
 
 @replaces(torch.softmax, Tensor.softmax, torch.special.softmax)
-def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
     s = input if dtype is None else input.to(dtype)
     e = (s - largest(s, dim)).exp()
     return e / e.sum(dim, keepdim=True)
 
 
 @replaces(torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)
-def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
     s = input if dtype is None else input.to(dtype)
     s = s - largest(s, dim)
     return s - s.exp().sum(dim, keepdim=True).log()
 
 
 @replaces(torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp)
-def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
+def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Any:
     e = (input - largest(input, dim)).exp()
     return e.sum(axes(input, dim), keepdim=keepdim).log() + largest(input, dim, keepdim)
 
 
 @replaces(torch.logaddexp, Tensor.logaddexp)
-def logaddexp(input: Tensor, other: Tensor) -> Tensor:
+def logaddexp(input: Tensor, other: Tensor) -> Any:
     return input + F.softplus(other - input, threshold=float("inf"))
 
 
@@ -545,14 +545,16 @@ def product(
 
 
 @replaces(torch.bilinear)
-def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     by_first = F.linear(input2, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
     z = (by_first * input1.unsqueeze(-2)).sum(-1)
     return z if bias is None else z + bias
 
 
 @replaces(F.pad)
-def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+def pad(
+    input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Any:
     if mode != "circular":
         return NotImplemented
     for i, (left, right) in enumerate(zip(pad[::2], pad[1::2], strict=True)):

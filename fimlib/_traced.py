@@ -110,20 +110,20 @@ def along_graph(
 ) -> Derivatives:
     """J and S from one graph for all inputs, or from one for each piece of them."""
     t, size = trace(model, x, wanted), len(x)
-    if t.root is None:
+    if (root := t.root) is None:
         return Derivatives(t.outputs.detach(), tuple(no_part(t, order)))
     check_nodes(t)
     bends = [bend for node in t.nodes for bend in curvature(t, node)] if order == 2 else []
     found = places(t, size)
     net = Linearised(t)
-    at_once = inputs_at_once(net, bends, found)
+    at_once = inputs_at_once(net, root, bends, found)
     if at_once < size:
         del t, net, bends, found
         pieces = x.split(at_once)
         return stack([along_graph(model, piece, order, wanted) for piece in pieces])
     ends = list(dict.fromkeys([p.edge for p in found] + [bend.z for bend in bends]))
     eye = torch.eye(t.outputs.shape[1], dtype=t.outputs.dtype, device=t.outputs.device)
-    rows = net.carry_back(t.root, eye[:, None].expand(-1, size, -1), ends)
+    rows = net.carry_back(root, eye[:, None].expand(-1, size, -1), ends)
     J = {p: p.pull(rows[p.edge], 1).transpose(0, 1) for p in found}
     check_first(t, J)
     weights = {bend: (rows[bend.z] * bend.factor).reshape(len(eye), size, -1) for bend in bends}
@@ -140,11 +140,11 @@ def no_part(t: Trace, order: int) -> Iterator[Block]:
         yield Block(name.rpartition(".")[0], zero, zero if order == 2 else None, {name: None})
 
 
-def inputs_at_once(net: Linearised, bends: list[Bend], found: list[Place]) -> int:
+def inputs_at_once(net: Linearised, root: Edge, bends: list[Bend], found: list[Place]) -> int:
     """How many inputs to differentiate together: 1 if their graph mixes them up."""
     t = net.t
     size, num_outputs = t.outputs.shape
-    if size > 1 and not inputs_stay_apart(net, t.root, bends, found):
+    if size > 1 and not inputs_stay_apart(net, root, bends, found):
         return 1
     ends = {p.edge for p in found} | {bend.s for bend in bends}
     numbers = sum(prod(shape(end)) for end in ends) // size
@@ -299,7 +299,10 @@ def quotient(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
 def power(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
     """Curvature of z = s^r: r(r − 1)s^(r−2), s^(r−1)(1 + r log s) between the two, z log² s."""
     saved = (node._saved_self, node._saved_exponent)  # tensors or numbers
-    s, r = (torch.as_tensor(v).detach().to(t.outputs) for v in saved)
+    if not isinstance(saved[0], Tensor):  # autograd counts tensors alone
+        arguments = {1: arguments[0]}
+    dtype, device = t.outputs.dtype, t.outputs.device
+    s, r = (torch.as_tensor(v, dtype=dtype, device=device).detach() for v in saved)
     log = torch.special.xlogy  # of which 0 is 0, whatever its second argument
     factors = {
         (0, 0): torch.where(r * (r - 1) == 0, 0.0, r * (r - 1) * s ** (r - 2)),
@@ -420,9 +423,7 @@ def weighted_squares(weight: Tensor, ds: Tangents, dr: Tangents, units: tuple[in
     return torch.einsum("tbu,ocbu->btoc", weight, squares)
 
 
-def inputs_stay_apart(
-    net: Linearised, root: Edge, bends: list[Bend], found: list[Place]
-) -> bool:
+def inputs_stay_apart(net: Linearised, root: Edge, bends: list[Bend], found: list[Place]) -> bool:
     """Whether the first axis of all tensors that matter counts the inputs, and none meets another.
 
     Every two inputs differ in a bit of their numbers. Random rows at all units of the inputs with
