@@ -188,18 +188,21 @@ def prepare(
     first: list[tuple[Attempt, str, torch.dtype, torch.device]] = []
 
     def again(x: Tensor) -> Batch:
-        if not first:
-            chosen = checked(model, x, engine, order, wanted, seeds)
-            first.append((chosen.attempt, chosen.batch.engine, x.dtype, x.device))
-            return chosen.batch
-        attempt, name, *kind = first[0]
-        if [x.dtype, x.device] != kind:
-            raise ValueError(
-                f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on {kind[1]}: "
-                "convert it with .to(...)."
-            )
-        with torch.inference_mode(False), kept_random_state(x):
-            return replace(attempt(model, x.detach(), order, wanted, seeds), engine=name)
+        if first:
+            attempt, name, *kind = first[0]
+            if [x.dtype, x.device] != kind:
+                raise ValueError(
+                    f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on "
+                    f"{kind[1]}: convert it with .to(...)."
+                )
+            try:
+                with torch.inference_mode(False), kept_random_state(x):
+                    return replace(attempt(model, x.detach(), order, wanted, seeds), engine=name)
+            except NotImplementedError:  # these inputs take another path through the network
+                first.clear()
+        chosen = checked(model, x, engine, order, wanted, seeds)
+        first.append((chosen.attempt, chosen.batch.engine, x.dtype, x.device))
+        return chosen.batch
 
     return again
 

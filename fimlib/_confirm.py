@@ -38,6 +38,7 @@ ENTRIES = 8  # of S that are compared, at least one of every parameter
 RANGE = 100.0  # contributions to J·v that one direction may sum up, largest over smallest
 TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 1 / 16, 1 / 256)  # steep networks need smaller ones
+STEPS_OF_ENTRIES = (64.0, 1.0, 1 / 16)  # and single entries bear larger ones
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 PerParameter = dict[str, Tensor]
@@ -105,7 +106,7 @@ def confirm_nearby(
 def explanation(truth: Truth, found: Derivatives, rows: Rows | None) -> str:
     """Which module is differentiated wrongly, and why."""
     is_first = bool(first_order_doubts(truth, found, rows).any())
-    where = wrong_module(truth.own, truth.x, order=1 if is_first else 2)
+    where = wrong_module(separate(truth.own), truth.x, order=1 if is_first else 2)
     if where is None:
         names = wrong_parameters(truth, found, rows) or ["?"]
         which = "first" if is_first else "second"
@@ -479,7 +480,7 @@ def confirm_hessian(
             slack = torch.finfo(found.dtype).eps ** 0.35 * (scale + 1e-6 * scale.amax()) + noise
             if bool(((H @ flat - (plus - minus) / (2 * step)).abs() <= slack).all()):
                 return
-    where = wrong_module(truth.own, truth.x, order=2)
+    where = wrong_module(separate(truth.own), truth.x, order=2)
     raise Unconfirmed(
         f"{where or type(model).__name__}: its second derivative by autograd is not the derivative "
         "of the first. An autograd.Function whose backward() cannot be differentiated has none."
@@ -543,20 +544,26 @@ def second_order_doubts(
 
 def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor | None) -> bool:
     """Whether Σ_a r_a S_a of one entry is the derivative of Σ_a r_a J_a along it."""
-    parameter, h = truth.own.get_parameter(entry.name), truth.outputs[entry.b].double()
+    parameter = truth.own.get_parameter(entry.name)
     weights = (r if carried is None else r @ carried).to(truth.dtype)
     claim, terms = r @ entry.S, (r * entry.S).square().sum().sqrt()
     eps = torch.finfo(truth.dtype).eps
     slack = entry.precision**0.35 * (1 + terms) * len(r) ** 0.5
-    amplified = (truth.noise.double() / (eps * h.abs() + 1e-300)).clamp(1, 2**10).max()
+    rounding = (r.abs() * noise_of_rows(truth, r, carried)).sum() / entry.size
     moves = (r * entry.J).abs().sum()
-    for factor in STEPS:
+    for factor in STEPS_OF_ENTRIES:
         step = factor * eps ** (1 / 3) * entry.size
         plus, minus = (slope(truth, parameter, entry, sign * step, weights) for sign in (1, -1))
-        noise = 4 * amplified * eps * (moves + plus.abs() + minus.abs()) / step
+        noise = (rounding + 4 * eps * (moves + plus.abs() + minus.abs())) / step
         if bool((claim - (plus - minus) / (2 * step)).abs() <= slack + noise):
             return True
     return False
+
+
+def noise_of_rows(truth: Truth, r: Tensor, carried: Tensor | None) -> Tensor:
+    """Rounding errors to expect in the outputs, or in the rows that were carried back."""
+    noise = truth.noise.double()
+    return noise if carried is None else noise.amax().expand_as(r)
 
 
 def slope(
@@ -592,7 +599,7 @@ def entries(truth: Truth, found: Derivatives, most: int) -> Iterator[Entry]:
     for block, n in places:
         shares = most if total <= most else max(1, most // len(places))
         for i in positions(block, n, shares, generator):
-            yield entry_at(block, n, i, turn % len(truth.x), float(size_of(parameters[n])))
+            yield entry_at(truth, block, n, i, turn % len(truth.x))
             turn += 1
 
 
@@ -618,17 +625,22 @@ def flat(D: Tensor) -> Tensor:
     return D.reshape(*D.shape[:2], -1)
 
 
-def entry_at(block: Block, name: str, i: int, b: int, size: float) -> Entry:
-    """One entry; S of an output counts in units of that output's S, or of its J where S is 0."""
-    z = block.inputs[name]
+def entry_at(truth: Truth, block: Block, name: str, i: int, b: int) -> Entry:
+    """One entry; S of an output counts in units of that output's S, or of its J where S is 0.
+
+    Or in units of rounding errors, where J is nothing else. BackPACK rounds S to about ‖J‖².
+    """
+    z, size = block.inputs[name], float(size_of(truth.own.get_parameter(name)))
     J, S = flat(block.J)[b].double(), flat(block.second)[b].double()
     right = J.new_ones(1) if z is None else z[b].double()
     k, j = divmod(i, len(right))
     J_rms = J.square().mean(1).sqrt() * right.square().mean().sqrt()
     S_rms = S.square().mean(1).sqrt() * right.pow(4).mean().sqrt()
     eps = torch.finfo(block.J.dtype).eps
-    # BackPACK rounds S to about ‖J‖²
-    unit = S_rms + max(1e-8, 2**6 * eps) * J_rms / size + 2**6 * eps * J_rms.square().sum()
+    rounding = eps * (J_rms / size + J_rms.square().sum())
+    noise = truth.noise.double() if len(S) == len(truth.noise) else truth.noise.double().amax()
+    rounding = rounding + noise * (eps / torch.finfo(truth.dtype).eps) / size**2
+    unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding
     unit = torch.where(unit > 0, unit, 1.0)
     return Entry(name, i, b, J[:, k] * right[j], S[:, k] * right[j].square(), unit, size, eps)
 

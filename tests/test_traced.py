@@ -1007,7 +1007,6 @@ TRAPS = {
         linears(lambda self, x: self.b(torch.tanh(self.c(self.c(self.a(x))))), c=nn.Linear(4, 4)),
         r"'c' \(Linear\).*both factors of this product depend on parameter 'c.weight'",
     ),
-    ),
     "weight from activations": (
         linears(lambda self, x: self.b(self.a(x) @ self.a(x).T @ self.a(x))),
         "both factors",
