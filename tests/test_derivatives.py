@@ -518,6 +518,58 @@ def test_remark_4_5(activation, curvature):
     assert bool((V2 == 0).all()) == (activation is nn.Sigmoid)
 
 
+def parametrised(kind):
+    net = mlp([3, 4, 2], nn.Tanh, scale=1.5)
+    if kind == "pruned":
+        prune.l1_unstructured(net[0], "weight", 0.5)
+        prune.random_unstructured(net[0], "weight", 1)  # one on top of the other
+        prune.l1_unstructured(net[2], "bias", 1)
+    elif kind == "weight norm":
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(net[0])
+    else:
+        nn.utils.spectral_norm(net[0])
+        net(inputs(2, 3))
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "order"),
+    [
+        ("pruned", "traced", 2),
+        ("pruned", "functional", 1),
+        ("spectral norm", "traced", 2),
+        ("spectral norm", "functional", 1),
+        ("weight norm", "traced", 1),
+        ("weight norm", "functional", 1),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_hooks_that_make_a_weight_of_parameters_are_followed(kind, engine, order, frozen):
+    net, x = parametrised(kind), inputs(2, 3)
+    net.requires_grad_(not frozen)
+    found = differentiate(net, x, engine=engine, order=order)
+    net.requires_grad_()
+    for b in range(2):
+        J, S = reference.derivatives(net, x[b : b + 1])
+        for name in J:
+            assert relative(found.jacobian(name)[b], J[name]) < 1e-10
+            assert order == 1 or (found.second(name)[b] - S[name]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["pruned", "spectral norm", "weight norm"])
+def test_they_are_refused_where_they_cannot_be_followed(kind):
+    net, x = parametrised(kind), inputs(2, 3)
+    for frozen in (False, True):
+        net.requires_grad_(not frozen)
+        for engine in ("layerwise", "backpack", "hesscale"):
+            with pytest.raises(NotImplementedError, match="'0' .Linear."):
+                differentiate(net, x, engine=engine)
+    net[0].register_forward_pre_hook(lambda _module, args: args)
+    with pytest.raises(NotImplementedError, match=r"'0' \(Linear\) has a hook.*handle\.remove"):
+        differentiate(net, x)
+
+
 # First order only, and chosen layers. -------------------------------------------------------------
 
 
