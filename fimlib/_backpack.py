@@ -38,8 +38,7 @@ def passes(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | Non
         from backpack.extensions import BatchDiagHessian, BatchGrad
     except ImportError as error:
         raise ImportError(
-            "engine='backpack' needs BackPACK: pip install backpack-for-pytorch, or use the "
-            "layerwise engine."
+            "engine='backpack' needs BackPACK: pip install backpack-for-pytorch."
         ) from error
     check_modules(model)
     num_outputs = count_outputs(model, x)
@@ -111,6 +110,10 @@ def check_modules(model: nn.Module) -> None:
         if any(t.requires_grad for t in tensors(vars(module) | {"_parameters": {}})):
             raise NotImplementedError(
                 f"{kind} computes with a tensor that is made of other parameters: give it its own."
+            )
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            raise NotImplementedError(
+                f"BackPACK differentiates {kind} as if padding_mode were 'zeros'."
             )
         if id(module) in seen:
             raise NotImplementedError(f"{kind} is used twice: give every place its own module.")

@@ -158,9 +158,12 @@ def checked(
         names = candidates(model, engine, order)
         chosen = choose(names, model, x.detach(), order, wanted, seeds, unasked=engine == "auto")
     if isinstance(chosen, dict):
-        raise NotImplementedError(
-            f"{cause(chosen)}{remedy(chosen, model, x, engine, order, wanted)}"
-        ) from list(chosen.values())[-1]
+        reason = cause(chosen)
+        if isinstance(reason, ImportError):
+            raise reason
+        told = str(reason).rstrip(".")
+        remedied = remedy(chosen, model, x, engine, order, wanted)
+        raise NotImplementedError(f"{told}.{remedied}") from reason
     if not all_finite(chosen.batch.outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     return chosen
@@ -310,10 +313,10 @@ def duration(seconds: float) -> str:
 # What an error says.
 
 
-def cause(refusals: dict[str, Exception]) -> str:
+def cause(refusals: dict[str, Exception]) -> Exception:
     """Of all refusals the one by the engine that came furthest."""
     confirmed = [e for e in refusals.values() if isinstance(e, Unconfirmed)]
-    return str((confirmed or list(refusals.values()))[-1])
+    return (confirmed or list(refusals.values()))[-1]
 
 
 def remedy(

@@ -93,9 +93,9 @@ def confirm_nearby(
 ) -> None:
     """Raise an error unless each of the inputs is confirmed at other weights, close by."""
     for strength in STRENGTHS:
-        moved = separate(model)
-        perturb(moved, strength)
-        truth, found = Truth.of(moved, x), again(moved, x)
+        nearby = separate(model)
+        perturb(nearby, strength)
+        truth, found = Truth.of(nearby, x), again(nearby, x)
         doubt = doubts(truth, found, rows, most)
         if not doubt.any():
             return
@@ -116,15 +116,20 @@ def explanation(truth: Truth, found: Derivatives, rows: Rows | None) -> str:
         )
     if is_first:
         return (
-            f"{where}: its derivative by autograd is not the derivative of its values. detach(), "
-            ".data, .item() and torch.no_grad() cut it off, an autograd.Function may have another "
-            "backward(), and a straight-through estimator replaces it; the Fisher information "
-            "needs the true one."
+            f"{where}: what autograd says is not the derivative of its values. Either something "
+            "cuts the derivatives off (detach(), .data, .item(), torch.no_grad()), or an "
+            "autograd.Function has another backward(), or a straight-through estimator stands in "
+            "for the derivative; the Fisher information needs the true one."
         )
     return (
-        f"{where}: its second derivative by autograd is not the derivative of the first. An "
-        "autograd.Function whose backward() cannot be differentiated has none."
+        f"{where}: {NO_SECOND}"
     )
+
+
+NO_SECOND = (
+    "what autograd says of its second derivative is not the derivative of the first. Something "
+    "cuts it off, or an autograd.Function has a backward() that autograd cannot differentiate."
+)
 
 
 def wrong_parameters(truth: Truth, found: Derivatives, rows: Rows | None) -> list[str]:
@@ -151,6 +156,7 @@ class Truth:
 
     Attributes:
         own: The copy; in the network's own type where that computes in nothing else.
+        alone: Another such copy, which has not been called.
         x: [k, ...], the inputs.
         outputs: h, [k, T].
         noise: Rounding errors to expect in h, [T].
@@ -158,6 +164,7 @@ class Truth:
     """
 
     own: nn.Module
+    alone: nn.Module
     x: Tensor
     outputs: Tensor
     noise: Tensor
@@ -170,16 +177,16 @@ class Truth:
         Raises:
             Unconfirmed: the network rounds numbers to a narrower type than its own.
         """
-        plain = separate(model).requires_grad_()
+        plain, alone = separate(model).requires_grad_(), separate(model)
         dtype = next(plain.parameters()).dtype
         h = outputs_without_narrowing(plain, x)
         if dtype == torch.float64:
             narrow = call(separate(model).float(), x.float() if x.is_floating_point() else x)
-            return cls(plain, x, h, noise_of(h, narrow), h)
+            return cls(plain, alone, x, h, noise_of(h, narrow), h)
         own, z, wide = in_double(model, x)
         if wide is None:
-            return cls(plain, x, h, noise_of(h, None), h)
-        return cls(own, z, wide, noise_of(wide, h), h)
+            return cls(plain, alone, x, h, noise_of(h, None), h)
+        return cls(own, alone.double(), z, wide, noise_of(wide, h), h)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -270,7 +277,7 @@ def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
     if narrow is None or narrow.shape != h.shape:
         return least + 16 * eps * h.abs().amax()
     error = (narrow.double() - h).abs()
-    error = torch.where(error.isfinite(), error, 0.0).amax(0)
+    error = error.nan_to_num(0.0, 0.0, 0.0).amax(0)
     return least + 2**5 * error * (eps / torch.finfo(torch.float32).eps)
 
 
@@ -278,7 +285,7 @@ def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
 
 
 MIXES = (
-    "an input's outputs depend on the other inputs of the batch, on how often the model was "
+    "the outputs for one input depend on the others of the batch, on how often the model was "
     "called, or on chance"
 )
 
@@ -319,8 +326,8 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
     and at others, since weights of 0 hide what is before them. The single inputs meet another copy
     than the batch, so that traces which a call leaves show.
     """
-    own, x, alone = truth.own, truth.x, separate(truth.own)
-    slack = 2**6 * truth.noise + 1e-9 * scale
+    own, x, alone = truth.own, truth.x, truth.alone
+    slack = 2**6 * truth.noise + torch.finfo(truth.dtype).eps ** 0.575 * scale
     fine = fits(call(own, x), truth.outputs, slack)
     for i, (one, h, s) in enumerate(
         zip(x.split(1), truth.outputs.split(1), slack.split(1), strict=True)
@@ -330,7 +337,8 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
         with shifted(own, truth.v, 0.5), shifted(alone, truth.v, 0.5):
             whole, *halves = call(own, x), call(alone, x[:1]), call(alone, x[1:])
         if whole is not None and all(half is not None for half in halves):
-            slack = (1e-9 * whole.abs().amax(0) + 1e-12 * whole.abs().amax()).expand_as(whole)
+            size, eps = whole.abs(), torch.finfo(whole.dtype).eps
+            slack = (eps**0.575 * size.amax(0) + 2**12 * eps * size.amax()).expand_as(whole)
             fine = all(
                 fits(half, whole[at], slack[at])
                 for half, at in zip(halves, (slice(1), slice(1, None)), strict=True)
@@ -466,12 +474,12 @@ def confirm_hessian(
         Unconfirmed: it is not.
     """
     for strength in (0.0, *STRENGTHS):
-        moved = separate(model)
-        perturb(moved, strength)
-        truth = Truth.of(moved, x)
+        nearby = separate(model)
+        perturb(nearby, strength)
+        truth = Truth.of(nearby, x)
         v = {n: truth.v[n] for n in names}
         flat = torch.cat([v[n].flatten() for n in names]).double()
-        H = (again(moved) if strength else found).double()
+        H = (again(nearby) if strength else found).double()
         scale = (H.square() @ flat.square()).sqrt()
         for factor in STEPS:
             step = factor * step_of(truth.dtype)
@@ -481,10 +489,7 @@ def confirm_hessian(
             if bool(((H @ flat - (plus - minus) / (2 * step)).abs() <= slack).all()):
                 return
     where = wrong_module(separate(truth.own), truth.x, order=2)
-    raise Unconfirmed(
-        f"{where or type(model).__name__}: its second derivative by autograd is not the derivative "
-        "of the first. An autograd.Function whose backward() cannot be differentiated has none."
-    )
+    raise Unconfirmed(f"{where or type(model).__name__}: {NO_SECOND}")
 
 
 def gradient(
@@ -553,11 +558,46 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
     moves = (r * entry.J).abs().sum()
     for factor in STEPS_OF_ENTRIES:
         step = factor * eps ** (1 / 3) * entry.size
-        plus, minus = (slope(truth, parameter, entry, sign * step, weights) for sign in (1, -1))
+        try:
+            plus, minus = (slope(truth, parameter, entry, sign * step, weights) for sign in (1, -1))
+        except RuntimeError:  # autograd has no derivative: of leaky_relu_(s), for one
+            return is_second_difference(truth, parameter, entry, weights, claim, slack, rounding)
         noise = (rounding + 4 * eps * (moves + plus.abs() + minus.abs())) / step
         if bool((claim - (plus - minus) / (2 * step)).abs() <= slack + noise):
             return True
     return False
+
+
+def is_second_difference(
+    truth: Truth,
+    parameter: nn.Parameter,
+    entry: Entry,
+    weights: Tensor,
+    claim: Tensor,
+    slack: Tensor,
+    rounding: Tensor,
+) -> bool:
+    """The same from the outputs alone: (h(θ + εe) − 2h(θ) + h(θ − εe)) / ε²."""
+    step = float(torch.finfo(truth.dtype).eps ** 0.25) * entry.size
+    values = []
+    for shift in (step, 0.0, -step):
+        with moved(parameter, entry.index, shift):
+            values.append(outputs_of(truth.own, truth.x[entry.b : entry.b + 1])[0] @ weights)
+    quotient = (values[0] - 2 * values[1] + values[2]).double() / step**2
+    noise = 4 * rounding * entry.size / step**2
+    return bool((claim - quotient).abs() <= slack + noise)
+
+
+@contextmanager
+def moved(parameter: nn.Parameter, index: int, shift: float) -> Iterator[None]:
+    """Move one entry of a parameter for a while."""
+    number = parameter.data.view(-1)[index : index + 1]
+    before = number.clone()
+    try:
+        number += shift
+        yield
+    finally:
+        number.copy_(before)
 
 
 def noise_of_rows(truth: Truth, r: Tensor, carried: Tensor | None) -> Tensor:
@@ -570,19 +610,13 @@ def slope(
     truth: Truth, parameter: nn.Parameter, entry: Entry, shift: float, weights: Tensor
 ) -> Tensor:
     """The derivative of Σ_a weights_a h_a along one entry, where that is shifted."""
-    number = parameter.data.view(-1)[entry.index : entry.index + 1]
-    before = number.clone()
-    try:
-        number += shift
-        with torch.enable_grad():
-            h = truth.own(truth.x[entry.b : entry.b + 1].clone())[0]
-            if not h.requires_grad:
-                return weights.new_zeros((), dtype=torch.float64)
-            y = (h * weights).sum()
-            (found,) = torch.autograd.grad(y, parameter, materialize_grads=True)
-        return found.reshape(-1)[entry.index].double()
-    finally:
-        number.copy_(before)
+    with moved(parameter, entry.index, shift), torch.enable_grad():
+        h = truth.own(truth.x[entry.b : entry.b + 1].clone())[0]
+        if not h.requires_grad:
+            return weights.new_zeros((), dtype=torch.float64)
+        y = (h * weights).sum()
+        (found,) = torch.autograd.grad(y, parameter, materialize_grads=True)
+    return found.reshape(-1)[entry.index].double()
 
 
 def entries(truth: Truth, found: Derivatives, most: int) -> Iterator[Entry]:
@@ -608,7 +642,7 @@ def positions(block: Block, name: str, most: int, generator: torch.Generator) ->
     S, z = flat(block.second).detach().double(), block.inputs[name]
     unit = S.square().mean(2, keepdim=True).clamp_min(1e-300)
     lefts = (S.square() / unit).sum((0, 1)).cpu()
-    rights = torch.ones(1, dtype=torch.float64) if z is None else z.double().pow(4).sum(0).cpu()
+    rights = lefts.new_ones(1) if z is None else z.double().pow(4).sum(0).cpu()
     count = len(lefts) * len(rights)
     if count <= most:
         return range(count)
@@ -641,7 +675,7 @@ def entry_at(truth: Truth, block: Block, name: str, i: int, b: int) -> Entry:
     noise = truth.noise.double() if len(S) == len(truth.noise) else truth.noise.double().amax()
     rounding = rounding + noise * (eps / torch.finfo(truth.dtype).eps) / size**2
     unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding
-    unit = torch.where(unit > 0, unit, 1.0)
+    unit = unit.masked_fill(unit == 0, 1.0)
     return Entry(name, i, b, J[:, k] * right[j], S[:, k] * right[j].square(), unit, size, eps)
 
 
@@ -649,4 +683,4 @@ def size_of(parameter: Tensor) -> Tensor:
     """The size of a parameter's entries, or of what they may become where they are 0."""
     size = parameter.detach().square().mean().sqrt()
     fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    return torch.where(size > 0, size, fallback)
+    return torch.where(size > 0, size, torch.full_like(size, fallback))

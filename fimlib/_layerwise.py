@@ -340,8 +340,8 @@ def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
     if z.ndim > 2 and z.shape[-1] == module.in_features:
         raise NotImplementedError(
             f"layer {name!r} (Linear) is applied to inputs of shape {list(z.shape)}, at several "
-            "positions: the layerwise engine takes [B, n]. engine='traced' takes both; where this "
-            "is not meant, put nn.Flatten() before the layer."
+            "positions: the layerwise engine takes [B, n]. If that is not meant, put nn.Flatten() "
+            "before the layer."
         )
     if z.ndim != 2 or z.shape[1] != module.in_features:
         raise ValueError(
@@ -396,9 +396,7 @@ def elementwise(
     kind = f"module {name!r} ({type(module).__name__})"
     refusal = NotImplementedError(
         f"{kind} is not supported by the layerwise engine, which knows nn.Sequential of Linear, "
-        "elementwise activations without parameters, Dropout, Flatten and Identity. If it is a "
-        "Softmax at the end, remove it: the outputs are natural parameters (logits). "
-        "engine='backpack' takes what BackPACK has second derivatives for."
+        "elementwise activations without parameters, Dropout, Flatten and Identity."
     )
     if next(module.parameters(), None) is not None:
         raise refusal

@@ -25,10 +25,6 @@ from fimlib.derivatives import FIRST_AXIS, check_outputs, separate, tensors
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
 
-REMEDY = (
-    "This engine follows operations that are linear in each parameter, and elementwise functions; "
-    "where such a network ends in a softmax, remove that: the outputs are natural parameters."
-)
 # These read the shape or the order of their first argument, not its values.
 FORMS = re.compile(
     r"(zeros|ones|full|empty|rand\w*)_like|new_(zeros|ones|full|empty)\w*|arg(max|min|sort)"
@@ -71,7 +67,7 @@ class Trace:
     def refusal(self, node: Node, why: str) -> NotImplementedError:
         """The error that names a node by what the user wrote."""
         name = self.made.get(node, f"{node.name()}, of no function of torch")
-        return NotImplementedError(f"{name}: {why} {REMEDY}")
+        return NotImplementedError(f"{name}: {why}")
 
 
 class CapturedError(NotImplementedError):
@@ -140,7 +136,7 @@ class Watch(Uncaptured):
             raise NotImplementedError(
                 f"{self.place} cuts the derivatives off or hides how they come about, as detach(), "
                 ".data, .item(), torch.no_grad(), assignments into a tensor and your own "
-                f"autograd.Function do: write it without. {REMEDY}"
+                "autograd.Function do."
             )
         return iter(result) if name == "__iter__" else result
 
@@ -171,7 +167,7 @@ class Watch(Uncaptured):
         raise NotImplementedError(
             f"{node.name()}, of no function of torch: {self.place} uses what a script function, "
             "your own autograd.Function or an earlier call has made, or a view of what was "
-            f"overwritten since. {REMEDY}"
+            "overwritten since."
         )
 
     def note(self, result: Any, before: set[Node], place: str) -> set[Node]:

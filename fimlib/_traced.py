@@ -39,16 +39,12 @@ from fimlib._carry import (
     units_alone,
 )
 from fimlib._places import Place, places
-from fimlib._trace import REMEDY, Edge, Trace, kind, shape, trace
+from fimlib._trace import Edge, Trace, kind, shape, trace
 from fimlib.derivatives import Block, Derivatives
 
 # Of rows or tangents carried together, and of what they become: as much as a cache holds. More
 # inputs than that go in pieces.
 NUMBERS_AT_A_TIME = 2**22
-FIRST_ORDER = (
-    "For I, V₁ and Î₁, which need no second derivatives, take order=1; for V₂ of such a network "
-    "there is fimlib.hutchinson_variance_i2."
-)
 ROWS_AT_A_TIME = 16  # at least, where there are as many
 
 LINEAR = re.compile(
@@ -93,16 +89,7 @@ def differentiate(
     model: nn.Module, x: Tensor, *, order: int = 2, wanted: frozenset[str] | None = None
 ) -> Derivatives:
     """J and S along the graph of the model's forward pass; see ``fimlib.differentiate``."""
-    try:
-        derivs = along_graph(model, x, order, wanted)
-    except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a forward pass may hold that this engine never met
-        raise NotImplementedError(
-            f"the traced engine cannot follow the forward pass of {type(model).__name__}: "
-            f"{type(error).__name__}: {error}. {REMEDY}"
-        ) from error
-    return replace(derivs, engine="traced")
+    return replace(along_graph(model, x, order, wanted), engine="traced")
 
 
 def along_graph(
@@ -251,8 +238,8 @@ def curvature(t: Trace, node: Any) -> list[Bend]:
         if not common:
             return []
         why = f"both factors of this product depend on parameter {min(common)!r}."
-        raise t.refusal(node, f"{why} {FIRST_ORDER}")
-    raise t.refusal(node, f"second derivatives of this operation are not known. {FIRST_ORDER}")
+        raise t.refusal(node, why)
+    raise t.refusal(node, "second derivatives of this operation are not known.")
 
 
 def shared(t: Trace, factors: dict[int, Edge]) -> frozenset[str]:

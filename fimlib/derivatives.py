@@ -432,7 +432,7 @@ def random_step(parameter: Tensor, generator: torch.Generator) -> Tensor:
     size = parameter.square().mean().sqrt()
     fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
     noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
-    return torch.where(size > 0, size, fallback) * noise
+    return torch.where(size > 0, size, torch.full_like(size, fallback)) * noise
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
