@@ -18,8 +18,8 @@ MOST_REFUSED = 0.03 if "forward" in EXACT else 0.8
 
 def check(tally):
     print(f"\n{tally}")
-    reports = "\n".join(fuzz.report(failure) for failure in tally.failures[:3])
-    assert not tally.failures, f"{len(tally.failures)} wrong; the first:\n{reports}\n{tally}"
+    reports = "\n".join(fuzz.report(*failure) for failure in list(tally.failures.values())[:3])
+    assert not tally.failures, f"{len(tally.failures)} networks; the first:\n{reports}\n{tally}"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,9 @@ def test_the_oracle_is_that_of_the_other_tests():
             torch.testing.assert_close(truth.J[name][b], J[name])
             torch.testing.assert_close(truth.S[name][b], S[name])
             for quantity, values in moments.items():
-                torch.testing.assert_close(values[name][b], right[quantity.lower() if quantity != "I" else "I"][name])
+                torch.testing.assert_close(
+                    values[name][b], right[quantity.lower() if quantity != "I" else "I"][name]
+                )
 
 
 class Signs(nn.Module):
