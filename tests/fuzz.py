@@ -218,12 +218,15 @@ def quotients_of_jacobian(point):
         def column(flat, i=i):
             return point.jacobian(flat)[:, i]
 
-        near, nearer = (first_difference(column, point.at, s * unit, s) for s in (2e-3, 1e-3))
-        doubt = (near - nearer).abs()
-        if (doubt > 1e-8 * (1 + nearer.abs())).any():
+        near, far = (
+            (column(point.at + s * unit) - column(point.at - s * unit)) / (2 * s)
+            for s in (1e-3, 2e-3)
+        )
+        value, doubt = (4 * near - far) / 3, (near - far).abs() / 100
+        if (doubt > 1e-6 * (1 + value.abs())).any():  # a kink is close
             table = [first_difference(column, point.at, step * unit, step) for step in STEPS]
-            nearer, doubt = settled(torch.stack(table), 2**-52 * table[0].abs(), 1)
-        found.append((nearer, doubt))
+            value, doubt = settled(torch.stack(table), 2**-52 * table[0].abs(), 1)
+        found.append((value, doubt))
     return [torch.stack(column, 1) for column in zip(*found, strict=True)]
 
 
@@ -423,7 +426,8 @@ def compare(what, name, ours, right, slack):
 def is_own(error):
     """Whether an error is one of fimlib's, raised there on purpose."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return type(error) in REFUSALS and Path(last.filename).parent == Path(fimlib.__file__).parent
+    is_inside = Path(last.filename).parent == Path(fimlib.__file__).parent
+    return type(error) in REFUSALS and is_inside and last.line.startswith("raise ")
 
 
 def everything(case):

@@ -561,22 +561,20 @@ class Drawing:
             "tokens": (r.randint(2, 4),),
             "index": (1,),
         }[kind]
-        integers = kind in ("tokens", "index")
-        self.input = (
-            f"x = torch.randint(4, (B, {', '.join(map(str, sizes))}))"
-            if integers
-            else f"x = torch.randn(B, {', '.join(map(str, sizes))}, dtype=torch.float64)"
-        )
-        self.scope["z"] = torch.randint(4, (2, *sizes)) if integers else torch.randn(2, *sizes)
-        if integers:
-            k = r.randint(1, 3)
-            options = [module(f"nn.Embedding(4, {k})")] * 2
-            mode = r.choice(["sum", "mean", "max"])
-            options += [module(f"nn.EmbeddingBag(4, {k}, mode={mode!r})")]
-            if kind == "index":
-                options = [(f"self.m@ = nn.Embedding(4, {k})", "z = self.m@(z[:, 0])")]
-            if not self.take(r.choice(options)):
-                raise RuntimeError("an embedding must fit")
+        shape = ", ".join(map(str, sizes))
+        self.input = f"x = torch.randn(B, {shape}, dtype=torch.float64)"
+        self.scope["z"] = torch.randn(2, *sizes)
+        if kind in ("tokens", "index"):
+            self.input = f"x = torch.randint(4, (B, {shape}))"
+            self.scope["z"] = torch.randint(4, (2, *sizes))
+            self.take(self.embedding(kind))
+
+    def embedding(self, kind):
+        k, mode = self.r.randint(1, 3), self.r.choice(["sum", "mean", "max"])
+        if kind == "index":
+            return f"self.m@ = nn.Embedding(4, {k})", "z = self.m@(z[:, 0])"
+        bag = f"nn.EmbeddingBag(4, {k}, mode={mode!r})"
+        return module(self.r.choice([f"nn.Embedding(4, {k})"] * 2 + [bag]))
 
     def take(self, step, most=MAX_PARAMETERS):
         """Keep a step if it runs and the network stays small."""
@@ -584,15 +582,12 @@ class Drawing:
             return False
         number = str(len(self.steps))
         shape = self.scope["z"].shape
-        made, forward = (
-            text.replace("@", number).replace("z.shape[1]", "z.shape[1]") for text in step
-        )
+        made, forward = (text.replace("@", number) for text in step)
         made = re.sub(r"z\.shape\[(-?\d)\]", lambda m: str(shape[int(m[1])]), made)
         before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.scope.items()}
-        probe = copy.copy(self.probe)
-        probe.__dict__ = {
-            k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.probe).items()
-        }
+        probe = copy.copy(self.probe)  # whose modules may be others, and are not called in training
+        held = vars(self.probe).items()
+        probe.__dict__ = {k: dict(v) if isinstance(v, dict) else v for k, v in held}
         self.scope["self"] = probe
         try:
             exec(made, self.scope)
@@ -600,11 +595,9 @@ class Drawing:
             with torch.no_grad():
                 exec(forward, self.scope)
             z = self.scope["z"]
-            fits = (
-                z.is_floating_point() and z.ndim > 1 and len(z) == 2 and z[0].numel() <= MAX_UNITS
-            )
             size = sum(p.numel() for p in probe.parameters())
-            fits = fits and z[0].numel() > 0 and size <= most and bool(z.isfinite().all())
+            fits = z.is_floating_point() and z.ndim > 1 and len(z) == 2 and size <= most
+            fits = fits and 0 < z[0].numel() <= MAX_UNITS and bool(z.isfinite().all())
         except Exception:  # whatever a block raises at a shape that it does not fit
             fits = False
         if not fits:

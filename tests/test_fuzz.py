@@ -168,12 +168,15 @@ def test_the_judge_tells_a_refusal_from_an_accident(monkeypatch):
     def own_words(*_):
         raise ValueError("raised outside of fimlib")
 
+    def python_words(_, x, derivs):
+        fimlib.Categorical().project(x, derivs.outputs, derivs)  # no tensor where one is due
+
     with monkeypatch.context() as patch:
         right = fimlib.differentiate
         verdict, why = changed(patch, lambda m, x, _: right(m, x[0]))
         assert verdict == "refused"
         assert "batch dimension" in why
-    for change in (accident, own_words):
+    for change in (accident, own_words, python_words):
         with monkeypatch.context() as patch:
             verdict, why = changed(patch, change)
             assert verdict == "wrong"
