@@ -348,7 +348,8 @@ class Judge:
                 result = ("wrong", f"from inside ({Path(last.filename).name}): {result[1]}")
         changed = [k for k, v in everything(case).items() if not same(v, before[k])]
         if changed:
-            result = ("wrong", f"the caller's {changed[0]} has changed")
+            also = f"{result[1]}; and " if result[0] == "wrong" else ""
+            result = ("wrong", f"{also}the caller's {changed[0]} has changed")
             torch.set_rng_state(before["RNG state"])
             run(case)
         return result

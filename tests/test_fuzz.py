@@ -86,6 +86,7 @@ def test_quotients_overrule_a_second_derivative_that_torch_gets_wrong():
         net.get_parameter(names[0]).fill_(1.0)
         net.get_parameter(names[1]).copy_(torch.tensor([[0.6, 0.8]]))
     truth = fuzz.truth_of(net, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+    assert truth.judges == ["quotients of J"]
     right = torch.tensor([-3 * 0.6 * 0.8**2, 2 * 0.6 * 0.8**2 - 0.6**3], dtype=torch.float64)
     torch.testing.assert_close(truth.S[names[1]].flatten(), right)
 
