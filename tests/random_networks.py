@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-MAX_PARAMETERS, MAX_UNITS = 60, 48
+MAX_PARAMETERS, MAX_UNITS = 64, 48
 
-# A block draws what __init__ does and what forward does, "@" being its number.
+# A block draws what __init__ does and what forward does, "#" being its number.
 
 
 def module(expression):
-    return f"self.m@ = {expression}", "z = self.m@(z)"
+    return f"self.m# = {expression}", "z = self.m#(z)"
 
 
 def lines(*forward):
@@ -31,7 +31,7 @@ def lines(*forward):
 
 def parameters(*shapes):
     pairs = zip("pqr", shapes, strict=False)
-    made = [f"self.{name}@ = nn.Parameter(torch.randn({list(shape)}))" for name, shape in pairs]
+    made = [f"self.{name}# = nn.Parameter(torch.randn({list(shape)}))" for name, shape in pairs]
     return "\n".join(made)
 
 
@@ -121,7 +121,7 @@ SHARED = words("""
 SKIPS = words("""
     z+s z*torch.sigmoid(s) torch.cat([z,s],1) z*s z-s/2 torch.cat([s,z],-1) torch.maximum(z,s)
     torch.lerp(z,s,0.3) s.add_(z) z@s.mT torch.where(s>0,z,s)""")
-PAIR = "self.m@ = nn.Linear({n}, {n})\nself.n@ = nn.Linear({n}, {n})"
+PAIR = "self.m# = nn.Linear({n}, {n})\nself.n@ = nn.Linear({n}, {n})"
 
 
 def expression(text, **names):
@@ -228,39 +228,39 @@ def view(r, shape):
 
 def broadcast(r, shape):
     sizes = [n if r.random() < 0.6 else 1 for n in shape][r.randint(0, len(shape) - 1) :]
-    return parameters(sizes), expression(r.choice(BROADCAST), P="self.p@")
+    return parameters(sizes), expression(r.choice(BROADCAST), P="self.p#")
 
 
 def computed(r, shape):
     n, k = shape[-1], r.randint(1, 3)
     codes, *sizes = r.choice([(WEIGHTS, (k, n)), (OUTER, (k,), (n,)), (SQUARE, (n, n))])
-    return parameters(*sizes), expression(r.choice(codes), P="self.p@", Q="self.q@")
+    return parameters(*sizes), expression(r.choice(codes), P="self.p#", Q="self.q#")
 
 
 def two_inputs(r, shape):
     sizes = f"{shape[-1]}, {shape[-1]}, {r.randint(1, 2)}"
-    return f"self.m@ = nn.Bilinear({sizes})", f"z = self.m@(z, {r.choice(['z', 'z.sin()'])})"
+    return f"self.m# = nn.Bilinear({sizes})", f"z = self.m#(z, {r.choice(['z', 'z.sin()'])})"
 
 
 def gate(r, shape):
-    forward = expression(r.choice(GATES), M="self.m@", N="self.n@")
+    forward = expression(r.choice(GATES), M="self.m#", N="self.n#")
     return PAIR.format(n=shape[-1]), forward
 
 
 def again(r, shape):
-    return PAIR.format(n=shape[-1]).split("\n")[0], expression(r.choice(SHARED), M="self.m@")
+    return PAIR.format(n=shape[-1]).split("\n")[0], expression(r.choice(SHARED), M="self.m#")
 
 
 def tied(r, shape):
-    same = ["self.n@.weight = self.m@.weight", "self.n@.bias = self.m@.bias", "self.n@ = self.m@"]
-    forward = f"z = self.n@({r.choice(['torch.tanh', 'F.silu', 'F.relu'])}(self.m@(z)))"
+    same = ["self.n#.weight = self.m#.weight", "self.n#.bias = self.m#.bias", "self.n# = self.m#"]
+    forward = f"z = self.n#({r.choice(['torch.tanh', 'F.silu', 'F.relu'])}(self.m#(z)))"
     return f"{PAIR.format(n=shape[-1])}\n{r.choice(same)}", forward
 
 
 def nested(r, shape):
     n, k = shape[-1], r.randint(1, 3)
     inner = f"nn.Sequential(nn.Linear({n}, {k}), {activation(r)}, nn.Linear({k}, {n}))"
-    return f"self.m@ = {inner}", r.choice(["z = self.m@(z)", "z = z + self.m@(z)"])
+    return f"self.m# = {inner}", r.choice(["z = self.m#(z)", "z = z + self.m#(z)"])
 
 
 def attention(r, shape):
@@ -273,14 +273,14 @@ def attention(r, shape):
     kind = r.choice(["torch", "fused", "own", "layer"])
     if kind == "torch":
         made = f"nn.MultiheadAttention({n}, {heads}, {bias}, batch_first=True)"
-        return f"self.m@ = {made}", f"z = {plus}self.m@(z, z, z{how})[0]"
+        return f"self.m# = {made}", f"z = {plus}self.m#(z, z, z{how})[0]"
     if kind == "fused":
-        made, split = f"nn.Linear({n}, {3 * n}, {bias})", "q, k, v = self.m@(z).chunk(3, -1)"
+        made, split = f"nn.Linear({n}, {3 * n}, {bias})", "q, k, v = self.m#(z).chunk(3, -1)"
         attend = f"F.scaled_dot_product_attention(q, k, v, is_causal={r.random() < 0.4})"
-        return f"self.m@ = {made}", f"{split}\nz = {plus}{attend}"
+        return f"self.m# = {made}", f"{split}\nz = {plus}{attend}"
     if kind == "own":
-        made, split = f"nn.Linear({n}, {2 * n}, {bias})", "q, k = self.m@(z).chunk(2, -1)"
-        return f"self.m@ = {made}", f"{split}\nz = {plus}(q @ k.mT / 2).softmax(-1) @ z"
+        made, split = f"nn.Linear({n}, {2 * n}, {bias})", "q, k = self.m#(z).chunk(2, -1)"
+        return f"self.m# = {made}", f"{split}\nz = {plus}(q @ k.mT / 2).softmax(-1) @ z"
     options = f"activation={r.choice(['relu', 'gelu'])!r}, norm_first={r.random() < 0.5}"
     sizes = f"{n}, {heads}, {r.randint(1, 2)}"
     return module(f"nn.TransformerEncoderLayer({sizes}, 0.0, {options}, batch_first=True)")
@@ -292,13 +292,13 @@ def recurrent(r, shape):
     n, k = shape[-1], r.randint(1, 2)
     if r.random() < 0.25:
         loop = f"s = z.new_zeros(len(z), {k})\nfor t in range(z.shape[1]):\n"
-        loop += "    s = self.m@(z[:, t], s)\nz = s"
-        return f"self.m@ = nn.{r.choice(['GRUCell', 'RNNCell'])}({n}, {k})", loop
+        loop += "    s = self.m#(z[:, t], s)\nz = s"
+        return f"self.m# = nn.{r.choice(['GRUCell', 'RNNCell'])}({n}, {k})", loop
     options = f"batch_first=True, bidirectional={r.random() < 0.2}, bias={r.random() < 0.8}"
     kinds = [f"LSTM({n}, {k}", f"GRU({n}, {k}", f"RNN({n}, {k}", f"RNN({n}, {k}, 1, 'relu'"]
     kinds += [f"LSTM({n}, 2, proj_size=1"]
     last = r.choice(["", "[:, -1]"])
-    return f"self.m@ = nn.{r.choice(kinds)}, {options})", f"z = self.m@(z)[0]{last}"
+    return f"self.m# = nn.{r.choice(kinds)}, {options})", f"z = self.m#(z)[0]{last}"
 
 
 def parametrised(r, shape):
@@ -316,7 +316,7 @@ def skip(r, _):
 
 def unused(r, _):
     code = ["nn.Linear(2, 1)", "nn.BatchNorm1d(1)", "nn.Conv1d(1, 1, 1)"]
-    return f"self.m@ = {r.choice(code)}", "pass"
+    return f"self.m# = {r.choice(code)}", "pass"
 
 
 def frozen(_, shape):
@@ -325,7 +325,7 @@ def frozen(_, shape):
 
 BLOCKS = {linear: 10, act: 12, function: 8, write: 4, over_units: 5, convolution: 12, norm: 6}
 BLOCKS |= {pool: 5, view: 6, rearranged: 5, broadcast: 4, computed: 4, two_inputs: 1, gate: 4}
-BLOCKS |= {again: 3, tied: 2, nested: 3, attention: 6, recurrent: 4, parametrised: 3, skip: 9}
+BLOCKS |= {again: 4, tied: 3, nested: 3, attention: 16, recurrent: 8, parametrised: 3, skip: 16}
 BLOCKS |= {unused: 1, frozen: 1}
 # What may stand in an nn.Sequential of torch's own modules.
 MODULES = (linear, act, convolution, norm, pool, view, parametrised)
@@ -385,9 +385,9 @@ def on(statement, code):
 
 
 # Kind → what __init__ and forward do. ``self.plain`` is set in a copy that says what is right.
-COUNTER = "self.register_buffer('count@', torch.zeros((), dtype=torch.long))"
+COUNTER = "self.register_buffer('count#', torch.zeros((), dtype=torch.long))"
 AUTOCAST = "torch.autocast('cpu', torch.bfloat16, enabled=not self.plain)"
-COUNT = "self.count@ += 1"
+COUNT = "self.count# += 1"
 SPREAD = ".view(-1, *[1] * (z.ndim - 1))"
 TRAPS = {
     "detach": [
@@ -432,7 +432,7 @@ TRAPS = {
         "z = z + len(z)",
     ],
     "batch statistics": [
-        ("self.m@ = nn.BatchNorm1d(z.shape[1], track_running_stats=False)", "z = self.m@(z)")
+        ("self.m# = nn.BatchNorm1d(z.shape[1], track_running_stats=False)", "z = self.m#(z)")
     ],
     "silent counter": [(COUNTER, COUNT)],
     "kept activation": ["self.kept = z.detach()", "self.kept = z"],
@@ -441,22 +441,22 @@ TRAPS = {
         "z = z if self.plain else z.float().to(z)",
     ],
     "autocast": [
-        ("self.m@ = nn.Linear(z.shape[-1], 2)", on(AUTOCAST, "z = self.m@(z).to(z)")),
+        ("self.m# = nn.Linear(z.shape[-1], 2)", on(AUTOCAST, "z = self.m#(z).to(z)")),
         (
-            "self.p@ = nn.Parameter(torch.randn(z.shape[-1], 2))",
-            on(AUTOCAST, "z = z @ self.p@ if self.plain else (z.float() @ self.p@.float()).to(z)"),
+            "self.p# = nn.Parameter(torch.randn(z.shape[-1], 2))",
+            on(AUTOCAST, "z = z @ self.p# if self.plain else (z.float() @ self.p#.float()).to(z)"),
         ),
     ],
     "padding index": [
         (
-            "self.m@ = nn.Embedding(3, 2, padding_idx=1)",
-            f"z = z + self.m@((z.flatten(1)[:, :2] > 0).long()).flatten(1).sum(1){SPREAD}",
+            "self.m# = nn.Embedding(3, 2, padding_idx=1)",
+            f"z = z + self.m#((z.flatten(1)[:, :2] > 0).long()).flatten(1).sum(1){SPREAD}",
         )
     ],
     # Only a refusal is right of these.
     "counter": [
-        (COUNTER, f"{COUNT}\nz = z * (1 + 0.1 * self.count@)"),
-        (COUNTER, f"{COUNT}\nz = z + (self.count@ > 1)"),
+        (COUNTER, f"{COUNT}\nz = z * (1 + 0.1 * self.count#)"),
+        (COUNTER, f"{COUNT}\nz = z + (self.count# > 1)"),
     ],
     "noise": [
         "z = z + 0.1 * torch.randn_like(z)",
@@ -529,7 +529,7 @@ for m in model.modules():
 
 
 STYLES = ["graph"] * 6 + ["modules"] * 3 + ["dense"]
-INPUTS = ["vector"] * 3 + ["sequence"] * 3 + ["signal"] * 2 + ["image"] * 3 + ["volume"]
+INPUTS = ["vector"] * 3 + ["sequence"] * 5 + ["signal"] * 2 + ["image"] * 3 + ["volume"]
 INPUTS += ["tokens", "tokens", "index"]
 
 
@@ -572,7 +572,7 @@ class Drawing:
     def embedding(self, kind):
         k, mode = self.r.randint(1, 3), self.r.choice(["sum", "mean", "max"])
         if kind == "index":
-            return f"self.m@ = nn.Embedding(4, {k})", "z = self.m@(z[:, 0])"
+            return f"self.m# = nn.Embedding(4, {k})", "z = self.m#(z[:, 0])"
         bag = f"nn.EmbeddingBag(4, {k}, mode={mode!r})"
         return module(self.r.choice([f"nn.Embedding(4, {k})"] * 2 + [bag]))
 
@@ -582,7 +582,7 @@ class Drawing:
             return False
         number = str(len(self.steps))
         shape = self.scope["z"].shape
-        made, forward = (text.replace("@", number) for text in step)
+        made, forward = (text.replace("#", number) for text in step)
         made = re.sub(r"z\.shape\[(-?\d)\]", lambda m: str(shape[int(m[1])]), made)
         before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.scope.items()}
         probe = copy.copy(self.probe)  # whose modules may be others, and are not called in training
