@@ -121,7 +121,7 @@ SHARED = words("""
 SKIPS = words("""
     z+s z*torch.sigmoid(s) torch.cat([z,s],1) z*s z-s/2 torch.cat([s,z],-1) torch.maximum(z,s)
     torch.lerp(z,s,0.3) s.add_(z) z@s.mT torch.where(s>0,z,s)""")
-PAIR = "self.m# = nn.Linear({n}, {n})\nself.n@ = nn.Linear({n}, {n})"
+PAIR = "self.m# = nn.Linear({n}, {n})\nself.n# = nn.Linear({n}, {n})"
 
 
 def expression(text, **names):

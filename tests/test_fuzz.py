@@ -1,6 +1,7 @@
 """On random networks every number is right, or refused; and the judge sees what is wrong."""
 
 import dataclasses
+import random
 
 import fuzz
 import pytest
@@ -45,6 +46,57 @@ def test_networks_whose_graph_lies_or_that_mix_their_inputs(seeds):
 def test_a_seed_is_one_network(traps):
     first, again, other = (random_networks.draw(seed, traps).source for seed in (7, 7, 8))
     assert first == again != other
+
+
+def fits(step):
+    """Whether a step runs on one of some shapes."""
+    for shape in ((4,), (2, 4), (3, 3), (4, 2, 2)):
+        drawing = random_networks.Drawing(random.Random(0), "graph")
+        drawing.scope["z"] = torch.randn(2, *shape)
+        drawing.scope["s0"] = drawing.scope["s1"] = torch.randn(2, *shape)
+        if drawing.take(step):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("kind", ["FUNCTIONS", "OVER_UNITS", "REARRANGED", "REDUCTIONS", "SKIPS"])
+def test_every_expression_is_of_use(kind):
+    texts = getattr(random_networks, kind)
+    steps = {text: ("", random_networks.expression(text, D="1", s="s0")) for text in texts}
+    assert not [text for text, step in steps.items() if not fits(step)]
+
+
+@pytest.mark.parametrize("kind", ["BROADCAST", "WEIGHTS", "OUTER", "SQUARE", "GATES", "SHARED"])
+def test_every_expression_of_parameters_is_of_use(kind):
+    first = [4] if kind in ("BROADCAST", "OUTER") else [4, 4]
+    made = f"{random_networks.parameters(first, [4])}\n{random_networks.PAIR.format(n=4)}"
+    names = {"P": "self.p#", "Q": "self.q#", "M": "self.m#", "N": "self.n#"}
+    texts = getattr(random_networks, kind)
+    steps = {text: (made, random_networks.expression(text, **names)) for text in texts}
+    assert not [text for text, step in steps.items() if not fits(step)]
+
+
+@pytest.mark.parametrize("line", random_networks.WRITES)
+def test_every_write_is_of_use(line):
+    assert fits(("", f"z = z.clone()\n{line}"))
+
+
+@pytest.mark.parametrize("text", random_networks.ACTIVATIONS)
+def test_every_activation_is_of_use(text):
+    assert fits(random_networks.module(f"nn.{text}"))
+
+
+@pytest.mark.parametrize("kind", random_networks.TRAPS)
+def test_every_trap_is_of_use(kind):
+    for step in random_networks.TRAPS[kind]:
+        assert fits(step if isinstance(step, tuple) else random_networks.lines(step)), step
+
+
+@pytest.mark.parametrize("block", random_networks.BLOCKS, ids=lambda block: block.__name__)
+def test_every_block_is_of_use(block):
+    shapes = [torch.Size(shape) for shape in ((4,), (2, 4), (3, 3), (4, 2, 2))]
+    drawn = {block(random.Random(seed), shape) for seed in range(40) for shape in shapes} - {None}
+    assert len([step for step in drawn if fits(step)]) > len(drawn) / 4
 
 
 def test_the_oracle_is_that_of_the_other_tests():
