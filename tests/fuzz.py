@@ -44,7 +44,8 @@ class Truth:
         J, S: Parameter → [B, T, *shape].
         J_slack, S_slack: How far off a right answer may be.
         h: The outputs, [B, T].
-        judges: Who said so at each input: "autograd", or "quotients" where these disagree.
+        judges: Who said so at each input: "autograd"; "quotients of J" (of S) or "quotients" of the
+            outputs (of both) where these disagree with it.
     """
 
     J: dict
@@ -226,6 +227,7 @@ def quotients_of_jacobian(point):
         if (doubt > 1e-6 * (1 + value.abs())).any():  # a kink is close
             table = [first_difference(column, point.at, step * unit, step) for step in STEPS]
             value, doubt = settled(torch.stack(table), 2**-52 * table[0].abs(), 1)
+            value = value.masked_fill(doubt > 1e-5 * (1 + value.abs()), float("nan"))
         found.append((value, doubt))
     return [torch.stack(column, 1) for column in zip(*found, strict=True)]
 
@@ -308,6 +310,10 @@ class WrongError(Exception):
     """A number that is not right, or the caller's things have changed."""
 
 
+# Of moments, by who says what is right.
+TOLERANCES = {"autograd": 5e-7, "quotients of J": 1e-5, "quotients": 1e-4}
+
+
 class Judge:
     """What is right of a case, and what fimlib makes of it."""
 
@@ -322,9 +328,8 @@ class Judge:
                 if not case.traps:
                     raise
                 self.hopeless = True
-        self.tolerance = 5e-7
-        if self.truth and "quotients" in self.truth.judges:
-            self.tolerance = 1e-4
+        judges = self.truth.judges if self.truth else []
+        self.tolerance = max((TOLERANCES[judge] for judge in judges), default=0.0)
         self.moments = None
         if self.truth is not None:
             self.moments = moments(self.truth, case.family)
