@@ -12,10 +12,9 @@ from strategies import inputs, mlp
 from torch import nn
 
 import fimlib
-from fimlib.derivatives import EXACT
 
 # Of the networks without traps, at order 2, by all engines together.
-MOST_REFUSED = 0.03 if "forward" in EXACT else 0.8
+MOST_REFUSED = 0.03
 
 
 def check(tally):
