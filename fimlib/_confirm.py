@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,8 +37,9 @@ PARAMETERS_AT_ALL_INPUTS = 2**17  # a larger network is looked at at fewer input
 ENTRIES = 8  # of S that are compared, at least one of every parameter
 RANGE = 100.0  # contributions to J·v that one direction may sum up, largest over smallest
 TINY = 1e-100  # whose square is lost
-STEPS = (1.0, 1 / 16, 1 / 256)  # steep networks need smaller ones
-STEPS_OF_ENTRIES = (64.0, 1.0, 1 / 16)  # and single entries bear larger ones
+STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8)  # large outputs need long, steep networks short
+STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**10)
+RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 PerParameter = dict[str, Tensor]
@@ -375,25 +376,34 @@ def first_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None) -> T
     influence = {n: float(s.mean().sqrt()) for n, s in squares.items()}
     carried = rows(found.outputs) if found.projected and rows is not None else None
     eps = torch.finfo(found.blocks[0].J.dtype).eps
+    noise = truth.noise.double().expand(truth.outputs.shape)
+    if carried is not None:
+        noise = (carried.double().abs() @ noise[..., None])[..., 0]
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     for shares in directions(influence):
         w = {n: share * v[n] for n, share in shares.items()}
         claim = torch.stack([share * products[n] for n, share in shares.items()]).sum(0)
         scale = torch.stack([share**2 * squares[n] for n, share in shares.items()]).sum(0).sqrt()
-        left = torch.ones_like(doubt)
+        rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
+        left = torch.ones_like(claim, dtype=torch.bool)
         for factor in STEPS:
             step = factor * step_of(truth.dtype)
             plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
-            quotient, noise = (plus - minus).double() / (2 * step), truth.noise.double() / step
+            quotient = (plus - minus).double() / (2 * step)
             if carried is not None:
-                quotient = torch.einsum("kat,kt->ka", carried.double(), quotient)
-                noise = carried.double().abs() @ noise
-            slack = eps**0.35 * scale + noise + eps * scale.max() + TINY
-            left = left & ~((claim - quotient).abs() <= slack).all(1)  # NaN is in doubt
+                quotient = (carried.double() @ quotient[..., None])[..., 0]
+            slack = eps**0.35 * scale + rounding + bounded(noise, step, scale, truth.dtype)
+            left &= ~((claim - quotient).abs() <= slack)  # NaN is in doubt
             if not left.any():
                 break
-        doubt |= left
+        doubt |= left.any(1)
     return doubt
+
+
+def bounded(noise: Tensor, step: float, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounding errors of a quotient, as far as they do not hide what it is to confirm."""
+    least = noise / (max(STEPS) * step_of(dtype))
+    return torch.minimum(noise / step, torch.maximum(RESOLUTION * scale, least))
 
 
 def contraction(block: Block, name: str, v: Tensor, power: int) -> Tensor:
@@ -554,18 +564,38 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
     claim, terms = r @ entry.S, (r * entry.S).square().sum().sqrt()
     eps = torch.finfo(truth.dtype).eps
     slack = entry.precision**0.35 * (1 + terms) * len(r) ** 0.5
-    rounding = (r.abs() * noise_of_rows(truth, r, carried)).sum() / entry.size
     moves = (r * entry.J).abs().sum()
+    quotients = {}
     for factor in STEPS_OF_ENTRIES:
         step = factor * eps ** (1 / 3) * entry.size
         try:
             plus, minus = (slope(truth, parameter, entry, sign * step, weights) for sign in (1, -1))
         except RuntimeError:  # autograd has no derivative: of leaky_relu_(s), for one
-            return is_second_difference(truth, parameter, entry, weights, claim, slack, rounding)
-        noise = (rounding + 4 * eps * (moves + plus.abs() + minus.abs())) / step
-        if bool((claim - (plus - minus) / (2 * step)).abs() <= slack + noise):
+            return is_second_difference(truth, parameter, entry, weights, claim, slack)
+        quotients[step] = (plus - minus) / (2 * step)
+        noise = 8 * eps * (moves + plus.abs() + minus.abs()) / step
+        if bool((claim - quotients[step]).abs() <= slack + noise):
             return True
-    return False
+    rounding = slope_noise(truth, entry, weights)
+    most = torch.maximum(RESOLUTION * (1 + terms), rounding / max(quotients))
+    return any(
+        bool((claim - q).abs() <= slack + torch.minimum(rounding / step, most))
+        for step, q in quotients.items()
+    )
+
+
+def slope_noise(truth: Truth, entry: Entry, weights: Tensor) -> Tensor:
+    """Rounding errors to expect in a slope, measured in float32 as those of the outputs are."""
+    exact = slope(truth, truth.own.get_parameter(entry.name), entry, 0.0, weights)
+    narrow = separate(truth.own).float().requires_grad_()
+    x = truth.x.float() if truth.x.is_floating_point() else truth.x
+    other = replace(truth, own=narrow, x=x)
+    try:
+        found = slope(other, narrow.get_parameter(entry.name), entry, 0.0, weights.float())
+    except (RuntimeError, TypeError):
+        found = torch.zeros_like(exact)
+    eps = torch.finfo(truth.dtype).eps / torch.finfo(torch.float32).eps
+    return 2**5 * eps * (found - exact).abs().nan_to_num(0.0, 0.0, 0.0)
 
 
 def is_second_difference(
@@ -575,7 +605,6 @@ def is_second_difference(
     weights: Tensor,
     claim: Tensor,
     slack: Tensor,
-    rounding: Tensor,
 ) -> bool:
     """The same from the outputs alone: (h(θ + εe) − 2h(θ) + h(θ − εe)) / ε²."""
     step = float(torch.finfo(truth.dtype).eps ** 0.25) * entry.size
@@ -584,8 +613,8 @@ def is_second_difference(
         with moved(parameter, entry.index, shift):
             values.append(outputs_of(truth.own, truth.x[entry.b : entry.b + 1])[0] @ weights)
     quotient = (values[0] - 2 * values[1] + values[2]).double() / step**2
-    noise = 4 * rounding * entry.size / step**2
-    return bool((claim - quotient).abs() <= slack + noise)
+    noise = 4 * (weights.abs().double() @ truth.noise.double()) / step**2
+    return bool((claim - quotient).abs() <= slack + torch.minimum(noise, 1 + claim.abs()))
 
 
 @contextmanager
@@ -672,8 +701,8 @@ def entry_at(truth: Truth, block: Block, name: str, i: int, b: int) -> Entry:
     S_rms = S.square().mean(1).sqrt() * right.pow(4).mean().sqrt()
     eps = torch.finfo(block.J.dtype).eps
     rounding = eps * (J_rms / size + J_rms.square().sum())
-    noise = truth.noise.double() if len(S) == len(truth.noise) else truth.noise.double().amax()
-    rounding = rounding + noise * (eps / torch.finfo(truth.dtype).eps) / size**2
+    if eps > torch.finfo(truth.dtype).eps:
+        rounding = rounding + truth.noise.double().amax() / torch.finfo(truth.dtype).eps * eps / size**2
     unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding
     unit = unit.masked_fill(unit == 0, 1.0)
     return Entry(name, i, b, J[:, k] * right[j], S[:, k] * right[j].square(), unit, size, eps)
