@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 STEP = 1e-6
-TOLERANCE = 1e-4
+TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def recording(own: nn.Module, calls: list[Call]) -> Iterator[None]:
 def copied(values: Any) -> Any:
     """The same with copies of all tensors, without a graph."""
     leaves, form = tree_flatten(values)
-    return tree_unflatten([t.detach().clone() if isinstance(t, Tensor) else t for t in leaves], form)
+    return tree_unflatten(
+        [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves], form
+    )
 
 
 def is_derivative(call: Call, order: int) -> bool:

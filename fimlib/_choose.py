@@ -51,7 +51,9 @@ class Engine:
     is_exact: bool = True
 
 
-def plain_engine(name: str, function: Callable[..., Derivatives], *, is_exact: bool = True) -> Engine:
+def plain_engine(
+    name: str, function: Callable[..., Derivatives], *, is_exact: bool = True
+) -> Engine:
     """An engine with one attempt, which knows no rows but those of the outputs."""
 
     def attempt(

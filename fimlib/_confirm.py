@@ -89,9 +89,7 @@ def confirm(
             confirm_nearby(model, part, again, rows, most)
 
 
-def confirm_nearby(
-    model: nn.Module, x: Tensor, again: Again, rows: Rows | None, most: int
-) -> None:
+def confirm_nearby(model: nn.Module, x: Tensor, again: Again, rows: Rows | None, most: int) -> None:
     """Raise an error unless each of the inputs is confirmed at other weights, close by."""
     for strength in STRENGTHS:
         nearby = separate(model)
@@ -112,8 +110,8 @@ def explanation(truth: Truth, found: Derivatives, rows: Rows | None) -> str:
         names = wrong_parameters(truth, found, rows) or ["?"]
         which = "first" if is_first else "second"
         return (
-            f"the {which} derivatives in parameter {names[0]!r} are not those of the outputs: this "
-            "engine differentiates the network wrongly."
+            f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of the "
+            "outputs."
         )
     if is_first:
         return (
@@ -122,9 +120,7 @@ def explanation(truth: Truth, found: Derivatives, rows: Rows | None) -> str:
             "autograd.Function has another backward(), or a straight-through estimator stands in "
             "for the derivative; the Fisher information needs the true one."
         )
-    return (
-        f"{where}: {NO_SECOND}"
-    )
+    return f"{where}: {NO_SECOND}"
 
 
 NO_SECOND = (
@@ -314,9 +310,7 @@ def sizes(truth: Truth, found: Derivatives) -> Tensor:
     h = truth.outputs.abs()
     if found.projected:
         return h + truth.outputs.std(1, keepdim=True, correction=0)
-    moves = [
-        contraction(block, n, truth.v[n], 2) for block in found.blocks for n in block.inputs
-    ]
+    moves = [contraction(block, n, truth.v[n], 2) for block in found.blocks for n in block.inputs]
     return h + torch.stack(moves).double().sum(0).sqrt().to(h)
 
 
@@ -540,9 +534,7 @@ class Entry:
     precision: float
 
 
-def second_order_doubts(
-    truth: Truth, found: Derivatives, rows: Rows | None, most: int
-) -> Tensor:
+def second_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None, most: int) -> Tensor:
     """At which inputs S differs from the difference quotient of J, at the chosen entries: [k]."""
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
@@ -702,7 +694,9 @@ def entry_at(truth: Truth, block: Block, name: str, i: int, b: int) -> Entry:
     eps = torch.finfo(block.J.dtype).eps
     rounding = eps * (J_rms / size + J_rms.square().sum())
     if eps > torch.finfo(truth.dtype).eps:
-        rounding = rounding + truth.noise.double().amax() / torch.finfo(truth.dtype).eps * eps / size**2
+        rounding = (
+            rounding + truth.noise.double().amax() / torch.finfo(truth.dtype).eps * eps / size**2
+        )
     unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding
     unit = unit.masked_fill(unit == 0, 1.0)
     return Entry(name, i, b, J[:, k] * right[j], S[:, k] * right[j].square(), unit, size, eps)

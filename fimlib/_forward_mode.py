@@ -154,9 +154,7 @@ def rows_at(
         first = h.new_zeros(len(directions), len(h))
         second = torch.zeros_like(first)
         for a, output in enumerate(h if h.requires_grad else ()):
-            (g,) = torch.autograd.grad(
-                output, parameter, create_graph=True, materialize_grads=True
-            )
+            (g,) = torch.autograd.grad(output, parameter, create_graph=True, materialize_grads=True)
             slopes = (directions * g).flatten(1).sum(1)
             first[:, a] = slopes.detach()
             if not g.requires_grad:
