@@ -158,8 +158,8 @@ def hessian_diagonal_approximation(
         check_plain(model)
         if names := tied(model):
             raise NotImplementedError(
-                f"parameter {names[1]!r} is the same tensor as {names[0]!r}: the diagonal recursion "
-                "has no derivatives of tied parameters."
+                f"parameter {names[1]!r} is the same tensor as {names[0]!r}: the recursion has no "
+                "derivatives of tied parameters."
             )
         outputs, steps = record(model, x.detach().clone())
     check_labels(outputs, labels)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fimlib import _approximate, _backpack, _forward_mode, _functional, _layerwise, _traced
-from fimlib._confirm import ENTRIES, Unconfirmed, confirm, few
+from fimlib._confirm import ENTRIES, Unconfirmed, confirm, enough, few
 from fimlib.derivatives import (
     Batch,
     Derivatives,
@@ -179,7 +179,9 @@ def prepare(
     layers: Sequence[str] | None = None,
     seeds: Seeds | None = None,
 ) -> Callable[[Tensor], Batch]:
-    """``differentiate`` for many similar batches; only the first is checked in full.
+    """``differentiate`` for many similar batches; the first is checked in full.
+
+    Where that has very few inputs the next are, too, as one dead ReLU may hide everything.
 
     The others go to the engine that supports the first. The caller checks for finite values, so
     that a GPU is synchronised once.
@@ -191,8 +193,10 @@ def prepare(
     model = check_module(model)
     wanted = selected(model, layers)
     first: list[tuple[Attempt, str, torch.dtype, torch.device]] = []
+    seen = 0  # inputs of confirmed batches
 
     def again(x: Tensor) -> Batch:
+        nonlocal seen
         if first:
             attempt, name, *kind = first[0]
             if [x.dtype, x.device] != kind:
@@ -200,13 +204,16 @@ def prepare(
                     f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on "
                     f"{kind[1]}: convert it with .to(...)."
                 )
-            try:
-                with torch.inference_mode(False), kept_random_state(x):
-                    return replace(attempt(model, x.detach(), order, wanted, seeds), engine=name)
-            except NotImplementedError:  # these inputs take another path through the network
-                first.clear()
+            if seen >= enough(model):
+                try:
+                    with torch.inference_mode(False), kept_random_state(x):
+                        found = attempt(model, x.detach(), order, wanted, seeds)
+                    return replace(found, engine=name)
+                except NotImplementedError:  # these inputs take another path through the network
+                    pass
         chosen = checked(model, x, engine, order, wanted, seeds)
-        first.append((chosen.attempt, chosen.batch.engine, x.dtype, x.device))
+        seen += len(x)
+        first[:] = [(chosen.attempt, chosen.batch.engine, x.dtype, x.device)]
         return chosen.batch
 
     return again

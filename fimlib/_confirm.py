@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,11 +52,16 @@ class Unconfirmed(NotImplementedError):  # noqa: N818
     """What an engine found is not the derivative of the outputs."""
 
 
+def enough(model: nn.Module) -> int:
+    """How many inputs are looked at, at least, where there are as many."""
+    count = sum(p.numel() for p in model.parameters() if not is_lazy(p))
+    is_large = count > PARAMETERS_AT_ALL_INPUTS
+    return 2 if is_large else INPUTS
+
+
 def few(size: int, model: nn.Module) -> Tensor:
-    """Positions of the inputs that are looked at."""
-    is_large = sum(p.numel() for p in model.parameters()) > PARAMETERS_AT_ALL_INPUTS
-    most = max(2, size // 8) if is_large else INPUTS
-    count = min(size, most, INPUTS)
+    """Positions of the inputs that are looked at, spread over a batch."""
+    count = min(size, INPUTS, max(enough(model), size // 8))
     return torch.linspace(0, size - 1, count, device="cpu").round().long()
 
 

@@ -464,18 +464,22 @@ def is_twice_differentiable(module: nn.Module, s: Tensor) -> bool:
     """
     doubt = torch.ones_like(s, dtype=torch.bool)
     for shift in (0.0, 1e-3, 3e-3):
-        at = s.double() + shift
-        step = 1e-6 * (1 + at.abs())
-        here, above, below = (two_derivatives(module, at + k * step) for k in (0, 1, -1))
-        for order in (1, 2):
-            quotient = (above[order - 1] - below[order - 1]) / (2 * step)
-            scale = quotient.abs() + here[order].abs() + 1e-3 * (1 + here[order - 1].abs())
-            wrong = (quotient - here[order]).abs() > 1e-5 * scale
-            doubt_now = wrong if order == 1 else doubt_now | wrong
-        doubt &= doubt_now
+        doubt &= differs_from_quotients(module, s.double() + shift)
         if not doubt.any():
             return True
     return False
+
+
+def differs_from_quotients(module: nn.Module, s: Tensor) -> Tensor:
+    """At which units σ' or σ'' is not the difference quotient of σ or σ'."""
+    step = 1e-6 * (1 + s.abs())
+    here, above, below = (two_derivatives(module, s + k * step) for k in (0, 1, -1))
+    wrong = torch.zeros_like(s, dtype=torch.bool)
+    for order in (1, 2):
+        quotient = (above[order - 1] - below[order - 1]) / (2 * step)
+        scale = quotient.abs() + here[order].abs() + 1e-3 * (1 + here[order - 1].abs())
+        wrong |= (quotient - here[order]).abs() > 1e-5 * scale
+    return wrong
 
 
 def grad(y: Tensor, s: Tensor) -> Tensor:

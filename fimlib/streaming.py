@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from fimlib._choose import prepare
+from fimlib._confirm import few
 from fimlib._probabilities import warn_of_probabilities
 from fimlib.derivatives import WRAPPER, Batch, add_axis, all_finite, check_module, differentiate
 from fimlib.families import Family
@@ -132,7 +133,8 @@ def accumulate(
         with named(f"batch {number}"):
             shape = check_shape(batch, shape)
             if size is None:
-                again(batch[:1].to(device))  # the first one is not like the others
+                some = batch[few(len(batch), model).to(batch.device)]
+                again(some.to(device))  # the first call is not like the others
                 size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
         whole = isinstance(inputs, Tensor)  # then the batches are ours
         for i, part in enumerate(batch.split(size), start=1):
