@@ -393,7 +393,7 @@ class Skip(nn.Sequential):
 REFUSED = {
     "softmax": (
         lambda: chain_of((3, 4), lambda: nn.Softmax(1), (4, 2)),
-        r"'1' \(Softmax\).*logits",
+        r"'1' \(Softmax\)",
     ),
     "layer norm": (lambda: chain_of((3, 4), lambda: nn.LayerNorm(4), (4, 2)), r"'1' \(LayerNorm\)"),
     "own parameter": (
@@ -446,7 +446,7 @@ def test_other_refusals():
         differentiate(nn.Sequential(net[0], RandomOnce(), net[2]), x)
     tied = copy.deepcopy(net)
     tied[2] = tied[0]
-    with pytest.raises(ValueError, match=r"'2.weight' is the same tensor as '0.weight'"):
+    with pytest.raises(NotImplementedError, match=r"'2.weight' is the same tensor as '0.weight'"):
         hessian_diagonal_approximation(tied, x, labels)
     hook = torch.nn.modules.module.register_module_forward_hook(lambda _module, _args, out: 2 * out)
     try:
