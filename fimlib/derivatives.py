@@ -212,16 +212,15 @@ def differentiate(
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
         x: [B, ...], the inputs, of the model's dtype (or integers, where it embeds them) and on its
             device.
-        engine: "layerwise" (ours: ``nn.Sequential`` of ``Linear``, elementwise activations,
-            ``Dropout``, ``Flatten``, ``Identity``; anything without parameters before the first
-            ``Linear``), "traced" (ours: any ``forward()`` made of layers that are linear in
-            each parameter, elementwise functions and products of activations, sums, views and
-            pooling: convolutional and residual networks, batch norm, gates; softmax, layer norm,
-            attention and recurrence with order=1 only), "backpack" (the paper's way:
-            ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and S dense, much
-            slower, and rounds S to about the precision of ‖J‖²), "functional" (``torch.func``: any
-            module, tied parameters too, first derivatives only), "becker-lecun" and "hesscale" (J
-            exact, S approximate), or "auto": the first exact one that takes the model; ``plan``
+        engine: "layerwise" (``nn.Sequential`` of ``Linear``, elementwise activations, ``Dropout``,
+            ``Flatten``, ``Identity``; anything without parameters before the first ``Linear``),
+            "traced" (any ``forward()`` made of linear operations, elementwise functions and
+            products: convolutional and residual networks, gates, norms, softmax), "functional"
+            (any module, tied parameters too; S takes a pass for every parameter), "backpack" (the
+            paper's way: ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and
+            S dense, much slower, and rounds S to about the precision of ‖J‖²), "becker-lecun" and
+            "hesscale" (J exact, S approximate), or "auto": the first of the first three that
+            supports the model, "functional" with order=2 only up to 10,000 parameters; ``plan``
             says which.
         order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
         layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
@@ -229,17 +228,27 @@ def differentiate(
 
     Raises:
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
-            shapes or dtypes do not fit; a parameter is tied; the engine or a layer is unknown.
-        NotImplementedError: no engine supports a module, or it cannot be copied; the message
-            names it. The outputs for one input depend on the others of the batch.
+            shapes or dtypes do not fit; the engine or a layer is unknown.
+        NotImplementedError: no engine supports a module, or it cannot be copied; or what autograd
+            says is not the derivative of the outputs, as with ``detach()`` or a straight-through
+            estimator; or the outputs for one input depend on the others of the batch. The message
+            names the module, and a remedy that works if there is one.
         ImportError: BackPACK is asked for and not installed.
         TypeError: the model is no module, or x no tensor.
 
-    Cost: one forward pass, and one backward sweep that carries T + U rows for each of the B
-    inputs, U the hidden units behind the next layer: split large batches where memory is short
-    (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes input by
+    Precision: that of the model's dtype. J and S of torch's activations have closed forms, to a
+    relative error of 1e-10 for pre-activations in [−50, 50]; inside the kernels of ``nn.GRU`` and
+    ``nn.LSTM``, and where an activation works in place under "functional", they are torch's own,
+    which lose digits in proportion to 1/(1 − |σ|).
+
+    Check: at up to 8 inputs J is compared with difference quotients of the outputs, S with those of
+    J, in float64; and the outputs of these inputs together with those of each alone.
+
+    Cost: that of the check, one forward pass, and one backward sweep that carries T + U rows for
+    each of the B inputs, U the hidden units behind the next layer: split large batches where memory
+    is short (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes input by
     input where inputs share a tensor without a batch axis, or a parameter is used in more than one
-    place. With order=1, T rows.
+    place. With order=1, T rows. "functional" takes one pass for every parameter, or T with order=1.
 
     Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))

@@ -56,7 +56,7 @@ def quantities(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 class Attention(nn.Module):
-    """A layer of attention, a norm and a head: what only first derivatives are exact for."""
+    """A layer of attention, a norm and a head, for the functional engine."""
 
     def __init__(self) -> None:
         super().__init__()
