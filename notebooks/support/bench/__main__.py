@@ -26,6 +26,7 @@ from support.bench.measure import Case, Row
 
 PACKAGES = ("numpy", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
 BATCHES, QUICK_BATCHES = (1, 1000, 10_000), (1, 16)
+CONFIRMED_BATCHES, QUICK_CONFIRMED = (8, 100, 1000), (8, 16)
 ENGINES = ("auto", "becker-lecun", "hesscale")
 QUICK = ("unit", "ours-fisher", "backpack-fisher")  # where not all are measured
 OURS = ("ours-fisher", "ours-first", "ours-all")
@@ -83,6 +84,19 @@ def approximate(quick: bool) -> Plan:
                 small = Case(widths, 16 if quick else 100)
                 more = {"errors": attempt(measure.layer_errors, engine, small)}
             yield engine, case, more
+
+
+def confirmed(quick: bool) -> Row:
+    """The fifth table: what the check of the first batch adds, and what made the measurement."""
+    started, load, rows = time.time(), os.getloadavg()[0], []
+    for network in networks.QUICK if quick else networks.FULL:
+        for batch in QUICK_CONFIRMED if quick else CONFIRMED_BATCHES:
+            for order in (1, 2):
+                row = attempt(measure.confirmation, Case(network, batch, quick=quick), order)
+                assert isinstance(row, dict)
+                rows.append(row)
+                print(f"check, {network}, B = {batch:,}, order {order}: {row.get('check')}")
+    return {"record": record(started, load, quick), "rows": rows}
 
 
 def attempt(work: object, *arguments: object) -> object:
@@ -159,6 +173,7 @@ def run(quick: bool) -> Row:
         "peers": carry_out(beside(devices, quick), threads, "beside others", kept),
         "costs": carry_out(varied(quick), [1], "cost", kept),
         "approximate": carry_out(approximate(quick), [1], "approximate", kept),
+        "check": confirmed(quick),
     }
     if kept is not None:
         kept.unlink(missing_ok=True)
@@ -188,12 +203,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="support.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny networks, some seconds")
     parser.add_argument("--output", type=Path, help="where to write (default: data/bench.json)")
+    parser.add_argument("--check", action="store_true", help="only what the check costs, anew")
     arguments = parser.parse_args(argv)
     output = arguments.output or (
         results.ROOT / "results" / "bench-quick.json" if arguments.quick else tables.FOUND
     )
     try:
-        found = run(arguments.quick)
+        if arguments.check:
+            found = (tables.read(output) or {}) | {"check": confirmed(arguments.quick)}
+        else:
+            found = run(arguments.quick)
         output.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     except KeyboardInterrupt:
@@ -202,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:
         print(f"error: {error}; nothing was written.", file=sys.stderr)
         return 1
-    print(f"\n{tables.terminal(found)}\nwritten: {os.path.relpath(output)}")
+    shown = tables.confirmation(found) if arguments.check else tables.terminal(found)
+    print(f"\n{shown}\nwritten: {os.path.relpath(output)}")
     return 0
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fimlib._choose import prepare
 from support import results
 from support.bench import agreement, candidates, networks
 from support.bench.candidates import Call, Candidate, Values
@@ -290,3 +291,30 @@ def layer_errors(engine: str, case: Case) -> dict[str, float]:
     network = networks.network(case.network, quick=case.quick)
     model, x, _ = networks.problem(network, case.batch, "cpu")
     return agreement.layer_errors(engine, model, x)
+
+
+def confirmation(case: Case, order: int) -> Row:
+    """What the check of a first batch adds to it, in units of a training step, on one thread.
+
+    A batch that ``accumulate`` meets first is confirmed, the next one of the same kind is not.
+    """
+    torch.set_num_threads(1)
+    network = networks.network(case.network, quick=case.quick)
+    model, x, y = networks.problem(network, case.batch, case.device)
+    yardstick = candidates.unit(copy.deepcopy(model))
+    rounds = []
+    for _ in range(4 if case.quick else 12):
+        again = prepare(model, order=order)
+        calls = (lambda: yardstick(x, y), *2 * [lambda: again(x).derivatives()])  # noqa: B023
+        meter = Meter(case.device)
+        rounds.append([meter.time(call) for call in calls])
+    unit, first, next_one = (statistics.median(t) for t in zip(*rounds[1:], strict=True))
+    return {
+        **heading("check", case),
+        "order": order,
+        "unit": unit,
+        "first": first / unit,
+        "next": next_one / unit,
+        "check": (first - next_one) / unit,
+        "repetitions": len(rounds) - 1,
+    }

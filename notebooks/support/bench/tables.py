@@ -190,6 +190,24 @@ def approximate(found: Found) -> str:
     return "\n".join(parts)
 
 
+def confirmation(found: Found) -> str:
+    """The fifth table: what the check of a first batch adds to it."""
+    if "check" not in found:
+        return ""
+    head = ["network", "B", "J: next batch", "+ check", "J and S: next batch", "+ check"]
+    cells: dict[tuple[str, int], list[str]] = {}
+    for row in found["check"]["rows"]:
+        if "check" in row:
+            shown = [f"{digits(row[k])} ×" for k in ("next", "check")]
+            cells.setdefault((row["network"], row["batch"]), []).extend(shown)
+    body = [[title(found, n), f"{b:,}", *c] for (n, b), c in cells.items() if len(c) == 4]
+    return (
+        "## What the check costs\n\n"
+        "The first batch of a call is compared with the network itself ([how](engines.md)); the "
+        "next ones are not.\n\n" + table(head, body) + "\n" + machine(found["check"])
+    )
+
+
 def percent(error: float) -> str:
     """A relative error; what is rounding is called exact."""
     return "exact" if error < TOLERANCE else f"{error:.2g}" if error > 10 else f"{error:.1%}"
@@ -197,7 +215,7 @@ def percent(error: float) -> str:
 
 def title(found: Found, network: str) -> str:
     """A network in words."""
-    return str(found["networks"].get(network, f"MLP {network}"))
+    return str(found.get("networks", {}).get(network, f"MLP {network}"))
 
 
 # The page.
@@ -277,6 +295,7 @@ def page(found: Found | None) -> str:
         costs(found["costs"]),
         "## Approximate second derivatives\n",
         approximate(found),
+        confirmation(found),
     ]
     return "\n".join(parts)
 
