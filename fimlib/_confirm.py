@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fimlib._blame import mixing_module, wrong_module
-from fimlib.derivatives import Block, Derivatives, call, perturb, random_step, separate
+from fimlib.derivatives import Block, Derivatives, all_finite, call, perturb, random_step, separate
 
 INPUTS = 8  # at most, spread over the batch
 PARAMETERS_AT_ALL_INPUTS = 2**17  # a larger network is looked at at fewer inputs
@@ -80,25 +80,45 @@ def confirm(
     Raises:
         Unconfirmed: they are not, or an input's outputs depend on the others.
     """
+    check_finite(found)
     truth = Truth.of(model, x)
     check_values(truth, found)
     doubt = doubts(truth, found, rows, most)
-    # the first alone: where the numbers are wrong, it is enough
-    for part in (x[doubt][:1], x[doubt][1:]):
-        if len(part):
-            confirm_nearby(model, part, again, rows, most)
+    if doubt.any() and len(x) > 2:  # the first and a neighbour: where numbers are wrong, enough
+        first = int(doubt.nonzero()[0])
+        pair = torch.tensor([first, first - 1 if first else 1], device=x.device)
+        confirm_nearby(model, x[pair], doubt[pair], again, rows, most)
+    if doubt.any():
+        confirm_nearby(model, x, doubt, again, rows, most)
 
 
-def confirm_nearby(model: nn.Module, x: Tensor, again: Again, rows: Rows | None, most: int) -> None:
-    """Raise an error unless each of the inputs is confirmed at other weights, close by."""
+def check_finite(found: Derivatives) -> None:
+    """Refuse NaN and infinite values, which no other weights excuse.
+
+    Raises:
+        Unconfirmed: naming the layer.
+    """
+    for block in found.blocks:
+        for D in (block.J, block.S, *block.inputs.values()):
+            if D is not None and not all_finite(D):
+                raise Unconfirmed(
+                    f"layer {block.layer!r}: its derivatives at these inputs are NaN or infinite. "
+                    "A function in the forward pass has none there, as sqrt() at 0: keep away by "
+                    "a small constant."
+                )
+
+
+def confirm_nearby(
+    model: nn.Module, x: Tensor, doubt: Tensor, again: Again, rows: Rows | None, most: int
+) -> None:
+    """Raise an error unless the inputs in doubt are confirmed at other weights, close by."""
     for strength in STRENGTHS:
         nearby = separate(model)
         perturb(nearby, strength)
         truth, found = Truth.of(nearby, x), again(nearby, x)
-        doubt = doubts(truth, found, rows, most)
+        doubt = doubt & doubts(truth, found, rows, most, doubt)
         if not doubt.any():
             return
-        x = x[doubt]
     raise Unconfirmed(explanation(truth, found, rows))
 
 
@@ -353,12 +373,19 @@ def fits(a: Tensor | None, b: Tensor, slack: Tensor) -> bool:
 # First derivatives.
 
 
-def doubts(truth: Truth, found: Derivatives, rows: Rows | None, most: int = ENTRIES) -> Tensor:
-    """At which inputs J or S differs from the difference quotients: [k], bool."""
+def doubts(
+    truth: Truth,
+    found: Derivatives,
+    rows: Rows | None,
+    most: int = ENTRIES,
+    among: Tensor | None = None,
+) -> Tensor:
+    """At which inputs, of those ``among``, J or S differs from the difference quotients: [k]."""
     doubt = first_order_doubts(truth, found, rows)
     if all(block.S is None for block in found.blocks) or doubt.all():
         return doubt
-    return doubt | second_order_doubts(truth, found, rows, most)
+    places = torch.arange(len(doubt)) if among is None else among.nonzero()[:, 0]
+    return doubt | second_order_doubts(truth, found, rows, most, places.tolist())
 
 
 def first_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None) -> Tensor:
@@ -534,12 +561,14 @@ class Entry:
     precision: float
 
 
-def second_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None, most: int) -> Tensor:
+def second_order_doubts(
+    truth: Truth, found: Derivatives, rows: Rows | None, most: int, among: Sequence[int]
+) -> Tensor:
     """At which inputs S differs from the difference quotient of J, at the chosen entries: [k]."""
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
     carried = rows(found.outputs) if found.projected and rows is not None else None
-    for entry in entries(truth, found, most):
+    for entry in entries(truth, found, most, among):
         r = torch.randn(entry.S.shape, generator=generator, device="cpu", dtype=torch.float64)
         r, row = r.to(entry.S.device) / entry.unit, None
         if carried is not None:
@@ -640,8 +669,10 @@ def slope(
     return found.reshape(-1)[entry.index].double()
 
 
-def entries(truth: Truth, found: Derivatives, most: int) -> Iterator[Entry]:
-    """The entries at which S is compared, each at one of the inputs.
+def entries(
+    truth: Truth, found: Derivatives, most: int, among: Sequence[int]
+) -> Iterator[Entry]:
+    """The entries at which S is compared, each at one of the inputs ``among`` them.
 
     All of a small network; else at least one of every parameter, the first where S is large, every
     other one by chance.
@@ -654,7 +685,7 @@ def entries(truth: Truth, found: Derivatives, most: int) -> Iterator[Entry]:
     for block, n in places:
         shares = most if total <= most else max(1, most // len(places))
         for i in positions(block, n, shares, generator):
-            yield entry_at(truth, block, n, i, turn % len(truth.x))
+            yield entry_at(truth, block, n, i, among[turn % len(among)])
             turn += 1
 
 
