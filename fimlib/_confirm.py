@@ -34,6 +34,7 @@ from fimlib._truth import (
     outputs_at,
     outputs_of,
     shifted,
+    size_of,
     step_of,
 )
 from fimlib.derivatives import Block, Derivatives, all_finite, call, perturb, separate
@@ -277,8 +278,8 @@ def neighbour(x: Tensor) -> Tensor:
 
 def is_alone_elsewhere(truth: Truth, pair: Tensor, strength: float) -> bool:
     """The same for two inputs at other weights, since weights of 0 hide what is before them."""
-    with shifted(truth.own, truth.v, strength), shifted(truth.alone, truth.v, strength):
-        whole, *halves = call(truth.own, pair), *(call(truth.alone, one) for one in pair.split(1))
+    with shifted(truth.alone, truth.v, strength):
+        whole, *halves = (call(truth.alone, part) for part in (pair, *pair.split(1)))
     if whole is None or any(half is None for half in halves):
         return True  # it takes no such inputs, or has no finite value there
     size, eps = whole.abs(), torch.finfo(whole.dtype).eps
@@ -306,16 +307,18 @@ def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Te
 def first_order_doubts(claim: Claim) -> Tensor:
     """At which inputs J·v differs from the difference quotient of the outputs: [k], bool."""
     truth, eps, carried = claim.truth, claim.eps, claim.carried
-    influence = {n: float(s.mean().sqrt()) for n, s in claim.squares.items()}
+    names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
+    products = torch.stack(list(claim.products.values()))
+    influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
     noise = truth.noise.double().expand(truth.outputs.shape)
     if carried is not None:
         noise = (carried.abs() @ noise[..., None])[..., 0]
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     for shares in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
         w = {n: share * truth.v[n] for n, share in shares.items()}
-        found = torch.stack([share * claim.products[n] for n, share in shares.items()]).sum(0)
-        squares = [share**2 * claim.squares[n] for n, share in shares.items()]
-        scale = torch.stack(squares).sum(0).sqrt()
+        weights = squares.new_tensor([shares.get(n, 0.0) for n in names])
+        found = torch.tensordot(weights, products, 1)
+        scale = torch.tensordot(weights.square(), squares, 1).sqrt()
         rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
         left = torch.ones_like(found, dtype=torch.bool)
         for factor in STEPS:
@@ -606,10 +609,3 @@ def root_mean_square(D: Tensor) -> Tensor:
     """Of every row, in float64; of its own size, so that no square is lost."""
     most = D.abs().amax(1, keepdim=True).clamp_min(torch.finfo(D.dtype).tiny)
     return (D / most).square().mean(1).sqrt().double() * most[:, 0].double()
-
-
-def size_of(parameter: Tensor) -> Tensor:
-    """The size of a parameter's entries, or of what they may become where they are 0."""
-    size = parameter.detach().square().mean().sqrt()
-    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    return torch.where(size > 0, size, torch.full_like(size, fallback))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fimlib.derivatives import call, random_step, separate
+from fimlib.derivatives import call, separate
 
 PerParameter = dict[str, Tensor]
 
@@ -71,7 +71,21 @@ class Truth:
     def v(self) -> PerParameter:
         """A random direction, every parameter in proportion to its size."""
         generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
-        return {n: random_step(p, generator) for n, p in self.own.named_parameters()}
+        return {n: direction(p.detach(), generator) for n, p in self.own.named_parameters()}
+
+
+def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers between −√3 and √3 times the size of a parameter's."""
+    numbers = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    numbers.uniform_(-(3**0.5), 3**0.5, generator=generator)
+    return numbers.to(parameter).mul_(size_of(parameter))
+
+
+def size_of(parameter: Tensor) -> Tensor:
+    """The size of a parameter's entries, or of what they may become where they are 0."""
+    size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
+    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+    return torch.where(size > 0, size, torch.full_like(size, fallback))
 
 
 def outputs_without_narrowing(plain: nn.Module, x: Tensor) -> Tensor:
@@ -169,7 +183,7 @@ def shifted(own: nn.Module, v: PerParameter, step: float) -> Iterator[None]:
     before = {n: own.get_parameter(n).data for n in v}
     try:
         for n, old in before.items():
-            own.get_parameter(n).data = old + step * v[n].to(old)
+            own.get_parameter(n).data = torch.add(old, v[n].to(old), alpha=step)
         yield
     finally:
         for n, old in before.items():
