@@ -182,8 +182,8 @@ def explanation(claim: Claim) -> str:
         names = wrong_parameters(claim) or ["?"]
         which = "first" if is_first else "second"
         return (
-            f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of the "
-            "outputs."
+            f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of "
+            "the outputs."
         )
     if is_first:
         return (
@@ -259,15 +259,17 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
     """
     x, h = truth.x, truth.outputs
     slack = 2**6 * truth.noise + torch.finfo(truth.dtype).eps ** 0.575 * scale
-    fine = len(x) > 1 or fits(call(truth.own, x), h, slack)
-    for i, one in enumerate(x.split(1)):
-        fine = fine and fits(call(truth.alone, one, grad=i % 2 == 0), h[i : i + 1], slack[i])
-    pair = x[:2] if len(x) > 1 else torch.cat([x, neighbour(x)])
+    pair, fine = x[:2], True
+    if len(x) == 1:
+        pair = torch.cat([x, neighbour(x)])
+        fine = fits(call(truth.own, x), h, slack)
+        call(truth.alone, pair[1:])  # which it may remember
+    for i in reversed(range(len(x))):
+        fine = fine and fits(call(truth.alone, x[i : i + 1], grad=i % 2 == 0), h[[i]], slack[i])
     if not (fine and is_alone_elsewhere(truth, pair, 0.0 if len(x) == 1 else 0.5)):
         where = mixing_module(separate(truth.own), pair)
-        raise Unconfirmed(
-            f"{f'{where}: ' if where else ''}{MIXES}. Make forward() a function of each input alone."
-        )
+        prefix = f"{where}: " if where else ""
+        raise Unconfirmed(f"{prefix}{MIXES}. Make forward() a function of each input alone.")
 
 
 def neighbour(x: Tensor) -> Tensor:

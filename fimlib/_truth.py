@@ -96,8 +96,8 @@ def outputs_without_narrowing(plain: nn.Module, x: Tensor) -> Tensor:
         h = outputs_of(plain, x)
     if seen.narrowest is not None:
         raise Unconfirmed(
-            f"the forward pass computes in {seen.narrowest}, narrower than the parameters' {dtype}: "
-            "remove the cast, or torch.autocast, inside the model."
+            f"the forward pass computes in {seen.narrowest}, narrower than the parameters' "
+            f"{dtype}: remove the cast, or torch.autocast, inside the model."
         )
     return h
 
