@@ -125,6 +125,12 @@ class Claim:
         return None if carried is None else carried.double()
 
     @cached_property
+    def noise(self) -> Tensor:
+        """Rounding errors to expect in the outputs, or in these rows: [k, A]."""
+        noise = self.truth.noise.double().expand(self.truth.outputs.shape)
+        return noise if self.carried is None else (self.carried.abs() @ noise[..., None])[..., 0]
+
+    @cached_property
     def products(self) -> PerParameter:
         """J·v of every parameter by itself, [k, A]."""
         return self.sums(1)
@@ -312,9 +318,7 @@ def first_order_doubts(claim: Claim) -> Tensor:
     names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
     products = torch.stack(list(claim.products.values()))
     influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
-    noise = truth.noise.double().expand(truth.outputs.shape)
-    if carried is not None:
-        noise = (carried.abs() @ noise[..., None])[..., 0]
+    noise = claim.noise
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     for shares in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
         w = {n: share * truth.v[n] for n, share in shares.items()}
@@ -447,6 +451,7 @@ class Entry:
         unit: What they are measured in, [T].
         size: Of the parameter's entries.
         precision: Of the numbers that J and S were computed in.
+        noise: Rounding errors to expect in the outputs, or in their rows, [T].
     """
 
     name: str
@@ -457,6 +462,7 @@ class Entry:
     unit: Tensor
     size: float
     precision: float
+    noise: Tensor
 
 
 def second_order_doubts(claim: Claim, most: int, among: Sequence[int]) -> Tensor:
@@ -479,7 +485,9 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
     weights = (r if carried is None else r @ carried).to(truth.dtype)
     claim, terms = r @ entry.S, (r * entry.S).square().sum().sqrt()
     eps = torch.finfo(truth.dtype).eps
+    floor = r.abs() @ entry.noise / entry.size  # of saturated units autograd rounds slopes to 0
     slack = entry.precision**0.35 * (1 + terms) * len(r) ** 0.5
+    slack = slack + floor / entry.size * (entry.precision / eps)
     moves = (r * entry.J).abs().sum()
     quotients = {}
     for factor in STEPS_OF_ENTRIES:
@@ -490,6 +498,7 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
             return is_second_difference(truth, parameter, entry, weights, claim, slack)
         quotients[step] = (plus - minus) / (2 * step)
         noise = 8 * eps * (moves + plus.abs() + minus.abs()) / step
+        noise = noise + torch.minimum(floor / step, RESOLUTION * (1 + terms))
         if bool((claim - quotients[step]).abs() <= slack + noise):
             return True
     rounding = slope_noise(truth, entry, weights)
@@ -568,7 +577,7 @@ def entries(claim: Claim, most: int, among: Sequence[int]) -> Iterator[Entry]:
             b = among[turn % len(among)]
             turn += 1
             index = i if is_small else position(block, n, b, at % 2 == 0, generator)
-            yield entry_at(claim.truth, block, n, index, b)
+            yield entry_at(claim, block, n, index, b)
 
 
 def position(block: Block, name: str, b: int, is_large: bool, generator: torch.Generator) -> int:
@@ -586,25 +595,25 @@ def flat(D: Tensor) -> Tensor:
     return D.reshape(*D.shape[:2], -1)
 
 
-def entry_at(truth: Truth, block: Block, name: str, i: int, b: int) -> Entry:
+def entry_at(claim: Claim, block: Block, name: str, i: int, b: int) -> Entry:
     """One entry; S of an output counts in units of that output's S, or of its J where S is 0.
 
     Or in units of rounding errors, where J is nothing else. BackPACK rounds S to about ‖J‖².
     """
-    z, size = block.inputs[name], float(size_of(truth.own.get_parameter(name)))
+    z, size = block.inputs[name], float(size_of(claim.truth.own.get_parameter(name)))
     J, S = flat(block.J)[b], flat(block.second)[b]
     right = J.new_ones(1, dtype=torch.float64) if z is None else z[b].double()
     k, j = divmod(i, len(right))
     J_rms = root_mean_square(J) * right.square().mean().sqrt()
     S_rms = root_mean_square(S) * right.pow(4).mean().sqrt()
-    eps, fine = torch.finfo(J.dtype).eps, torch.finfo(truth.dtype).eps
+    eps, fine = claim.eps, torch.finfo(claim.truth.dtype).eps
     rounding = eps * (J_rms / size + J_rms.square().sum())
-    if eps > fine:
-        rounding = rounding + truth.noise.double().amax() / fine * eps / size**2
-    unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding
+    step = STEPS_OF_ENTRIES[0] * fine ** (1 / 3)  # in units of the size
+    visible = claim.noise[b] / size**2 * max(2**6 * eps / fine, 1 / (RESOLUTION * step))
+    unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding + visible
     unit = unit.masked_fill(unit == 0, 1.0)
     J, S = J[:, k].double() * right[j], S[:, k].double() * right[j].square()
-    return Entry(name, i, b, J, S, unit, size, eps)
+    return Entry(name, i, b, J, S, unit, size, eps, claim.noise[b])
 
 
 def root_mean_square(D: Tensor) -> Tensor:

@@ -264,10 +264,15 @@ class Doubles(torch.autograd.Function):
 class Forgets(torch.autograd.Function):
     """x³ with its derivative, whose own is cut off."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    def forward(x):
         return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, _):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
