@@ -19,37 +19,42 @@ away when all weights move a little, so inputs in doubt are looked at again with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from fimlib._blame import mixing_module, wrong_module
-from fimlib.derivatives import Block, Derivatives, call, perturb, random_step, separate
+from fimlib._truth import (
+    PerParameter,
+    Truth,
+    Unconfirmed,
+    moved,
+    outputs_at,
+    outputs_of,
+    shifted,
+    size_of,
+    step_of,
+)
+from fimlib.derivatives import Block, Derivatives, all_finite, call, perturb, separate
+
+__all__ = ["Truth", "Unconfirmed", "confirm", "confirm_hessian", "few", "shifted", "step_of"]
 
 INPUTS = 8  # at most, spread over the batch
-PARAMETERS_AT_ALL_INPUTS = 2**17  # a larger network is looked at at fewer inputs
+PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is looked at at fewer inputs
 ENTRIES = 8  # of S that are compared, at least one of every parameter
-RANGE = 100.0  # contributions to J·v that one direction may sum up, largest over smallest
+# Contributions to J·v that one direction may sum up, largest over smallest.
+RANGE = {torch.float64: 100.0, torch.float32: 1e4}
 TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8)  # large outputs need long, steep networks short
 STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**10)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
-PerParameter = dict[str, Tensor]
 Again = Callable[[nn.Module, Tensor], Derivatives]
 Rows = Callable[[Tensor], Tensor | None]
-
-
-class Unconfirmed(NotImplementedError):  # noqa: N818
-    """What an engine found is not the derivative of the outputs."""
 
 
 def enough(model: nn.Module) -> int:
@@ -86,38 +91,111 @@ def confirm(
     Raises:
         Unconfirmed: they are not, or an input's outputs depend on the others.
     """
-    truth = Truth.of(model, x)
-    check_values(truth, found)
-    doubt = doubts(truth, found, rows, most)
-    # the first alone: where the numbers are wrong, it is enough
-    for part in (x[doubt][:1], x[doubt][1:]):
-        if len(part):
-            confirm_nearby(model, part, again, rows, most)
+    check_finite(found)
+    claim = Claim(Truth.of(model, x), found, rows)
+    check_values(claim)
+    doubt = doubts(claim, most)
+    if doubt.any() and len(x) > 2:  # the first and a neighbour: where numbers are wrong, enough
+        first = int(doubt.nonzero()[0])
+        pair = torch.tensor([first, first - 1 if first else 1], device=x.device)
+        confirm_nearby(model, x[pair], doubt[pair], again, rows, most)
+    if doubt.any():
+        confirm_nearby(model, x, doubt, again, rows, most)
 
 
-def confirm_nearby(model: nn.Module, x: Tensor, again: Again, rows: Rows | None, most: int) -> None:
-    """Raise an error unless each of the inputs is confirmed at other weights, close by."""
+@dataclass(frozen=True)
+class Claim:
+    """What was found, next to the network itself.
+
+    Attributes:
+        truth: The network.
+        found: J and S, in question.
+        rows: As in ``confirm``.
+    """
+
+    truth: Truth
+    found: Derivatives
+    rows: Rows | None
+
+    @property
+    def eps(self) -> float:
+        """The precision of the numbers that J and S were computed in."""
+        return torch.finfo(self.found.blocks[0].J.dtype).eps
+
+    @cached_property
+    def carried(self) -> Tensor | None:
+        """The rows that were carried back, [k, A, T], where these are not the outputs."""
+        if not self.found.projected or self.rows is None:
+            return None
+        carried = self.rows(self.found.outputs)
+        return None if carried is None else carried.double()
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Rounding errors to expect in the outputs, or in these rows: [k, A]."""
+        noise = self.truth.noise.double().expand(self.truth.outputs.shape)
+        return noise if self.carried is None else (self.carried.abs() @ noise[..., None])[..., 0]
+
+    @cached_property
+    def products(self) -> PerParameter:
+        """J·v of every parameter by itself, [k, A]."""
+        return self.sums(1)
+
+    @cached_property
+    def squares(self) -> PerParameter:
+        """The sum of the squares of its terms, [k, A]."""
+        return self.sums(2)
+
+    def sums(self, power: int) -> PerParameter:
+        """Σ_i (J_i v_i)^power of every parameter."""
+        v = self.truth.v
+        return {
+            n: contraction(block, n, v[n], power).double()
+            for block in self.found.blocks
+            for n in block.inputs
+        }
+
+
+def check_finite(found: Derivatives) -> None:
+    """Refuse NaN and infinite values, which no other weights excuse.
+
+    Raises:
+        Unconfirmed: naming the layer.
+    """
+    for block in found.blocks:
+        for D in (block.J, block.S, *block.inputs.values()):
+            if D is not None and not all_finite(D):
+                raise Unconfirmed(
+                    f"layer {block.layer!r}: its derivatives at these inputs are NaN or infinite. "
+                    "A function in the forward pass has none there, as sqrt() at 0: keep away by "
+                    "a small constant."
+                )
+
+
+def confirm_nearby(
+    model: nn.Module, x: Tensor, doubt: Tensor, again: Again, rows: Rows | None, most: int
+) -> None:
+    """Raise an error unless the inputs in doubt are confirmed at other weights, close by."""
     for strength in STRENGTHS:
         nearby = separate(model)
         perturb(nearby, strength)
-        truth, found = Truth.of(nearby, x), again(nearby, x)
-        doubt = doubts(truth, found, rows, most)
+        claim = Claim(Truth.of(nearby, x), again(nearby, x), rows)
+        doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
             return
-        x = x[doubt]
-    raise Unconfirmed(explanation(truth, found, rows))
+    raise Unconfirmed(explanation(claim))
 
 
-def explanation(truth: Truth, found: Derivatives, rows: Rows | None) -> str:
+def explanation(claim: Claim) -> str:
     """Which module is differentiated wrongly, and why."""
-    is_first = bool(first_order_doubts(truth, found, rows).any())
-    where = wrong_module(separate(truth.own), truth.x, order=1 if is_first else 2)
+    is_first = bool(first_order_doubts(claim).any())
+    where = wrong_module(separate(claim.truth.own), claim.truth.x, order=1 if is_first else 2)
     if where is None:
-        names = wrong_parameters(truth, found, rows) or ["?"]
+        names = wrong_parameters(claim) or ["?"]
         which = "first" if is_first else "second"
         return (
-            f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of the "
-            "outputs."
+            f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of "
+            "the outputs."
         )
     if is_first:
         return (
@@ -135,153 +213,15 @@ NO_SECOND = (
 )
 
 
-def wrong_parameters(truth: Truth, found: Derivatives, rows: Rows | None) -> list[str]:
+def wrong_parameters(claim: Claim) -> list[str]:
     """Names of the parameters whose derivatives are in doubt each by itself."""
     wrong = []
-    for block in found.blocks:
+    for block in claim.found.blocks:
         for n, z in block.inputs.items():
-            one = Derivatives(
-                found.outputs,
-                (Block(block.layer, block.J, block.S, {n: z}),),
-                projected=found.projected,
-            )
-            if doubts(truth, one, rows).any():
+            one = replace(claim.found, blocks=(replace(block, inputs={n: z}),))
+            if doubts(replace(claim, found=one)).any():
                 wrong.append(n)
     return wrong
-
-
-# The network itself, in float64.
-
-
-@dataclass(frozen=True)
-class Truth:
-    """A private copy of the network at some inputs, in float64.
-
-    Attributes:
-        own: The copy; in the network's own type where that computes in nothing else.
-        alone: Another such copy, which has not been called.
-        x: [k, ...], the inputs.
-        outputs: h, [k, T].
-        noise: Rounding errors to expect in h, [T].
-        in_its_type: The outputs in the network's own type, [k, T].
-    """
-
-    own: nn.Module
-    alone: nn.Module
-    x: Tensor
-    outputs: Tensor
-    noise: Tensor
-    in_its_type: Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module, x: Tensor) -> Truth:
-        """Copy the network and call it; a float32 network once in each type.
-
-        Raises:
-            Unconfirmed: the network rounds numbers to a narrower type than its own.
-        """
-        plain, alone = separate(model).requires_grad_(), separate(model)
-        dtype = next(plain.parameters()).dtype
-        h = outputs_without_narrowing(plain, x)
-        if dtype == torch.float64:
-            narrow = call(separate(model).float(), x.float() if x.is_floating_point() else x)
-            return cls(plain, alone, x, h, noise_of(h, narrow), h)
-        own, z, wide = in_double(model, x)
-        if wide is None:
-            return cls(plain, alone, x, h, noise_of(h, None), h)
-        return cls(own, alone.double(), z, wide, noise_of(wide, h), h)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that quotients are computed in."""
-        return self.outputs.dtype
-
-    @cached_property
-    def v(self) -> PerParameter:
-        """A random direction, every parameter in proportion to its size."""
-        generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
-        return {n: random_step(p, generator) for n, p in self.own.named_parameters()}
-
-
-def outputs_without_narrowing(plain: nn.Module, x: Tensor) -> Tensor:
-    """The outputs in the network's own type; an Unconfirmed if it computes in a narrower one."""
-    dtype = next(plain.parameters()).dtype
-    seen = Narrowing(dtype)
-    with seen:
-        h = outputs_of(plain, x)
-    if seen.narrowest is not None:
-        raise Unconfirmed(
-            f"the forward pass computes in {seen.narrowest}, narrower than the parameters' {dtype}: "
-            "remove the cast, or torch.autocast, inside the model."
-        )
-    return h
-
-
-def in_double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, Tensor | None]:
-    """A float64 copy, its inputs and outputs; None for these where it computes in less."""
-    own = separate(model).double().requires_grad_()
-    z = x.double() if x.is_floating_point() else x
-    seen = Narrowing(torch.float64)
-    try:
-        with seen:
-            h = outputs_of(own, z)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # whatever a module raises at numbers of another type
-        return own, z, None
-    is_double = h.dtype == torch.float64 and seen.narrowest is None
-    return own, z, h if is_double and bool(torch.isfinite(h).all()) else None
-
-
-def outputs_of(own: nn.Module, x: Tensor) -> Tensor:
-    """The outputs [k, T], under grad: without it attention takes another way."""
-    with torch.enable_grad():
-        h: Tensor = own(x.clone())
-    return h.detach()
-
-
-class Narrowing(TorchFunctionMode):
-    """Notices numbers that are rounded to a narrower type than the network's.
-
-    Attributes:
-        bits: Of the network's numbers.
-        narrowest: The narrowest type that numbers of it were rounded to, if they were.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.bits = torch.finfo(dtype).bits
-        self.narrowest: torch.dtype | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call the function; where numbers come out narrower, see whether wider ones came in."""
-        result = func(*args, **(kwargs or {}))
-        found = [t for t in tree_leaves(result) if 0 < bits(t) < self.bits]
-        if found and any(bits(t) >= self.bits for t in tree_leaves((args, kwargs))):
-            self.narrowest = min((t.dtype for t in found), key=lambda d: torch.finfo(d).bits)
-        return result
-
-
-def bits(t: object) -> int:
-    """Of one number of a floating-point tensor; 0 of anything else."""
-    is_real = isinstance(t, Tensor) and t.is_floating_point()
-    return torch.finfo(t.dtype).bits if is_real else 0  # type: ignore[attr-defined]
-
-
-def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
-    """Rounding errors to expect in each output, [T].
-
-    In float32 they are 2²⁹ times as large as in float64, and there they can be measured.
-    """
-    eps = torch.finfo(h.dtype).eps
-    least = 4 * eps * h.abs().amax(0)
-    if narrow is None or narrow.shape != h.shape:
-        return least + 16 * eps * h.abs().amax()
-    error = (narrow.double() - h).abs()
-    error = error.nan_to_num(0.0, 0.0, 0.0).amax(0)
-    return least + 2**5 * error * (eps / torch.finfo(torch.float32).eps)
 
 
 # Values: of each input alone.
@@ -293,17 +233,17 @@ MIXES = (
 )
 
 
-def check_values(truth: Truth, found: Derivatives) -> None:
+def check_values(claim: Claim) -> None:
     """Refuse outputs that depend on more than their own input, or that are rounded too much.
 
     Raises:
         Unconfirmed: naming the module where that shows.
     """
-    scale = sizes(truth, found)
+    truth, scale = claim.truth, sizes(claim)
     check_alone(truth, scale)
     dtype = truth.in_its_type.dtype
     slack = 4 * torch.finfo(dtype).eps ** 0.5 * scale + 2**6 * truth.noise
-    for h in (truth.in_its_type, found.outputs):
+    for h in (truth.in_its_type, claim.found.outputs):
         if not fits(h.to(truth.dtype), truth.outputs, slack):
             raise Unconfirmed(
                 f"the outputs of a batch differ from those of its inputs in float64: {MIXES}; or "
@@ -311,44 +251,54 @@ def check_values(truth: Truth, found: Derivatives) -> None:
             )
 
 
-def sizes(truth: Truth, found: Derivatives) -> Tensor:
+def sizes(claim: Claim) -> Tensor:
     """The size of every output [k, T]: its value, and how far it moves with its parameters."""
-    h = truth.outputs.abs()
-    if found.projected:
-        return h + truth.outputs.std(1, keepdim=True, correction=0)
-    moves = [contraction(block, n, truth.v[n], 2) for block in found.blocks for n in block.inputs]
-    return h + torch.stack(moves).double().sum(0).sqrt().to(h)
+    h = claim.truth.outputs.abs()
+    if claim.found.projected:
+        return h + claim.truth.outputs.std(1, keepdim=True, correction=0)
+    return h + torch.stack(list(claim.squares.values())).sum(0).sqrt().to(h)
 
 
 def check_alone(truth: Truth, scale: Tensor) -> None:
     """Refuse a network whose outputs for one input are not a function of that input alone.
 
-    It is called with several inputs, and with each alone; under grad and without; at its weights,
-    and at others, since weights of 0 hide what is before them. The single inputs meet another copy
-    than the batch, so that traces which a call leaves show.
+    It is called with several inputs, and with each alone; under grad and without. The single inputs
+    meet another copy than the batch, so that traces which a call leaves show. A single input gets a
+    neighbour that nobody asked for, since others may follow.
+
+    Raises:
+        Unconfirmed: naming the module.
     """
-    own, x, alone = truth.own, truth.x, truth.alone
+    x, h = truth.x, truth.outputs
     slack = 2**6 * truth.noise + torch.finfo(truth.dtype).eps ** 0.575 * scale
-    fine = fits(call(own, x), truth.outputs, slack)
-    for i, (one, h, s) in enumerate(
-        zip(x.split(1), truth.outputs.split(1), slack.split(1), strict=True)
-    ):
-        fine = fine and fits(call(alone, one, grad=i % 2 == 0), h, s)
-    if fine and len(x) > 1:
-        with shifted(own, truth.v, 0.5), shifted(alone, truth.v, 0.5):
-            whole, *halves = call(own, x), call(alone, x[:1]), call(alone, x[1:])
-        if whole is not None and all(half is not None for half in halves):
-            size, eps = whole.abs(), torch.finfo(whole.dtype).eps
-            slack = (eps**0.575 * size.amax(0) + 2**12 * eps * size.amax()).expand_as(whole)
-            fine = all(
-                fits(half, whole[at], slack[at])
-                for half, at in zip(halves, (slice(1), slice(1, None)), strict=True)
-            )
-    if not fine:
-        where = mixing_module(separate(own), x)
-        raise Unconfirmed(
-            f"{f'{where}: ' if where else ''}{MIXES}. Make forward() a function of each input alone."
-        )
+    pair, fine = x[:2], True
+    if len(x) == 1:
+        pair = torch.cat([x, neighbour(x)])
+        fine = fits(call(truth.own, x), h, slack)
+        call(truth.alone, pair[1:])  # which it may remember
+    for i in reversed(range(len(x))):
+        fine = fine and fits(call(truth.alone, x[i : i + 1], grad=i % 2 == 0), h[[i]], slack[i])
+    if not (fine and is_alone_elsewhere(truth, pair, 0.0 if len(x) == 1 else 0.5)):
+        where = mixing_module(separate(truth.own), pair)
+        prefix = f"{where}: " if where else ""
+        raise Unconfirmed(f"{prefix}{MIXES}. Make forward() a function of each input alone.")
+
+
+def neighbour(x: Tensor) -> Tensor:
+    """Another input like this one: its numbers from the last to the first, and smaller."""
+    other = x.flatten(1).flip(1).view_as(x)
+    return other / 2 if x.is_floating_point() else other
+
+
+def is_alone_elsewhere(truth: Truth, pair: Tensor, strength: float) -> bool:
+    """The same for two inputs at other weights, since weights of 0 hide what is before them."""
+    with shifted(truth.alone, truth.v, strength):
+        whole, *halves = (call(truth.alone, part) for part in (pair, *pair.split(1)))
+    if whole is None or any(half is None for half in halves):
+        return True  # it takes no such inputs, or has no finite value there
+    size, eps = whole.abs(), torch.finfo(whole.dtype).eps
+    slack = eps**0.575 * size.amax(0) + 2**12 * eps * size.amax()
+    return all(fits(half, whole[i : i + 1], slack) for i, half in enumerate(halves))
 
 
 def fits(a: Tensor | None, b: Tensor, slack: Tensor) -> bool:
@@ -359,41 +309,38 @@ def fits(a: Tensor | None, b: Tensor, slack: Tensor) -> bool:
 # First derivatives.
 
 
-def doubts(truth: Truth, found: Derivatives, rows: Rows | None, most: int = ENTRIES) -> Tensor:
-    """At which inputs J or S differs from the difference quotients: [k], bool."""
-    doubt = first_order_doubts(truth, found, rows)
-    if all(block.S is None for block in found.blocks) or doubt.all():
+def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Tensor:
+    """At which inputs, of those ``among``, J or S differs from the difference quotients: [k]."""
+    doubt = first_order_doubts(claim)
+    if all(block.S is None for block in claim.found.blocks) or doubt.all():
         return doubt
-    return doubt | second_order_doubts(truth, found, rows, most)
+    places = torch.arange(len(doubt)) if among is None else among.nonzero()[:, 0]
+    return doubt | second_order_doubts(claim, most, places.tolist())
 
 
-def first_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None) -> Tensor:
+def first_order_doubts(claim: Claim) -> Tensor:
     """At which inputs J·v differs from the difference quotient of the outputs: [k], bool."""
-    v = truth.v
-    terms = {n: (block, v[n]) for block in found.blocks for n in block.inputs}
-    products = {n: contraction(block, n, d, 1).double() for n, (block, d) in terms.items()}
-    squares = {n: contraction(block, n, d, 2).double() for n, (block, d) in terms.items()}
-    influence = {n: float(s.mean().sqrt()) for n, s in squares.items()}
-    carried = rows(found.outputs) if found.projected and rows is not None else None
-    eps = torch.finfo(found.blocks[0].J.dtype).eps
-    noise = truth.noise.double().expand(truth.outputs.shape)
-    if carried is not None:
-        noise = (carried.double().abs() @ noise[..., None])[..., 0]
+    truth, eps, carried = claim.truth, claim.eps, claim.carried
+    names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
+    products = torch.stack(list(claim.products.values()))
+    influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
+    noise = claim.noise
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
-    for shares in directions(influence):
-        w = {n: share * v[n] for n, share in shares.items()}
-        claim = torch.stack([share * products[n] for n, share in shares.items()]).sum(0)
-        scale = torch.stack([share**2 * squares[n] for n, share in shares.items()]).sum(0).sqrt()
+    for shares in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
+        w = {n: share * truth.v[n] for n, share in shares.items()}
+        weights = squares.new_tensor([shares.get(n, 0.0) for n in names])
+        found = torch.tensordot(weights, products, 1)
+        scale = torch.tensordot(weights.square(), squares, 1).sqrt()
         rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
-        left = torch.ones_like(claim, dtype=torch.bool)
+        left = torch.ones_like(found, dtype=torch.bool)
         for factor in STEPS:
             step = factor * step_of(truth.dtype)
             plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
             quotient = (plus - minus).double() / (2 * step)
             if carried is not None:
-                quotient = (carried.double() @ quotient[..., None])[..., 0]
+                quotient = (carried @ quotient[..., None])[..., 0]
             slack = eps**0.35 * scale + rounding + bounded(noise, step, scale, truth.dtype)
-            left &= ~((claim - quotient).abs() <= slack)  # NaN is in doubt
+            left &= ~((found - quotient).abs() <= slack)  # NaN is in doubt
             if not left.any():
                 break
         doubt |= left.any(1)
@@ -409,40 +356,22 @@ def bounded(noise: Tensor, step: float, scale: Tensor, dtype: torch.dtype) -> Te
 def contraction(block: Block, name: str, v: Tensor, power: int) -> Tensor:
     """Σ_i (J_i v_i)^power over the entries of one parameter: [k, T]."""
     z = block.inputs[name]
-    J, v = block.J, v.to(block.J)
+    J = block.J if is_ordinary(block.J) else block.J.double()
+    v = v.to(J)
     if power == 2:
-        J, v, z = J.square(), v.square(), None if z is None else z.square()
+        J, v, z = J.square(), v.square(), None if z is None else z.to(J).square()
     if z is None:
         return J.flatten(2) @ v.flatten() if J.ndim > 2 else J * v
     moved = v.reshape(-1, z.shape[1]) @ z.T.to(v)  # [K, k]
     return torch.einsum("kto,ok->kt", J.flatten(2), moved)
 
 
-def step_of(dtype: torch.dtype) -> float:
-    """ε, along such a direction: so small that few kinks lie between, for rounding as large."""
-    return float(torch.finfo(dtype).eps ** 0.42)
+def is_ordinary(J: Tensor) -> bool:
+    """Whether the squares of float32 numbers are neither too large nor too small for float32."""
+    return J.dtype == torch.float64 or 1e-12 < float(J.abs().amax()) < 1e12
 
 
-@contextmanager
-def shifted(own: nn.Module, v: PerParameter, step: float) -> Iterator[None]:
-    """Move the parameters of ``own`` to θ + step · v for a while."""
-    before = {n: own.get_parameter(n).data for n in v}
-    try:
-        for n, old in before.items():
-            own.get_parameter(n).data = old + step * v[n].to(old)
-        yield
-    finally:
-        for n, old in before.items():
-            own.get_parameter(n).data = old
-
-
-def outputs_at(truth: Truth, v: PerParameter, step: float) -> Tensor:
-    """The outputs at θ + step · v, [k, T]."""
-    with shifted(truth.own, v, step):
-        return outputs_of(truth.own, truth.x)
-
-
-def directions(influence: dict[str, float]) -> Iterator[dict[str, float]]:
+def directions(influence: dict[str, float], most: float) -> Iterator[dict[str, float]]:
     """Parameters of similar influence together, each with the share that makes them alike.
 
     So that no parameter hides another; and no share exceeds 1. Those of no influence at all come
@@ -451,7 +380,7 @@ def directions(influence: dict[str, float]) -> Iterator[dict[str, float]]:
     group: dict[str, float] = {}
     least = 0.0
     for n in sorted(influence, key=lambda n: influence[n]):
-        if group and influence[n] > RANGE * least:
+        if group and influence[n] > most * least:
             yield group
             group = {}
         least = least if group else influence[n]
@@ -528,6 +457,7 @@ class Entry:
         unit: What they are measured in, [T].
         size: Of the parameter's entries.
         precision: Of the numbers that J and S were computed in.
+        noise: Rounding errors to expect in the outputs, or in their rows, [T].
     """
 
     name: str
@@ -538,18 +468,18 @@ class Entry:
     unit: Tensor
     size: float
     precision: float
+    noise: Tensor
 
 
-def second_order_doubts(truth: Truth, found: Derivatives, rows: Rows | None, most: int) -> Tensor:
+def second_order_doubts(claim: Claim, most: int, among: Sequence[int]) -> Tensor:
     """At which inputs S differs from the difference quotient of J, at the chosen entries: [k]."""
+    truth = claim.truth
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
-    carried = rows(found.outputs) if found.projected and rows is not None else None
-    for entry in entries(truth, found, most):
+    for entry in entries(claim, most, among):
         r = torch.randn(entry.S.shape, generator=generator, device="cpu", dtype=torch.float64)
-        r, row = r.to(entry.S.device) / entry.unit, None
-        if carried is not None:
-            row = carried[entry.b].double()
+        r = r.to(entry.S.device) / entry.unit
+        row = None if claim.carried is None else claim.carried[entry.b]
         if not doubt[entry.b] and not is_second_derivative(truth, entry, r, row):
             doubt[entry.b] = True
     return doubt
@@ -561,7 +491,9 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
     weights = (r if carried is None else r @ carried).to(truth.dtype)
     claim, terms = r @ entry.S, (r * entry.S).square().sum().sqrt()
     eps = torch.finfo(truth.dtype).eps
+    floor = r.abs() @ entry.noise / entry.size  # of saturated units autograd rounds slopes to 0
     slack = entry.precision**0.35 * (1 + terms) * len(r) ** 0.5
+    slack = slack + floor / entry.size * (entry.precision / eps)
     moves = (r * entry.J).abs().sum()
     quotients = {}
     for factor in STEPS_OF_ENTRIES:
@@ -572,6 +504,7 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
             return is_second_difference(truth, parameter, entry, weights, claim, slack)
         quotients[step] = (plus - minus) / (2 * step)
         noise = 8 * eps * (moves + plus.abs() + minus.abs()) / step
+        noise = noise + torch.minimum(floor / step, RESOLUTION * (1 + terms))
         if bool((claim - quotients[step]).abs() <= slack + noise):
             return True
     rounding = slope_noise(truth, entry, weights)
@@ -615,24 +548,6 @@ def is_second_difference(
     return bool((claim - quotient).abs() <= slack + torch.minimum(noise, 1 + claim.abs()))
 
 
-@contextmanager
-def moved(parameter: nn.Parameter, index: int, shift: float) -> Iterator[None]:
-    """Move one entry of a parameter for a while."""
-    number = parameter.data.view(-1)[index : index + 1]
-    before = number.clone()
-    try:
-        number += shift
-        yield
-    finally:
-        number.copy_(before)
-
-
-def noise_of_rows(truth: Truth, r: Tensor, carried: Tensor | None) -> Tensor:
-    """Rounding errors to expect in the outputs, or in the rows that were carried back."""
-    noise = truth.noise.double()
-    return noise if carried is None else noise.amax().expand_as(r)
-
-
 def slope(
     truth: Truth, parameter: nn.Parameter, entry: Entry, shift: float, weights: Tensor
 ) -> Tensor:
@@ -646,39 +561,39 @@ def slope(
     return found.reshape(-1)[entry.index].double()
 
 
-def entries(truth: Truth, found: Derivatives, most: int) -> Iterator[Entry]:
-    """The entries at which S is compared, each at one of the inputs.
+def entries(claim: Claim, most: int, among: Sequence[int]) -> Iterator[Entry]:
+    """The entries at which S is compared, each at one of the inputs ``among`` them.
 
-    All of a small network; else at least one of every parameter, the first where S is large, every
-    other one by chance.
+    All of a small network; else at least one of every block, whose parameters share their S: the
+    first where it is large, every other one by chance.
     """
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
-    places = [(block, n) for block in found.blocks for n in block.inputs]
-    parameters = dict(truth.own.named_parameters())
-    total = sum(parameters[n].numel() for _, n in places)
+    blocks, own = claim.found.blocks, claim.truth.own
+    size = {n: own.get_parameter(n).numel() for block in blocks for n in block.inputs}
+    is_small = sum(size.values()) <= most
+    share = max(1, most // len(size))
     turn = 0
-    for block, n in places:
-        shares = most if total <= most else max(1, most // len(places))
-        for i in positions(block, n, shares, generator):
-            yield entry_at(truth, block, n, i, turn % len(truth.x))
+    for block in blocks:
+        names = sorted(block.inputs, key=lambda n: -size[n])  # a weight before its bias
+        if is_small:
+            places = [(n, i) for n in names for i in range(size[n])]
+        else:
+            places = [(names[i % len(names)], -1) for i in range(share)]
+        for at, (n, i) in enumerate(places):
+            b = among[turn % len(among)]
             turn += 1
+            index = i if is_small else position(block, n, b, at % 2 == 0, generator)
+            yield entry_at(claim, block, n, index, b)
 
 
-def positions(block: Block, name: str, most: int, generator: torch.Generator) -> Sequence[int]:
-    """So many entries of a parameter, by position."""
-    S, z = flat(block.second).detach().double(), block.inputs[name]
-    unit = S.square().mean(2, keepdim=True).clamp_min(1e-300)
-    lefts = (S.square() / unit).sum((0, 1)).cpu()
-    rights = lefts.new_ones(1) if z is None else z.double().pow(4).sum(0).cpu()
-    count = len(lefts) * len(rights)
-    if count <= most:
-        return range(count)
-    chosen = []
-    for i in range(most):
-        parts = [w if i % 2 == 0 and bool(w.any()) else torch.ones_like(w) for w in (lefts, rights)]
-        k, j = (int(torch.multinomial(w, 1, generator=generator)) for w in parts)
-        chosen.append(k * len(rights) + j)
-    return list(dict.fromkeys(chosen))
+def position(block: Block, name: str, b: int, is_large: bool, generator: torch.Generator) -> int:
+    """One entry of a parameter at input b, by chance; more often than not where S is large."""
+    S, z = flat(block.second)[b].detach(), block.inputs[name]
+    lefts = S.abs().amax(0).cpu().double()
+    rights = lefts.new_ones(1) if z is None else z[b].abs().cpu().double()
+    parts = [w if is_large and bool(w.any()) else torch.ones_like(w) for w in (lefts, rights)]
+    k, j = (int(torch.multinomial(w / w.sum(), 1, generator=generator)) for w in parts)
+    return k * len(rights) + j
 
 
 def flat(D: Tensor) -> Tensor:
@@ -686,30 +601,28 @@ def flat(D: Tensor) -> Tensor:
     return D.reshape(*D.shape[:2], -1)
 
 
-def entry_at(truth: Truth, block: Block, name: str, i: int, b: int) -> Entry:
+def entry_at(claim: Claim, block: Block, name: str, i: int, b: int) -> Entry:
     """One entry; S of an output counts in units of that output's S, or of its J where S is 0.
 
     Or in units of rounding errors, where J is nothing else. BackPACK rounds S to about ‖J‖².
     """
-    z, size = block.inputs[name], float(size_of(truth.own.get_parameter(name)))
-    J, S = flat(block.J)[b].double(), flat(block.second)[b].double()
-    right = J.new_ones(1) if z is None else z[b].double()
+    z, size = block.inputs[name], float(size_of(claim.truth.own.get_parameter(name)))
+    J, S = flat(block.J)[b], flat(block.second)[b]
+    right = J.new_ones(1, dtype=torch.float64) if z is None else z[b].double()
     k, j = divmod(i, len(right))
-    J_rms = J.square().mean(1).sqrt() * right.square().mean().sqrt()
-    S_rms = S.square().mean(1).sqrt() * right.pow(4).mean().sqrt()
-    eps = torch.finfo(block.J.dtype).eps
+    J_rms = root_mean_square(J) * right.square().mean().sqrt()
+    S_rms = root_mean_square(S) * right.pow(4).mean().sqrt()
+    eps, fine = claim.eps, torch.finfo(claim.truth.dtype).eps
     rounding = eps * (J_rms / size + J_rms.square().sum())
-    if eps > torch.finfo(truth.dtype).eps:
-        rounding = (
-            rounding + truth.noise.double().amax() / torch.finfo(truth.dtype).eps * eps / size**2
-        )
-    unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding
+    step = STEPS_OF_ENTRIES[0] * fine ** (1 / 3)  # in units of the size
+    visible = claim.noise[b] / size**2 * max(2**6 * eps / fine, 1 / (RESOLUTION * step))
+    unit = S_rms + 1e-8 * J_rms / size + 2**6 * rounding + visible
     unit = unit.masked_fill(unit == 0, 1.0)
-    return Entry(name, i, b, J[:, k] * right[j], S[:, k] * right[j].square(), unit, size, eps)
+    J, S = J[:, k].double() * right[j], S[:, k].double() * right[j].square()
+    return Entry(name, i, b, J, S, unit, size, eps, claim.noise[b])
 
 
-def size_of(parameter: Tensor) -> Tensor:
-    """The size of a parameter's entries, or of what they may become where they are 0."""
-    size = parameter.detach().square().mean().sqrt()
-    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    return torch.where(size > 0, size, torch.full_like(size, fallback))
+def root_mean_square(D: Tensor) -> Tensor:
+    """Of every row, in float64; of its own size, so that no square is lost."""
+    most = D.abs().amax(1, keepdim=True).clamp_min(torch.finfo(D.dtype).tiny)
+    return (D / most).square().mean(1).sqrt().double() * most[:, 0].double()

@@ -1,0 +1,208 @@
+"""The network itself: a private copy in float64, with what its numbers are worth.
+
+Checks compare with it and move its weights; the caller's network stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fimlib.derivatives import call, separate
+
+PerParameter = dict[str, Tensor]
+
+
+class Unconfirmed(NotImplementedError):  # noqa: N818
+    """What an engine found is not the derivative of the outputs."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A private copy of the network at some inputs, in float64.
+
+    Attributes:
+        own: The copy; in the network's own type where that computes in nothing else.
+        alone: Another such copy, which has not been called.
+        x: [k, ...], the inputs.
+        outputs: h, [k, T].
+        noise: Rounding errors to expect in h, [T].
+        in_its_type: The outputs in the network's own type, [k, T].
+    """
+
+    own: nn.Module
+    alone: nn.Module
+    x: Tensor
+    outputs: Tensor
+    noise: Tensor
+    in_its_type: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor) -> Truth:
+        """Copy the network and call it; a float32 network once in each type.
+
+        Raises:
+            Unconfirmed: the network rounds numbers to a narrower type than its own.
+        """
+        own, alone = separate(model).requires_grad_(), separate(model)
+        h = outputs_without_narrowing(own, x)
+        if h.dtype == torch.float64:
+            narrow = call(separate(model).float(), x.float() if x.is_floating_point() else x)
+            return cls(own, alone, x, h, noise_of(h, narrow), h)
+        z, wide = in_double(own, x)
+        if wide is None:
+            return cls(own.to(h.dtype), alone, x, h, noise_of(h, None), h)
+        return cls(own, alone.double(), z, wide, noise_of(wide, h), h)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that quotients are computed in."""
+        return self.outputs.dtype
+
+    @cached_property
+    def v(self) -> PerParameter:
+        """A random direction, every parameter in proportion to its size."""
+        generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
+        return {n: direction(p.detach(), generator) for n, p in self.own.named_parameters()}
+
+
+def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers between −√3 and √3 times the size of a parameter's."""
+    numbers = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    numbers.uniform_(-(3**0.5), 3**0.5, generator=generator)
+    return numbers.to(parameter).mul_(size_of(parameter))
+
+
+def size_of(parameter: Tensor) -> Tensor:
+    """The size of a parameter's entries, or of what they may become where they are 0."""
+    size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
+    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+    return torch.where(size > 0, size, torch.full_like(size, fallback))
+
+
+def outputs_without_narrowing(plain: nn.Module, x: Tensor) -> Tensor:
+    """The outputs in the network's own type; an Unconfirmed if it computes in a narrower one."""
+    dtype = next(plain.parameters()).dtype
+    seen = Narrowing(dtype)
+    with seen:
+        h = outputs_of(plain, x)
+    if seen.narrowest is not None:
+        raise Unconfirmed(
+            f"the forward pass computes in {seen.narrowest}, narrower than the parameters' "
+            f"{dtype}: remove the cast, or torch.autocast, inside the model."
+        )
+    return h
+
+
+def in_double(own: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Make a copy float64: its inputs, and its outputs unless it computes in less."""
+    own.double()
+    z = x.double() if x.is_floating_point() else x
+    seen = Narrowing(torch.float64)
+    try:
+        with seen:
+            h = outputs_of(own, z)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever a module raises at numbers of another type
+        return z, None
+    is_double = h.dtype == torch.float64 and seen.narrowest is None
+    return z, h if is_double and bool(torch.isfinite(h).all()) else None
+
+
+def outputs_of(own: nn.Module, x: Tensor) -> Tensor:
+    """The outputs [k, T], under grad: without it attention takes another way."""
+    with torch.enable_grad():
+        h: Tensor = own(x.clone())
+    return h.detach()
+
+
+class Narrowing(TorchFunctionMode):
+    """Notices numbers that are rounded to a narrower type than the network's.
+
+    Attributes:
+        bits: Of the network's numbers.
+        narrowest: The narrowest type that numbers of it were rounded to, if they were.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits = torch.finfo(dtype).bits
+        self.narrowest: torch.dtype | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function; where numbers come out narrower, see whether wider ones came in."""
+        result = func(*args, **(kwargs or {}))
+        found = [t for t in tree_leaves(result) if 0 < bits(t) < self.bits]
+        if found and any(bits(t) >= self.bits for t in tree_leaves((args, kwargs))):
+            self.narrowest = min((t.dtype for t in found), key=lambda d: torch.finfo(d).bits)
+        return result
+
+
+def bits(t: object) -> int:
+    """Of one number of a floating-point tensor; 0 of anything else."""
+    is_real = isinstance(t, Tensor) and t.is_floating_point()
+    return torch.finfo(t.dtype).bits if is_real else 0  # type: ignore[attr-defined]
+
+
+def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
+    """Rounding errors to expect in each output, [T].
+
+    In float32 they are 2²⁹ times as large as in float64, and there they can be measured.
+    """
+    eps = torch.finfo(h.dtype).eps
+    least = 4 * eps * h.abs().amax(0)
+    if narrow is None or narrow.shape != h.shape:
+        return least + 16 * eps * h.abs().amax()
+    error = (narrow.double() - h).abs()
+    error = error.nan_to_num(0.0, 0.0, 0.0).amax(0)
+    return least + 2**5 * error * (eps / torch.finfo(torch.float32).eps)
+
+
+# Moved weights.
+
+
+def step_of(dtype: torch.dtype) -> float:
+    """ε, along such a direction: so small that few kinks lie between, for rounding as large."""
+    return float(torch.finfo(dtype).eps ** 0.42)
+
+
+@contextmanager
+def shifted(own: nn.Module, v: PerParameter, step: float) -> Iterator[None]:
+    """Move the parameters of ``own`` to θ + step · v for a while."""
+    before = {n: own.get_parameter(n).data for n in v}
+    try:
+        for n, old in before.items():
+            own.get_parameter(n).data = torch.add(old, v[n].to(old), alpha=step)
+        yield
+    finally:
+        for n, old in before.items():
+            own.get_parameter(n).data = old
+
+
+def outputs_at(truth: Truth, v: PerParameter, step: float) -> Tensor:
+    """The outputs at θ + step · v, [k, T]."""
+    with shifted(truth.own, v, step):
+        return outputs_of(truth.own, truth.x)
+
+
+@contextmanager
+def moved(parameter: nn.Parameter, index: int, shift: float) -> Iterator[None]:
+    """Move one entry of a parameter for a while."""
+    number = parameter.data.view(-1)[index : index + 1]
+    before = number.clone()
+    try:
+        number += shift
+        yield
+    finally:
+        number.copy_(before)
