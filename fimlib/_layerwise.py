@@ -467,12 +467,12 @@ def is_twice_differentiable(module: nn.Module, s: Tensor) -> bool:
         at = s.double() + shift
         step = 1e-6 * (1 + at.abs())
         here, above, below = (two_derivatives(module, at + k * step) for k in (0, 1, -1))
+        wrong = torch.zeros_like(doubt)
         for order in (1, 2):
             quotient = (above[order - 1] - below[order - 1]) / (2 * step)
             scale = quotient.abs() + here[order].abs() + 1e-3 * (1 + here[order - 1].abs())
-            wrong = (quotient - here[order]).abs() > 1e-5 * scale
-            doubt_now = wrong if order == 1 else doubt_now | wrong
-        doubt &= doubt_now
+            wrong |= (quotient - here[order]).abs() > 1e-5 * scale
+        doubt &= wrong
         if not doubt.any():
             return True
     return False
