@@ -8,20 +8,23 @@ known: softmax, attention, norms, recurrence and tied parameters are included.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 
 from fimlib._rewrite import rewritten
 from fimlib.derivatives import Block, Derivatives, call_with
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 NUMBERS_AT_A_TIME = 2**22  # that all operations of a forward pass make together
 DIRECTIONS_AT_A_TIME = 512
@@ -82,8 +85,11 @@ def differentiate(
     return Derivatives(outputs, tuple(blocks))
 
 
-def progress(total: int) -> tqdm:  # type: ignore[type-arg]
+def progress(total: int) -> tqdm[NoReturn]:
     """A bar that appears when it takes long."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without widgets gets a bar of characters
+        from tqdm.auto import tqdm
     return tqdm(
         total=total,
         desc="second derivatives",
@@ -189,7 +195,7 @@ class Counted(TorchFunctionMode):
 def directions_at_a_time(own: nn.Module, x: Tensor) -> int:
     """How many directions a pass carries, so that memory does not grow with their number."""
     counted = Counted()
-    with torch.no_grad(), without_fast_path(), counted:
+    with torch.enable_grad(), without_fast_path(), counted:
         own(x.clone())
     return max(1, min(DIRECTIONS_AT_A_TIME, NUMBERS_AT_A_TIME // max(1, counted.numbers)))
 

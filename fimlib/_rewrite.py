@@ -233,6 +233,29 @@ def celu_as_tensor(input: Tensor, alpha: float = 1.0) -> Any:
     return activate(activations.celu(alpha), input)
 
 
+@replaces(F.leaky_relu)
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    """In place with a negative slope torch has no derivative, for it sees the results alone."""
+    if not inplace or negative_slope >= 0:
+        return NotImplemented
+    return input.copy_(F.leaky_relu(input.clone(), negative_slope))
+
+
+@replaces(F.leaky_relu_)
+def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Any:
+    return leaky_relu(input, negative_slope, True)
+
+
+@replaces(F.elu_)
+def elu_(input: Tensor, alpha: float = 1.0) -> Any:
+    return activate(activations.elu(alpha), input, True)
+
+
+@replaces(torch.celu_)
+def celu_(input: Tensor, alpha: float = 1.0) -> Any:
+    return activate(activations.celu(alpha), input, True)
+
+
 @replaces(F.rrelu)
 def rrelu(
     input: Tensor,
@@ -549,6 +572,48 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     by_first = F.linear(input2, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
     z = (by_first * input1.unsqueeze(-2)).sum(-1)
     return z if bias is None else z + bias
+
+
+@replaces(torch.cdist)
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Any:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+@replaces(torch.pdist)
+def pdist(input: Tensor, p: float = 2.0) -> Any:
+    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return torch.linalg.vector_norm(input[first] - input[second], p, -1)
+
+
+@replaces(torch.embedding_bag)
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Sums (mode 0), means (1) or maxima (2) of rows of a table, for bags of the same size."""
+    count = len(offsets) - include_last_offset
+    size = len(indices) // max(1, count)
+    starts = size * torch.arange(len(offsets), device=offsets.device)
+    if size * count != len(indices) or size == 0 or not torch.equal(offsets, starts.to(offsets)):
+        return NotImplemented
+    index = indices.view(count, size)
+    rows = F.embedding(index, weight)
+    kept = torch.ne(index, -1 if padding_idx is None else padding_idx).unsqueeze(-1)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.view(count, size, 1)
+    if mode == 2:
+        some = kept.any(1)
+        top = rows.masked_fill(~kept, -torch.inf).max(1).values.masked_fill(~some, 0.0)
+        return top, None, None, None
+    total = rows.masked_fill(~kept, 0.0).sum(1)
+    return (total if mode == 0 else total / kept.sum(1).clamp_min(1)), None, None, None
 
 
 @replaces(F.pad)

@@ -28,7 +28,7 @@ PINS = {
     canonicalize_name(name): Version(version)
     for name, _, version in (line.partition("==") for line in LINES if line[:1].isalpha())
 }
-NEEDED = {"torch", "numpy", "scipy"}
+NEEDED = {"torch", "numpy", "scipy", "tqdm"}
 
 
 @pytest.fixture(scope="module")

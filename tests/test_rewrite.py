@@ -15,6 +15,7 @@ WEIGHT = inputs(3, 25).view(3, 5, 5)
 ATTENTION = nn.MultiheadAttention(5, 1, batch_first=True).double().eval().requires_grad_(False)
 BATCH_NORM = nn.BatchNorm1d(6).double().eval()
 nn.init.uniform_(BATCH_NORM.running_var, 0.5, 2)
+INDEX = torch.tensor([[0, 2], [2, 2], [5, 1]])
 
 # Functions of a tensor [4, 6, 5].
 FUNCTIONS = {
@@ -77,6 +78,21 @@ FUNCTIONS = {
     "local response norm": lambda s: F.local_response_norm(s, 3),
     "glu": lambda s: F.glu(s, 1),
     "attention": lambda s: ATTENTION(s, s, s)[0],
+    "leaky, in place": lambda s: F.leaky_relu(s.sin(), -0.5, inplace=True),
+    "leaky, in place by its own name": lambda s: F.leaky_relu_(s.sin(), -0.5),
+    "elu, in place by its own name": lambda s: F.elu_(s.sin(), -0.5),
+    "celu, in place by its own name": lambda s: torch.celu_(s.sin(), 0.7),
+    "all distances": lambda s: torch.cdist(s, s.flip(0)),
+    "distances of rows": lambda s: F.pdist(s[0]),
+    "sum of a bag": lambda s: F.embedding_bag(INDEX, s[0], mode="sum"),
+    "mean of a bag": lambda s: F.embedding_bag(INDEX, s[0], padding_idx=2),
+    "maximum of a bag": lambda s: F.embedding_bag(INDEX, s[0], mode="max"),
+    "weighted bag": lambda s: F.embedding_bag(
+        INDEX, s[0], mode="sum", per_sample_weights=s[1, :3, :2].sin()
+    ),
+    "bags by offsets": lambda s: F.embedding_bag(
+        INDEX.flatten(), s[0], torch.tensor([0, 2, 4]), mode="sum"
+    ),
     "in place": lambda s: F.silu(s.sin(), inplace=True) + s.cos().sigmoid_(),
     **{name: module.eval() for name, (module, *_) in DEFINITIONS.items()},
 }
