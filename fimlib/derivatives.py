@@ -246,9 +246,10 @@ def differentiate(
 
     Cost: that of the check, one forward pass, and one backward sweep that carries T + U rows for
     each of the B inputs, U the hidden units behind the next layer: split large batches where memory
-    is short (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes input by
-    input where inputs share a tensor without a batch axis, or a parameter is used in more than one
-    place. With order=1, T rows. "functional" takes one pass for every parameter, or T with order=1.
+    is short (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes
+    input by input where inputs share a tensor without a batch axis, or a parameter is used in more
+    than one place. With order=1, T rows. "functional" takes one pass for every parameter, or T with
+    order=1.
 
     Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
