@@ -48,7 +48,7 @@ ENTRIES = 8  # of S that are compared, at least one of every parameter
 RANGE = {torch.float64: 100.0, torch.float32: 1e4}
 TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8)  # large outputs need long, steep networks short
-STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**10)
+STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
@@ -177,6 +177,14 @@ def confirm_nearby(
         doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
             return
+    if claim.eps > torch.finfo(torch.float64).eps and x.is_floating_point():
+        wide, z = nearby.double(), x.double()
+        exact = Claim(Truth.of(wide, z), again(wide, z), rows)
+        if not (doubt & doubts(exact, most, doubt)).any():
+            raise Unconfirmed(
+                "float32 rounds the derivatives of this network too much: take .double() of the "
+                "model and the inputs."
+            )
     raise Unconfirmed(explanation(claim))
 
 
