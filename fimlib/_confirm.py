@@ -8,7 +8,7 @@ agree with difference quotients of the network itself, in float64, at a few inpu
 v moves all parameters at once, so that each layer counts alike; layers whose influence on the
 outputs differs too much for that get directions of their own. S is a diagonal, which no single
 direction shows: it is compared entry by entry, at all entries of a small network and at some of
-every parameter of a large one. Before that, the network is called with each input alone and with
+every block of a large one. Before that, the network is called with each input alone and with
 several together: an output must be a function of its own input.
 
 Every output has a tolerance of its own, from its own size and its own rounding error, so that no
@@ -44,12 +44,12 @@ __all__ = ["Truth", "Unconfirmed", "confirm", "confirm_hessian", "few", "shifted
 
 INPUTS = 8  # at most, spread over the batch
 PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is looked at at fewer inputs
-ENTRIES = 8  # of S that are compared, at least one of every parameter
+ENTRIES = 8  # of S that are compared, at least one of every block
 # Contributions to J·v that one direction may sum up, largest over smallest.
 RANGE = {torch.float64: 100.0, torch.float32: 1e4}
 TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8)  # large outputs need long, steep networks short
-STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**10)
+STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
@@ -86,7 +86,7 @@ def confirm(
         found: What is in question, at these inputs.
         again: The engine, for other weights.
         rows: From outputs to the rows that were carried back, where these are not the outputs.
-        most: Entries of S to compare, or one of every parameter.
+        most: Entries of S to compare, or one of every block.
 
     Raises:
         Unconfirmed: they are not, or an input's outputs depend on the others.
@@ -183,6 +183,14 @@ def confirm_nearby(
         doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
             return
+    if claim.eps > torch.finfo(torch.float64).eps and x.is_floating_point():
+        wide, z = nearby.double(), x.double()
+        exact = Claim(Truth.of(wide, z), again(wide, z), rows)
+        if not (doubt & doubts(exact, most, doubt)).any():
+            raise Unconfirmed(
+                "float32 rounds the derivatives of this network too much: take .double() of the "
+                "model and the inputs."
+            )
     raise Unconfirmed(explanation(claim))
 
 

@@ -655,7 +655,7 @@ def right_network(seed):
 
 
 def false_alarms(seeds):
-    """Stories of right networks that the check refused."""
+    """Stories of right networks that the check refused, and not because float32 is too coarse."""
     found = []
     for seed in seeds:
         net, x, story = right_network(seed)
@@ -663,7 +663,8 @@ def false_alarms(seeds):
             try:
                 judge(net, x, engine, order)
             except Unconfirmed as refusal:
-                found.append(f"{story} {engine} {order}: {refusal}")
+                if "float32 rounds" not in str(refusal):
+                    found.append(f"{story} {engine} {order}: {refusal}")
             except NotImplementedError:
                 continue  # the engine says no by itself
     return found
@@ -676,3 +677,11 @@ def test_right_networks_are_let_be():
 @pytest.mark.full
 def test_right_networks_are_let_be_at_length():
     assert len(false_alarms(range(300, 10_300))) <= 1
+
+
+def test_too_coarse_numbers_are_told_from_wrong_ones():
+    net, x, story = right_network(1092)
+    assert "float32" in story
+    with pytest.raises(Unconfirmed, match=r"float32 rounds .* \.double\(\)"):
+        judge(net, x, "traced", 2)
+    judge(net.double(), x.double(), "traced", 2)
