@@ -638,7 +638,7 @@ CASES = {
 }
 
 
-# What a message advises, as it is written there, and how it is done. -------------------------------
+# What a message advises, as it is written there, and how it is done. -----------------------------
 
 
 def with_outputs(f):
@@ -735,7 +735,7 @@ def quotients(model, x, step, names):
 
 
 def check_answer(model, x, options, tolerance=1e-6):
-    """J and S by fimlib agree with difference quotients, by one of the steps: a kink may be near."""
+    """J and S by fimlib agree with difference quotients, by either step (kinks may be near)."""
     found = differentiate(model, x, **options)
     names = {n for block in found.blocks for n in block.inputs}
     wide = separate(getattr(model, "_orig_mod", model)).double()
