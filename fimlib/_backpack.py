@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.derivatives import (
-    FIRST_AXIS,
     Block,
     Derivatives,
     check_no_global_hooks,
     check_outputs,
+    failed,
     separate,
+    short,
     tensors,
 )
 
@@ -65,9 +66,12 @@ def passes(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | Non
             try:
                 loss(outputs, outputs.detach() - half).backward()
             except (RuntimeError, AssertionError) as error:
-                known = ", ".join(f"{n!r} ({type(m).__name__})" for n, m in leaves(model))
+                blamed = [
+                    (n, type(m).__name__) for n, m in leaves(model) if str(type(m)) in str(error)
+                ]
+                where = f"module {blamed[0][0]!r} ({blamed[0][1]})" if blamed else "this network"
                 raise NotImplementedError(
-                    f"BackPACK cannot differentiate one of the modules {known}: {error}"
+                    f"BackPACK cannot differentiate {where}: {short(error)}."
                 ) from error
         for name in names:
             found = model.get_parameter(name).__dict__
@@ -126,8 +130,6 @@ def count_outputs(model: nn.Module, x: Tensor) -> int:
         try:
             outputs = model(x.clone())
         except RuntimeError as error:
-            raise ValueError(
-                f"the input {list(x.shape)} does not fit the model: {error}; {FIRST_AXIS}."
-            ) from error
+            raise failed(x, error) from error
     check_outputs(outputs, len(x))
     return int(outputs.shape[1])

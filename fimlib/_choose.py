@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from fimlib import _approximate, _backpack, _forward_mode, _functional, _layerwise, _traced
-from fimlib._confirm import ENTRIES, Unconfirmed, confirm, enough, few
+from fimlib._confirm import ENTRIES, INPUTS, Unconfirmed, confirm, enough, few
 from fimlib.derivatives import (
     Batch,
     Derivatives,
+    ForwardError,
     Seeds,
     all_finite,
+    check_forward,
     check_model,
     check_module,
     check_plain,
     kept_random_state,
     selected,
+    short,
     tied,
 )
 
@@ -85,9 +88,9 @@ def functional_attempt(way: _functional.Way) -> Attempt:
     """One of these ways."""
 
     def attempt(
-        model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, _: Seeds | None
+        model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None, _: Seeds | None
     ) -> Batch:
-        found = _functional.differentiate(model, x.clone(), order=order, wanted=wanted, way=way)
+        found = _functional.differentiate(model, x.clone(), wanted=wanted, way=way)
         return Batch.of(found)
 
     return attempt
@@ -111,8 +114,19 @@ ENTRIES_OF_THE_SLOW = 64  # of S that are compared where every one of them took 
 LAYERS_TO_TRY = 4  # from the last on, as a remedy
 
 
+SECONDS_OF_A_REMEDY = 10.0  # at most, where passes take long
+
+
 class TooManyParameters(NotImplementedError):  # noqa: N818
-    """The network is supported, at a cost that nobody has agreed to."""
+    """The network is supported, at a cost that nobody has agreed to.
+
+    Attributes:
+        most: How many parameters may be differentiated as a remedy.
+    """
+
+    def __init__(self, message: str, most: int) -> None:
+        super().__init__(message)
+        self.most = most
 
 
 def candidates(model: nn.Module, engine: str, order: int) -> tuple[str, ...]:
@@ -158,7 +172,15 @@ def checked(
         check_model(model, x)
         check_plain(model)
         names = candidates(model, engine, order)
-        chosen = choose(names, model, x.detach(), order, wanted, seeds, unasked=engine == "auto")
+        try:
+            chosen = choose(
+                names, model, x.detach(), order, wanted, seeds, unasked=engine == "auto"
+            )
+        except ForwardError:
+            check_forward(model, x.detach())
+            raise
+        if isinstance(chosen, dict):
+            check_forward(model, x.detach())
     if isinstance(chosen, dict):
         reason = cause(chosen)
         if isinstance(reason, ImportError):
@@ -287,7 +309,7 @@ def tried(
     except Exception as error:  # whatever a forward pass may hold that this engine never met
         raise NotImplementedError(
             f"engine {name!r} cannot follow the forward pass of {type(model).__name__}: "
-            f"{type(error).__name__}: {error}"
+            f"{short(error)}."
         ) from error
     return batch
 
@@ -297,17 +319,25 @@ def check_affordable(model: nn.Module, x: Tensor, wanted: frozenset[str] | None)
 
     Raises:
         TooManyParameters: with about how long it takes.
+        NotImplementedError: the first derivatives are refused already.
     """
     parameters = dict(model.named_parameters())
     names = [n for n in parameters if wanted is None or n in wanted]
     count = sum(parameters[n].numel() for n in names)
     if count <= _forward_mode.MANY_PARAMETERS:
         return
-    own, outputs = _functional.private(model, x[:1])
-    seconds = _forward_mode.seconds_needed(own, x[:1], names, outputs)
+    first = choose(("functional",), model, x[:INPUTS], 1, wanted, None, unasked=True)
+    if isinstance(first, dict):
+        raise first["functional"]
+    own, _ = _functional.private(model, x[:1])
+    each = _forward_mode.seconds_each(own, x[:1], names)
+    if each == float("inf"):  # the engine itself says why
+        return
+    inputs = "this input" if len(x) == 1 else f"these {len(x)} inputs"
     raise TooManyParameters(
         f"second derivatives of this network take one pass for each of {count:,} parameters, about "
-        f"{duration(seconds)} for one input; engine='functional' does that."
+        f"{duration(each * count * len(x))} for {inputs}; engine='functional' makes them.",
+        min(_forward_mode.MANY_PARAMETERS, int(SECONDS_OF_A_REMEDY / each)),
     )
 
 
@@ -316,7 +346,7 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{max(1.0, seconds):.0f} seconds"
+    return "a second" if seconds < 2 else f"{seconds:.0f} seconds"
 
 
 # What an error says.
@@ -324,8 +354,17 @@ def duration(seconds: float) -> str:
 
 def cause(refusals: dict[str, Exception]) -> Exception:
     """Of all refusals the one by the engine that came furthest."""
-    confirmed = [e for e in refusals.values() if isinstance(e, Unconfirmed)]
-    return (confirmed or list(refusals.values()))[-1]
+    every = list(refusals.values())
+    return ([e for e in every if isinstance(e, Unconfirmed)] or every)[-1]
+
+
+class Remedy(NamedTuple):
+    """Another call, and how it is told."""
+
+    sentence: str
+    engine: str
+    order: int
+    wanted: frozenset[str] | None
 
 
 def remedy(
@@ -336,23 +375,25 @@ def remedy(
     order: int,
     wanted: frozenset[str] | None,
 ) -> str:
-    """The first remedy that works at the first two inputs, as a sentence; "" if none does."""
-    trials = [(" engine='auto' supports it.", "auto", order, wanted)] if engine != "auto" else []
+    """The first remedy that works at the first inputs, as a sentence; "" if none does."""
+    costly = next((e for e in refusals.values() if isinstance(e, TooManyParameters)), None)
+    trials = [Remedy(" engine='auto' supports it.", "auto", order, wanted)]
+    if engine == "auto":
+        trials.clear()
     if wanted is None:
-        is_costly = any(isinstance(e, TooManyParameters) for e in refusals.values())
-        for chosen in parts(model, _forward_mode.MANY_PARAMETERS if is_costly else 0):
+        for chosen in parts(model, costly.most if costly else None):
             named = ", ".join(map(repr, chosen))
             sentence = f" For a part of the network take layers=[{named}]."
-            trials.append((sentence, engine, order, selected(model, chosen)))
+            trials.append(Remedy(sentence, engine, order, selected(model, chosen)))
     if order == 2:
-        trials.append((" For I, V₁ and Î₁ alone take order=1.", engine, 1, wanted))
-    return next((sentence for sentence, *trial in trials if works(model, x[:2], *trial)), "")
+        trials.append(Remedy(" For I, V₁ and Î₁ alone take order=1.", engine, 1, wanted))
+    few_inputs = x[: 1 if costly else INPUTS]
+    return next((t.sentence for t in trials if works(model, few_inputs, t)), "")
 
 
-def works(
-    model: nn.Module, x: Tensor, engine: str, order: int, wanted: frozenset[str] | None
-) -> bool:
+def works(model: nn.Module, x: Tensor, trial: Remedy) -> bool:
     """Whether the network can be differentiated so."""
+    _, engine, order, wanted = trial
     names = candidates(model, engine, order)
     try:
         with torch.inference_mode(False), kept_random_state(x):
@@ -362,17 +403,24 @@ def works(
     return isinstance(chosen, Chosen)
 
 
-def parts(model: nn.Module, most: int) -> list[list[str]]:
-    """Layers to try in place of the whole network: several of at most so many parameters, or one."""
+def parts(model: nn.Module, most: int | None) -> list[list[str]]:
+    """Layers to try in place of the whole network, the last first.
+
+    Args:
+        model: The network.
+        most: Parameters that they may have, and then several together at first; None: any number.
+    """
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         layer = name.rpartition(".")[0]
         sizes[layer] = sizes.get(layer, 0) + parameter.numel()
     layers = [layer for layer in reversed(sizes) if layer]
+    if most is None:
+        return [[layer] for layer in layers[:LAYERS_TO_TRY]]
     last: list[str] = []
     for layer in layers:
         if sum(sizes[n] for n in [*last, layer]) > most:
             break
         last.insert(0, layer)
     several = [last] if 1 < len(last) < len(sizes) else []
-    return several + [[layer] for layer in layers[:LAYERS_TO_TRY]]
+    return several + [[n] for n in layers if sizes[n] <= most][:LAYERS_TO_TRY]

@@ -19,7 +19,16 @@ from fimlib import _forward_mode
 from fimlib._forward_mode import Curves
 from fimlib._rewrite import rewritten
 from fimlib._trace import Uncaptured, walk, without_randomness
-from fimlib.derivatives import Block, Derivatives, call_with, check_outputs, is_same, separate
+from fimlib.derivatives import (
+    Block,
+    Derivatives,
+    call_with,
+    check_outputs,
+    is_same,
+    separate,
+    short,
+    tensors,
+)
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
 
@@ -29,7 +38,7 @@ Way = Callable[[nn.Module, Tensor, list[str], Tensor], Derivatives]
 
 
 def differentiate(
-    model: nn.Module, x: Tensor, *, order: int, wanted: frozenset[str] | None, way: Way
+    model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None, way: Way
 ) -> Derivatives:
     """J of any network, and S; see ``fimlib.differentiate``.
 
@@ -39,7 +48,6 @@ def differentiate(
     Args:
         model: The network; it is copied.
         x: [B, ...].
-        order: 1 or 2.
         wanted: Names of parameters; None: all.
         way: How J is found (order 1), or the curves along each parameter (order 2).
 
@@ -55,7 +63,7 @@ def differentiate(
         raise
     except Exception as error:  # whatever vmap or autograd does not know
         raise NotImplementedError(
-            f"autograd cannot differentiate {type(own).__name__}: {type(error).__name__}: {error}"
+            f"torch cannot differentiate {type(own).__name__}: {short(error)}."
         ) from error
     for block in derivs.blocks:
         check_finite(block)
@@ -101,10 +109,20 @@ def private(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     for node in walk(outputs.grad_fn)[0]:
         if id(getattr(node, "variable", None)) not in {*parameters, id(None)}:
             raise NotImplementedError(
-                f"{type(model).__name__} uses a tensor that requires grad and is no parameter of "
-                "the model: make it a parameter, or a buffer that does not."
+                f"{holder(own)} uses a tensor that requires grad and is no parameter of the model: "
+                "make it a parameter, or compute it in forward(), or detach() it."
             )
     return own, outputs.detach()
+
+
+def holder(own: nn.Module) -> str:
+    """The module with an attribute that requires grad and is no parameter, or the whole network."""
+    for name, module in own.named_modules():
+        for attribute, value in vars(module).items():
+            kept = not attribute.startswith("_") and tensors(value)
+            if any(t.requires_grad for t in kept or ()):
+                return f"module {name!r} ({type(module).__name__}), in its {attribute!r},"
+    return type(own).__name__
 
 
 def check_finite(block: Block) -> None:

@@ -346,8 +346,15 @@ def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
     if z.ndim != 2 or z.shape[1] != module.in_features:
         raise ValueError(
             f"layer {name!r} (Linear) expects inputs of shape [B, {module.in_features}], got "
-            f"{list(z.shape)}. Check the shape of the input, or put nn.Flatten() before the layer."
+            f"{list(z.shape)}: {reshaped(module, z)}."
         )
+
+
+def reshaped(module: nn.Linear, z: Tensor) -> str:
+    """How such inputs come to fit a layer."""
+    if z.ndim > 2 and z[0].numel() == module.in_features:
+        return "put nn.Flatten() before the layer"
+    return "check the shape of the input"
 
 
 def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:

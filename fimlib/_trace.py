@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from fimlib._rewrite import Activation, rewritten
-from fimlib.derivatives import FIRST_AXIS, check_outputs, separate, tensors
+from fimlib.derivatives import check_outputs, failed, separate, tensors
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
 
@@ -306,10 +306,7 @@ def without_randomness(run: Callable[[], Tensor], x: Tensor) -> Tensor:
         except RuntimeError as error:
             if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
                 raise
-            raise ValueError(
-                f"the forward pass fails on an input of shape {list(x.shape)}: {error}; "
-                f"{FIRST_AXIS}."
-            ) from error
+            raise failed(x, error) from error
         if not all(map(torch.equal, before, states())):
             raise NotImplementedError(
                 "the forward pass draws random numbers: make it deterministic, e.g. replace "

@@ -183,7 +183,7 @@ def power(z: Tensor, degree: int) -> Tensor:
     return z if degree == 1 else power(z.square(), degree // 2)
 
 
-FIRST_AXIS = "the first axis must count the inputs: for a single one x[None]"
+FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
     "for a network that takes a dict or several tensors write a module with one that unpacks it "
     '(see "Bring your own network" in the book).'
@@ -485,18 +485,75 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch._dynamo")
 
 
+def short(error: Exception, most: int = 160) -> str:
+    """What kind of error it is, and the first sentence of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0].partition(". ")[0].rstrip(".")
+    said = said if len(said) <= most else f"{said[:most]} …"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+class ForwardError(ValueError):
+    """The forward pass fails on the inputs, or its outputs are not what they must be."""
+
+
+def failed(x: Tensor, error: Exception, where: str = "") -> ForwardError:
+    """The error for a forward pass that raises one."""
+    return ForwardError(
+        f"the forward pass fails{where} on an input of shape {list(x.shape)}: {short(error)}."
+    )
+
+
+def check_forward(model: nn.Module, x: Tensor) -> None:
+    """Raise a ForwardError, and say so if x is a single input, unless the forward pass works."""
+    try:
+        run_alone(model, x)
+    except ForwardError as error:
+        try:
+            run_alone(model, x[None])
+        except ForwardError:
+            raise error from None
+        raise ForwardError(f"{error} For a single input pass x[None].") from error
+
+
+def run_alone(model: nn.Module, x: Tensor) -> None:
+    """Call a copy; a ForwardError if that fails or returns no [B, T] tensor."""
+    own, inside = separate(model), list[str]()
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    for name, module in own.named_modules():
+        label = f" in module {name!r} ({type(module).__name__})" if name else ""
+        module.register_forward_pre_hook(lambda *_, label=label: inside.append(label))
+        module.register_forward_hook(leave)
+    try:
+        with torch.enable_grad():
+            outputs = own(x.clone())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every network may raise its own
+        raise failed(x, error, inside[-1] if inside else "") from error
+    check_outputs(outputs, len(x))
+
+
 def check_outputs(outputs: Any, size: int) -> None:
-    """A ValueError unless the outputs for so many inputs are a finite [B, T] tensor."""
+    """A ForwardError unless the outputs for so many inputs are a finite [B, T] tensor."""
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != size:
         got = list(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise ValueError(
+        raise ForwardError(
             f"the model must return one [B, T] tensor, here [{size}, T], got {got}: "
             f"{to_rows(outputs, size)}."
         )
     if outputs.shape[1] == 0:
-        raise ValueError("the model returns no outputs: T must be at least 1.")
+        raise ForwardError("the model returns no outputs: T must be at least 1.")
+    if not outputs.is_floating_point() or outputs.layout != torch.strided:
+        raise ForwardError(
+            f"the outputs are {outputs.dtype}, {outputs.layout}: return dense real numbers, before "
+            "argmax(), round(), comparisons or to_sparse()."
+        )
     if not torch.isfinite(outputs).all():
-        raise ValueError(
+        raise ForwardError(
             "the outputs hold NaN or infinite values: the weights are too large, or forward() has "
             f"no value for {size} of these inputs at a time."
         )
@@ -509,7 +566,7 @@ def to_rows(outputs: Any, size: int) -> str:
     if outputs.ndim == 0:
         return "return the outputs of each input, and no loss"
     if len(outputs) != size:
-        return f"{FIRST_AXIS}, and no squeeze() that drops it"
+        return f"{FIRST_AXIS}, and no squeeze() may drop it"
     if outputs.ndim == 1:
         return "add an axis, h[:, None]"
     return (
@@ -536,6 +593,8 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         )
     if x.is_meta:
         raise ValueError("the input is on the meta device and has no values.")
+    if x.layout != torch.strided:
+        raise ValueError(f"the input is {x.layout}: pass a dense tensor, x.to_dense().")
     if torch.is_autocast_enabled(x.device.type):
         raise ValueError("torch.autocast is on and would round the derivatives: leave it first.")
     for name, module in model.named_modules():
