@@ -254,9 +254,11 @@ def choose(
     """Derivatives by the first engine that supports the network, or every engine's refusal."""
     refusals: dict[str, Exception] = {}
     for name in names:
-        if name == "functional" and order == 2 and unasked:
+        if name == "functional" and order == 2:
             try:
-                check_affordable(model, x, wanted)
+                check_first_order(model, x, wanted)
+                if unasked:
+                    check_affordable(model, x, wanted)
             except NotImplementedError as refusal:
                 refusals[name] = refusal
                 continue
@@ -314,21 +316,29 @@ def tried(
     return batch
 
 
+def check_first_order(model: nn.Module, x: Tensor, wanted: frozenset[str] | None) -> None:
+    """Refuse a network whose first derivatives are, before every parameter takes a pass.
+
+    Raises:
+        NotImplementedError: they are.
+    """
+    at = few(len(x), model).to(x.device)
+    first = choose(("functional",), model, x[at], 1, wanted, None, unasked=False)
+    if isinstance(first, dict):
+        raise first["functional"]
+
+
 def check_affordable(model: nn.Module, x: Tensor, wanted: frozenset[str] | None) -> None:
     """Refuse what takes very many passes, if nobody asked for it by name.
 
     Raises:
         TooManyParameters: with about how long it takes.
-        NotImplementedError: the first derivatives are refused already.
     """
     parameters = dict(model.named_parameters())
     names = [n for n in parameters if wanted is None or n in wanted]
     count = sum(parameters[n].numel() for n in names)
     if count <= _forward_mode.MANY_PARAMETERS:
         return
-    first = choose(("functional",), model, x[:INPUTS], 1, wanted, None, unasked=True)
-    if isinstance(first, dict):
-        raise first["functional"]
     own, _ = _functional.private(model, x[:1])
     each = _forward_mode.seconds_each(own, x[:1], names)
     if each == float("inf"):  # the engine itself says why

@@ -546,14 +546,17 @@ def is_second_difference(
     slack: Tensor,
 ) -> bool:
     """The same from the outputs alone: (h(θ + εe) − 2h(θ) + h(θ − εe)) / ε²."""
-    step = float(torch.finfo(truth.dtype).eps ** 0.25) * entry.size
-    values = []
-    for shift in (step, 0.0, -step):
-        with moved(parameter, entry.index, shift):
-            values.append(outputs_of(truth.own, truth.x[entry.b : entry.b + 1])[0] @ weights)
-    quotient = (values[0] - 2 * values[1] + values[2]).double() / step**2
-    noise = 4 * (weights.abs().double() @ truth.noise.double()) / step**2
-    return bool((claim - quotient).abs() <= slack + torch.minimum(noise, 1 + claim.abs()))
+    for factor in STEPS_OF_ENTRIES:
+        step = factor * float(torch.finfo(truth.dtype).eps ** 0.25) * entry.size
+        values = []
+        for shift in (step, 0.0, -step):
+            with moved(parameter, entry.index, shift):
+                values.append(outputs_of(truth.own, truth.x[entry.b : entry.b + 1])[0] @ weights)
+        quotient = (values[0] - 2 * values[1] + values[2]).double() / step**2
+        noise = 4 * (weights.abs().double() @ truth.noise.double()) / step**2
+        if bool((claim - quotient).abs() <= slack + torch.minimum(noise, 1 + claim.abs())):
+            return True
+    return False
 
 
 def slope(

@@ -84,7 +84,12 @@ def estimate_i2_matrix(
         own = separate(model)
         with twice_differentiable(), rewritten():
             hessian = torch.func.hessian(partial(residual_output, own))
-            found: Tensor = hessian(flatten(own, names))
+            try:
+                found: Tensor = hessian(flatten(own, names))
+            except RuntimeError as error:
+                raise NotImplementedError(
+                    f"autograd cannot differentiate {type(model).__name__} twice: {error}"
+                ) from error
         return found.detach()
 
     with kept_random_state(x):

@@ -29,7 +29,16 @@ from torch.utils.data import Dataset
 from fimlib._choose import prepare
 from fimlib._confirm import few
 from fimlib._probabilities import warn_of_probabilities
-from fimlib.derivatives import WRAPPER, Batch, add_axis, all_finite, check_module, differentiate
+from fimlib.derivatives import (
+    WRAPPER,
+    Batch,
+    add_axis,
+    all_finite,
+    call,
+    check_module,
+    differentiate,
+    separate,
+)
 from fimlib.families import Family
 from fimlib.joint import Joint
 
@@ -147,6 +156,7 @@ def accumulate(
                     done = again(part.to(device))
                     if joint.count == 0:
                         warn_of_probabilities(family, done.outputs, model)
+                        check_rounding(model, part.to(device), done.outputs, family)
                     joint.update_batch(done)
                 except ValueError:
                     differentiate(model, part.to(device), **choice)  # which looks closer
@@ -157,6 +167,30 @@ def accumulate(
             "without inputs passes a tensor of shape [0, ...], or takes Joint(family)."
         )
     return joint
+
+
+def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family) -> None:
+    """Refuse outputs that are rounded so much that the family has another mean.
+
+    Large outputs may agree to all their digits where a softmax of them does not.
+
+    Raises:
+        ValueError: the means differ from those in float64.
+    """
+    if outputs.dtype == torch.float64:
+        return
+    at = few(len(x), model).to(x.device)
+    z = x[at].double() if x.is_floating_point() else x[at]
+    exact = call(separate(model).double(), z, grad=True)
+    if exact is None or exact.shape != outputs[at].shape:
+        return  # a network that insists on its type
+    means = [family.mean(family.natural(h)) for h in (outputs[at], exact)]
+    slack = 4 * torch.finfo(outputs.dtype).eps ** 0.5 * (1 + means[1].abs())
+    if bool(((means[0] - means[1]).abs() > slack).any()):
+        raise ValueError(
+            f"{outputs.dtype} rounds the outputs so much that {type(family).__name__} has another "
+            "mean: call .double() on the model and on the inputs."
+        )
 
 
 def keep_freed_memory() -> None:

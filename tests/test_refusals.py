@@ -359,6 +359,9 @@ IN_PLACE = {
     "elu": lambda s: F.elu(s, -0.5, inplace=True),
     "elu_": lambda s: F.elu_(s, -0.5),
     "celu": lambda s: F.celu(s, 0.5, inplace=True),
+    "leaky_relu": lambda s: F.leaky_relu(s, -0.5, inplace=True),
+    "leaky_relu_": lambda s: F.leaky_relu_(s, -0.5),
+    "rrelu": lambda s: F.rrelu(s, -0.5, -0.2, inplace=True),
     "exp_": torch.exp_,
     "mul_": lambda s: s.mul_(s.clone()),
 }
@@ -838,7 +841,9 @@ OTHER_CALLS = {
 
 
 @pytest.mark.parametrize("call", OTHER_CALLS)
-@pytest.mark.parametrize("name", ["straight through", "positions", "hook", "one image", "KeyError"])
+@pytest.mark.parametrize(
+    "name", ["straight through", "positions", "hook", "one image", "KeyError", "batch mean"]
+)
 def test_other_functions_say_the_same(call, name):
     case = CASES[name]
     message = message_of(built(case.build), case.x, case.options)
