@@ -50,10 +50,12 @@ class Truth:
         """Copy the network and call it; a float32 network once in each type.
 
         Raises:
-            Unconfirmed: the network rounds numbers to a narrower type than its own.
+            Unconfirmed: the network rounds numbers to a narrower type than its own, or changes its
+                parameters.
         """
         own, alone = separate(model).requires_grad_(), separate(model)
         h = outputs_without_narrowing(own, x)
+        check_unchanged(model, own)
         if h.dtype == torch.float64:
             narrow = call(separate(model).float(), x.float() if x.is_floating_point() else x)
             return cls(own, alone, x, h, noise_of(h, narrow), h)
@@ -86,6 +88,17 @@ def size_of(parameter: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
     fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
     return torch.where(size > 0, size, torch.full_like(size, fallback))
+
+
+def check_unchanged(model: nn.Module, called: nn.Module) -> None:
+    """An Unconfirmed if a call has changed a parameter of the copy, as ``max_norm`` does."""
+    pairs = zip(model.named_parameters(), called.parameters(), strict=True)
+    for (name, before), after in pairs:
+        if not torch.equal(before.detach(), after.detach()):
+            raise Unconfirmed(
+                f"parameter {name!r} is changed by the forward pass itself, as by max_norm of an "
+                "embedding: the outputs are no function of it."
+            )
 
 
 def outputs_without_narrowing(plain: nn.Module, x: Tensor) -> Tensor:
