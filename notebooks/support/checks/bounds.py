@@ -121,7 +121,7 @@ def eq_13(cases: int) -> Check:
         _, M, I = directions(CATEGORICAL, group)
         largest, size = group.eigenvalues.max_outer, group.eigenvalues.max_cov.square()
         parts += [
-            at_most(M, largest[:, None].expand_as(M), M + I.square()),
+            at_most(M, largest[:, None].expand_as(M), M + I.square() + size[:, None]),
             at_most(fimlib.lambda_max_lower(CATEGORICAL, group.h), largest, size),
             at_most(largest, fimlib.lambda_max_certified(CATEGORICAL, group.h), size),
         ]
