@@ -153,10 +153,11 @@ def accumulate(
                     before = check_unchanged(before, snapshot(model))
                 check_finite(part)
                 try:
-                    done = again(part.to(device))
+                    here = part.to(device)
+                    done = again(here)
                     if joint.count == 0:
                         warn_of_probabilities(family, done.outputs, model)
-                        check_rounding(model, part.to(device), done.outputs, family)
+                        check_rounding(model, here, done.outputs, family)
                     joint.update_batch(done)
                 except ValueError:
                     differentiate(model, part.to(device), **choice)  # which looks closer

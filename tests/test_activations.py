@@ -86,8 +86,9 @@ def unconfirmed(monkeypatch):
     monkeypatch.setattr("fimlib._choose.confirm", lambda *_: None)
 
 
+@pytest.mark.usefixtures("unconfirmed")
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_far_from_0_all_digits_are_there(name, unconfirmed):
+def test_far_from_0_all_digits_are_there(name):
     module, definition, *kinks = DEFINITIONS[name]
     for s in POINTS:
         if s in kinks:
@@ -134,8 +135,9 @@ def test_softplus_is_linear_where_torch_takes_it_for_that():
         assert (first < 1, second > 0) == (True, True)
 
 
+@pytest.mark.usefixtures("unconfirmed")
 @pytest.mark.parametrize("kind", [nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.SiLU(), nn.Tanh()])
-def test_where_powers_of_s_overflow_the_slope_is_that_of_the_line(kind, unconfirmed):
+def test_where_powers_of_s_overflow_the_slope_is_that_of_the_line(kind):
     for s in (-1e30, 1e30):
         first, second = derivatives(kind, s, "layerwise", torch.float32)
         assert first == (s > 0 and not isinstance(kind, nn.Tanh))

@@ -625,9 +625,7 @@ def test_outputs_of_another_shape_are_refused():
 
 
 def test_an_input_that_does_not_fit_is_refused():
-    with pytest.raises(
-        ValueError, match=r"fails in module 'a' \(Linear\) on an input of shape \[2, 5\]"
-    ):
+    with pytest.raises(ValueError, match=r"in module 'a' \(Linear\) on an input of shape \[2, 5\]"):
         differentiate(
             pair(lambda self, x: self.b(self.a(x))), inputs(2, 5), engine="functional", order=1
         )
