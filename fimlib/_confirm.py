@@ -7,8 +7,8 @@ agree with difference quotients of the network itself, in float64, at a few inpu
 
 v moves all parameters at once, so that each layer counts alike; layers whose influence on the
 outputs differs too much for that get directions of their own. S is a diagonal, which no single
-direction shows: it is compared entry by entry, at all entries of a small network and at some of
-every block of a large one. Before that, the network is called with each input alone and with
+direction shows: a sample of its entries is compared, at least one of every block, so a fault in few
+entries of one layer can escape. Before that, the network is called with each input alone and with
 several together: an output must be a function of its own input.
 
 Every output has a tolerance of its own, from its own size and its own rounding error, so that no

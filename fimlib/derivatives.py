@@ -241,8 +241,9 @@ def differentiate(
     ``nn.LSTM``, and where an activation works in place under "functional", they are torch's own,
     which lose digits in proportion to 1/(1 − |σ|).
 
-    Check: at up to 8 inputs J is compared with difference quotients of the outputs, S with those of
-    J, in float64; and the outputs of these inputs together with those of each alone.
+    Check: at up to 8 inputs J is compared with difference quotients of the outputs, in float64, a
+    sample of the entries of S with those of J, and the outputs of these inputs together with those
+    of each alone. A fault in few entries of S in one layer can escape it.
 
     Cost: that of the check, one forward pass, and one backward sweep that carries T + U rows for
     each of the B inputs, U the hidden units behind the next layer: split large batches where memory
