@@ -685,3 +685,48 @@ def test_too_coarse_numbers_are_told_from_wrong_ones():
     with pytest.raises(Unconfirmed, match=r"float32 rounds .* \.double\(\)"):
         judge(net, x, "traced", 2)
     judge(net.double(), x.double(), "traced", 2)
+
+
+class Doubled(torch.autograd.Function):
+    """z² with twice its derivative."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z**2
+
+    @staticmethod
+    def backward(ctx, g):
+        (z,) = ctx.saved_tensors
+        return 4 * z * g
+
+
+class Offset(nn.Module):
+    """One output, whose rounding errors hide quotients of short steps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.b(Doubled.apply(torch.erf(self.a(x)))) - 1e6
+
+
+class BesideALargeOutput(nn.Module):
+    """The second output mixes the inputs; the first is 10¹⁰ times as large."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return torch.cat([self.a(x) + 1e10, self.b(x - x.mean(0))], 1)
+
+
+@pytest.mark.parametrize("kind", [Offset, BesideALargeOutput])
+def test_large_outputs_hide_nothing(kind):
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
+    with pytest.raises(NotImplementedError, match=r"autograd says|others of the batch"):
+        fimlib.differentiate(kind().double(), x, order=1)
