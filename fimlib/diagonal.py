@@ -27,7 +27,9 @@ class Term:
     def dense(self, name: str) -> Tensor:
         """The entries of one parameter, [B, *shape]."""
         right = self.rights[name]
-        return self.left if right is None else torch.einsum("b...,bn->b...n", self.left, right)
+        if right is None:
+            return self.left.clone()  # the caller may write to it
+        return torch.einsum("b...,bn->b...n", self.left, right)
 
     def mean_over_inputs(self, name: str) -> Tensor:
         """The entries of one parameter, averaged over the inputs by one matmul: its shape."""

@@ -889,3 +889,21 @@ def test_a_class_in_the_place_of_a_family_is_refused():
         labels = family.observed(derivs.outputs, y)
         expected = family.observed(derivs.outputs, torch.tensor([1]))
         assert torch.equal(labels.weights, expected.weights)
+
+
+def test_what_is_read_may_be_written_to():
+    """A bias has no right factor, so that its values are those that are kept."""
+    net, x = mlp([3, 4, 2], nn.Tanh), inputs(2, 3)
+    derivs = differentiate(net, x)
+    I = fimlib.fisher_information(derivs, fimlib.Categorical())
+    reads = (
+        lambda: derivs.jacobian("0.bias"),
+        lambda: derivs.second("0.bias"),
+        lambda: I["0.bias"],
+        lambda: I.mean_over_inputs()["0.bias"],
+    )
+    for read in reads:
+        before = read().clone()
+        read().zero_()
+        assert before.any()
+        assert torch.equal(read(), before)
