@@ -132,10 +132,11 @@ def hessian_diagonal_approximation(
     Raises:
         ValueError: an unknown method; labels that were drawn for other outputs; what
             ``fimlib.differentiate`` refuses.
-        NotImplementedError: a module is neither linear nor elementwise.
+        NotImplementedError: a module is neither linear nor elementwise, or its derivatives by
+            autograd are not those of its values.
 
     Cost: one forward pass, and one backward sweep that carries one row and one diagonal per input,
-    whatever T and N.
+    whatever T and N; and the derivatives of the layerwise engine, which are confirmed first.
 
     Example: zero weights make σ = (⅓, ⅓, ⅓). The Hessian's diagonal is 2/9 for all classes, and
     Becker–LeCun sees it for the label's class, the first, alone.
@@ -150,6 +151,8 @@ def hessian_diagonal_approximation(
         [2.0, 2.0, 2.0]
         [2.0, 0.0, 0.0]
     """
+    from fimlib._choose import layerwise, tried  # which imports this module
+
     check_method(method)
     family_of(labels)
     model = check_module(model)
@@ -162,6 +165,9 @@ def hessian_diagonal_approximation(
                 "derivatives of tied parameters."
             )
         outputs, steps = record(model, x.detach().clone())
+        tried(
+            "layerwise", layerwise, model, x.detach(), 2, None, None
+        )  # are these its derivatives?
     check_labels(outputs, labels)
     gradient, diagonal = at_the_outputs(labels, method)
     terms = []

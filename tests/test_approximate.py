@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fimlib
 from fimlib import Bernoulli, Categorical, Gaussian, GaussianHead, Poisson
 from fimlib._approximate import METHODS, differentiate, hessian_diagonal_approximation
+from fimlib._confirm import Unconfirmed
 
 DEEP = [3, 5, 4, 6, 4, 3]
 
@@ -425,6 +426,18 @@ def test_convolutions_are_refused_by_name():
 class RandomOnce(nn.Module):
     def forward(self, x):
         return x + torch.rand_like(x)
+
+
+def test_what_the_recursion_rests_on_is_confirmed(monkeypatch):
+    def refuse(_model, _x, found, *_):
+        assert all(block.S is not None for block in found.blocks)
+        raise Unconfirmed("not the derivative")
+
+    net, x = mlp([3, 4, 3], nn.Tanh), inputs(2, 3)
+    labels = Categorical().sample(net(x).detach(), 1)
+    monkeypatch.setattr("fimlib._choose.confirm", refuse)
+    with pytest.raises(NotImplementedError, match="not the derivative"):
+        hessian_diagonal_approximation(net, x, labels)
 
 
 def test_other_refusals():
