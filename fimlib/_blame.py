@@ -28,14 +28,21 @@ class Call:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     result: Any
 
+    @property
+    def looks_up_padding(self) -> bool:
+        """Whether it looks up the one row of a table that autograd gives no derivative."""
+        row = getattr(self.module, "padding_idx", None)
+        indices = (t for t in tree_leaves(self.inputs) if isinstance(t, Tensor) and not is_real(t))
+        return row is not None and any(bool((t == row).any()) for t in indices)
+
     def __str__(self) -> str:
         if not self.name:
             return f"forward() of {type(self.module).__name__}"
         return f"module {self.name!r} ({type(self.module).__name__})"
 
 
-def wrong_module(own: nn.Module, x: Tensor, order: int) -> str | None:
-    """The innermost module whose derivative by autograd is not that of its values; None if none is.
+def wrong_module(own: nn.Module, x: Tensor, order: int) -> Call | None:
+    """The innermost call whose derivative by autograd is not that of its values; None if none is.
 
     Args:
         own: A private copy of the network.
@@ -45,7 +52,7 @@ def wrong_module(own: nn.Module, x: Tensor, order: int) -> str | None:
     for call in recorded(own, x):  # inner modules end first
         try:
             if not is_derivative(call, order):
-                return str(call)
+                return call
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # a module may resist being called by itself

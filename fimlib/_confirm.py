@@ -210,6 +210,12 @@ def explanation(claim: Claim) -> str:
             f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of "
             "the outputs."
         )
+    if where.looks_up_padding:
+        return (
+            f"{where}: padding_idx is among the indices, and its row counts in the outputs but not "
+            "in the gradient: set padding_idx=None, and mask the padded positions where they "
+            "should not count."
+        )
     if is_first:
         return (
             f"{where}: what autograd says is not the derivative of its values. Either something "

@@ -463,6 +463,17 @@ CASES = {
     "straight through, first order": refused(
         lambda: row(Ste()), rf"'1' \(Ste\): {CUT}", "layers", **FIRST
     ),
+    **{
+        f"padding counts, {name}": refused(
+            lambda: looked_up(padding_idx=1),
+            r"'e' \(Embedding\): padding_idx is among the indices",
+            "layers",
+            IDS,
+            looked_up,
+            **options,
+        )
+        for name, options in (("auto", {}), ("functional", {"engine": "functional"} | FIRST))
+    },
     "detached gate": refused(
         lambda: plain(lambda s: s * s.sigmoid().detach() + s**2), f"Own: {CUT}", "layers"
     ),
