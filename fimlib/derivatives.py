@@ -9,6 +9,7 @@ what is kept; nothing of size outputs × parameters is built unless it is asked 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ class Derivatives:
             if name in block.inputs:
                 left, z = getattr(block, which), block.inputs[name]
                 if z is None:
-                    return left  # type: ignore[no-any-return]
+                    return left.clone()  # type: ignore[no-any-return]
                 return torch.einsum("bt...,bn->bt...n", left, power(z, degree))
         known = ", ".join(n for block in self.blocks for n in block.inputs)
         raise KeyError(f"no parameter {name!r}; there are: {known}")
@@ -370,6 +371,9 @@ def check_no_global_hooks() -> None:
         )
 
 
+EMPTY = (dict, OrderedDict, set)  # types that ``separate`` copies by hand where they hold nothing
+
+
 def separate(model: nn.Module) -> nn.Module:
     """A copy to be called, so that nothing that a call changes is the caller's.
 
@@ -380,6 +384,9 @@ def separate(model: nn.Module) -> nn.Module:
     # no parameters
     kept = (t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None)
     memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in kept}
+    # the many empty dicts of hooks are most of what deepcopy() would take its time for
+    values = (v for m in model.modules() for v in vars(m).values())
+    memo |= {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
     try:
         own = copy.deepcopy(model, dict(memo))
     except (MemoryError, torch.OutOfMemoryError):
