@@ -150,6 +150,16 @@ class GaussianHead(Family):
         precision = torch.exp(-2 * (rho - rho_0))
         return torch.cat([(mu - mu_0) * torch.exp(-rho_0) * precision, -precision / 2], dim=1)
 
+    def _chain_rule(self, h: Tensor, J: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        """(μ'/s, ρ') and (μ''/s − 4ab, ρ'' − 2b²), in closed form."""
+        scale = torch.exp(-h.chunk(2, dim=1)[1])
+        (mu, b), (curvature, d) = (D.double().chunk(2, dim=1) for D in (J, S))
+        scale = scale.reshape(*scale.shape, *(1,) * (J.ndim - 2))
+        a = scale * mu
+        first = torch.cat([a, b], dim=1)
+        second = torch.cat([scale * curvature - 4 * a * b, d - 2 * b.square()], dim=1)
+        return first, second
+
     def log_partition(self, h: Tensor) -> Tensor:
         """Σ μ²/(2s²) + log s, that of t = (y, y²): the units of ``link`` play no part in it."""
         mu, rho = h.double().chunk(2, dim=1)

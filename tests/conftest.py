@@ -1,8 +1,12 @@
-"""No test writes into the project's own notebooks and data."""
+"""No test writes into the project's own notebooks and data; each works on one core."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, and torch's threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in subprocesses
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("notebooks/*.ipynb", "notebooks/*.yml", "data/*", "data/reference/*")

@@ -10,6 +10,7 @@ from torch import nn
 
 import fimlib
 from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
+from fimlib.family import Family
 from fimlib.spectra import lambda_max_certified, lambda_max_multistart
 
 H = inputs(3, 4)
@@ -720,3 +721,15 @@ def test_moments_at_once_are_the_moments_one_by_one(probabilities):
     single = family.moments(h, dtype=torch.float32)(J.float(), S.float())
     assert all(value.dtype == torch.float32 for value in single.values())
     assert torch.allclose(single["I"].double(), expected["I"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_the_chain_rule_of_a_gaussian_head_is_that_of_its_link(shape):
+    torch.manual_seed(0)
+    h = 2 * torch.randn(3, 4, dtype=torch.float64)
+    J, S = (torch.randn(3, 4, *shape, dtype=torch.float64) for _ in range(2))
+    family = GaussianHead()
+    for ours, right in zip(
+        family._chain_rule(h, J, S), Family._chain_rule(family, h, J, S), strict=True
+    ):
+        torch.testing.assert_close(ours, right)
