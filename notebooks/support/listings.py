@@ -18,7 +18,7 @@ FOLDERS = ("fimlib", "notebooks/support/checks", "tests")
 
 def paths() -> list[Path]:
     """The files that have a page."""
-    return sorted(path for folder in FOLDERS for path in (results.ROOT / folder).glob("*.py"))
+    return sorted(path for folder in FOLDERS for path in (results.ROOT / folder).rglob("*.py"))
 
 
 def page_name(path: Path) -> str:

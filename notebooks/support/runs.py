@@ -254,12 +254,12 @@ def sources(notebook: Path) -> list[Path]:
     words = set(re.findall(r"\w+", " ".join(c.source for c in cells if c.cell_type == "code")))
     modules = [path for path in SUPPORT.glob("*.py") if path.stem in words]
     packages = [path for path in SUPPORT.glob("*/*.py") if path.parent.name in words]
-    return sorted([*FIMLIB.glob("*.py"), *modules, *packages])
+    return sorted([*FIMLIB.rglob("*.py"), *modules, *packages])
 
 
 def fimlib_digest() -> str:
     """SHA-256 of fimlib's code."""
-    return results.digest(code(path) for path in sorted(FIMLIB.glob("*.py")))
+    return results.digest(code(path) for path in sorted(FIMLIB.rglob("*.py")))
 
 
 def code(path: Path) -> bytes:
