@@ -15,8 +15,6 @@ Example: how far can one trust Î₁ and Î₂ of a classifier, given one input 
 """
 
 # Diagonal approximations of the Hessian by others, to compare with.
-from fimlib._approximate import hessian_diagonal_approximation
-
 # Section 4, Appendices B and C: bounds.
 from fimlib.bounds import (
     Bounds,
@@ -37,7 +35,7 @@ from fimlib.bounds import (
 )
 
 # Section 3: derivatives of the network.
-from fimlib.derivatives import Block, Derivatives, differentiate
+from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
 
 # Section 6, Appendix F: the data Fisher information ("empirical Fisher").
@@ -49,10 +47,13 @@ from fimlib.empirical import (
     kl_gradient,
     reparameterise,
 )
+from fimlib.engines.approximate import hessian_diagonal_approximation
+from fimlib.engines.choose import differentiate
 
 # Sections 1 and 5: output families.
 from fimlib.families import Bernoulli, Categorical, Independent, Poisson
-from fimlib.family import Family, Labels
+from fimlib.families.base import Family, Labels
+from fimlib.families.gaussian import Gaussian, GaussianHead
 
 # Sections 1 and 3, Appendix A: the Fisher information, its estimators, their variances.
 from fimlib.fisher import (
@@ -65,7 +66,6 @@ from fimlib.fisher import (
     variance_i1,
     variance_i2,
 )
-from fimlib.gaussian import Gaussian, GaussianHead
 
 # Section 3, where there is no exact S: an estimate of V₂.
 from fimlib.hutchinson import HutchinsonEstimate, hutchinson_variance_i2

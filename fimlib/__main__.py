@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fimlib.families import Bernoulli, Categorical, Poisson
-from fimlib.family import Family
-from fimlib.gaussian import Gaussian, GaussianHead
-from fimlib.summary import NUM_PROBES, Summary, summarise
+from fimlib.families.base import Family
+from fimlib.families.categorical import Categorical
+from fimlib.families.gaussian import Gaussian, GaussianHead
+from fimlib.families.independent import Bernoulli, Poisson
+from fimlib.summary.measure import NUM_PROBES, Summary, summarise
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "categorical": Categorical,

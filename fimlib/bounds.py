@@ -14,13 +14,9 @@ from torch import Tensor
 
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families import (
-    Categorical,
-    Family,
-    Gaussian,
-    check_num_samples,
-    softmax_covariance,
-)
+from fimlib.families.base import Family, check_num_samples
+from fimlib.families.categorical import Categorical, softmax_covariance
+from fimlib.families.gaussian import Gaussian
 from fimlib.spectra import (
     Spectrum,
     fourth_moment_spectrum,

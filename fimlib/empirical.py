@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families import Labels, check_num_samples, weighted_variance
+from fimlib.families.base import Labels, check_num_samples, weighted_variance
 from fimlib.fisher import check_labels, estimate_i1, family_of
 from fimlib.matrices import estimate_i1_matrix, jacobian
 

@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fimlib._probabilities import warn_of_probabilities
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families import Family, Labels, check_num_samples, weighted_variance
-from fimlib.family import check_family
+from fimlib.families.base import Family, Labels, check_family, check_num_samples, weighted_variance
+from fimlib.families.probabilities import warn_of_probabilities
 
 
 def fisher_information(derivs: Derivatives, family: Family) -> Diagonal:

@@ -16,10 +16,13 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from fimlib._choose import checked
-from fimlib._confirm import STRENGTHS, Truth, shifted, step_of
-from fimlib._forward_mode import twice_differentiable
-from fimlib._functional import (
+from fimlib.derivatives import Block, Derivatives
+from fimlib.diagonal import Diagonal, Term
+from fimlib.engines.checks import check_module
+from fimlib.engines.choose import checked
+from fimlib.engines.confirm import STRENGTHS, Truth, shifted, step_of
+from fimlib.engines.forward_mode import twice_differentiable
+from fimlib.engines.functional import (
     PerParameter,
     one_by_one,
     outputs_from,
@@ -28,9 +31,8 @@ from fimlib._functional import (
     split,
     values_of,
 )
-from fimlib.derivatives import Block, Derivatives, check_module, perturb, selected, separate
-from fimlib.diagonal import Diagonal, Term
-from fimlib.families import Family, check_num_samples
+from fimlib.engines.model import perturb, selected, separate
+from fimlib.families.base import Family, check_num_samples
 
 BLOCKS = 32  # means of probes that are kept, at most
 OFFSETS = 4  # pairs of every block, for the error bar

@@ -18,8 +18,14 @@ import torch
 from torch import Tensor
 
 from fimlib.derivatives import Batch, Derivatives
-from fimlib.families import Family, Labels, weighted_variance
-from fimlib.family import QUANTITIES, Moments, check_family
+from fimlib.families.base import (
+    QUANTITIES,
+    Family,
+    Labels,
+    Moments,
+    check_family,
+    weighted_variance,
+)
 from fimlib.fisher import check_labels, family_of
 from fimlib.precision import chebyshev, check_estimator
 from fimlib.spectra import Spectrum, spectrum

@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fimlib._choose import checked
-from fimlib._confirm import confirm_hessian
-from fimlib._forward_mode import twice_differentiable
-from fimlib._probabilities import warn_of_probabilities
-from fimlib._rewrite import rewritten
-from fimlib.derivatives import call_with, check_model, check_module, kept_random_state, separate
-from fimlib.families import Family, Labels
+from fimlib.engines.checks import check_model, check_module
+from fimlib.engines.choose import checked
+from fimlib.engines.confirm import confirm_hessian
+from fimlib.engines.forward_mode import twice_differentiable
+from fimlib.engines.model import call_with, kept_random_state, separate
+from fimlib.engines.rewrite import rewritten
+from fimlib.families.base import Family, Labels
+from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.fisher import check_labels, family_of
 
 

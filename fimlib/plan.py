@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib._choose import checked
-from fimlib.derivatives import APPROXIMATE, call_with, check_module, selected, separate
+from fimlib.engines.checks import check_module
+from fimlib.engines.choose import APPROXIMATE, checked
+from fimlib.engines.model import call_with, selected, separate
 from fimlib.streaming import memory
 
 REPETITIONS = 3

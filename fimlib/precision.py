@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fimlib.derivatives import Derivatives
-from fimlib.families import Family
+from fimlib.families.base import Family
 from fimlib.fisher import fisher_information, variance_i1, variance_i2
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fimlib.families import Family
+from fimlib.families.base import Family
 
 
 class Spectrum(NamedTuple):

@@ -26,20 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from fimlib._choose import prepare
-from fimlib._confirm import few
-from fimlib._probabilities import warn_of_probabilities
-from fimlib.derivatives import (
-    WRAPPER,
-    Batch,
-    add_axis,
-    all_finite,
-    call,
-    check_module,
-    differentiate,
-    separate,
-)
-from fimlib.families import Family
+from fimlib.derivatives import Batch, all_finite
+from fimlib.engines.checks import WRAPPER, add_axis, check_module
+from fimlib.engines.choose import differentiate, prepare
+from fimlib.engines.confirm import few
+from fimlib.engines.model import call, separate
+from fimlib.families.base import Family
+from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.joint import Joint
 
 BATCH_BYTES = 256 * 2**20

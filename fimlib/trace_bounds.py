@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fimlib.bounds import eigenvalues_for
 from fimlib.derivatives import Block, Derivatives
-from fimlib.families import Family, check_num_samples
+from fimlib.families.base import Family, check_num_samples
 from fimlib.spectra import Spectrum, symmetric_pairs
 
 MAX_ENTRIES = 2**27  # B·T⁴ float64 numbers, 1 GiB

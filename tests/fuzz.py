@@ -430,7 +430,7 @@ def compare(what, name, ours, right, slack):
 def is_own(error):
     """Whether an error is one of fimlib's, raised there on purpose."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    is_inside = Path(last.filename).parent == Path(fimlib.__file__).parent
+    is_inside = Path(last.filename).is_relative_to(Path(fimlib.__file__).parent)
     return type(error) in REFUSALS and is_inside and last.line.startswith("raise ")
 
 

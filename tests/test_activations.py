@@ -83,7 +83,7 @@ def derivatives(module, s, engine, dtype=torch.float64):
 @pytest.fixture
 def unconfirmed(monkeypatch):
     """Without the comparison with torch's own values, which have no digits there."""
-    monkeypatch.setattr("fimlib._choose.confirm", lambda *_: None)
+    monkeypatch.setattr("fimlib.engines.choose.confirm", lambda *_: None)
 
 
 @pytest.mark.usefixtures("unconfirmed")

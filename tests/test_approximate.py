@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fimlib
 from fimlib import Bernoulli, Categorical, Gaussian, GaussianHead, Poisson
-from fimlib._approximate import METHODS, differentiate, hessian_diagonal_approximation
-from fimlib._confirm import Unconfirmed
+from fimlib.engines.approximate import METHODS, differentiate, hessian_diagonal_approximation
+from fimlib.engines.confirm import Unconfirmed
 
 DEEP = [3, 5, 4, 6, 4, 3]
 
@@ -435,7 +435,7 @@ def test_what_the_recursion_rests_on_is_confirmed(monkeypatch):
 
     net, x = mlp([3, 4, 3], nn.Tanh), inputs(2, 3)
     labels = Categorical().sample(net(x).detach(), 1)
-    monkeypatch.setattr("fimlib._choose.confirm", refuse)
+    monkeypatch.setattr("fimlib.engines.choose.confirm", refuse)
     with pytest.raises(NotImplementedError, match="not the derivative"):
         hessian_diagonal_approximation(net, x, labels)
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
-from fimlib.derivatives import APPROXIMATE, EXACT
+from fimlib.engines.choose import APPROXIMATE, EXACT
 
 FAMILY = fimlib.Gaussian()
 

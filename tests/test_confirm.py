@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 import fimlib
-from fimlib import _choose
-from fimlib._confirm import Unconfirmed, confirm
+from fimlib.engines import choose
+from fimlib.engines.confirm import Unconfirmed, confirm
 
 # Right derivatives that are changed.
 
@@ -58,7 +58,7 @@ def network(name, dtype=torch.float64, batch=5):
 
 def judge(net, x, engine, order, change=lambda d: d, rows=None):
     """Confirm what an engine finds, if it always made this change to it."""
-    attempt = _choose.ENGINES[engine].attempts(order)[0]
+    attempt = choose.ENGINES[engine].attempts(order)[0]
 
     def found(model, x):
         return change(attempt(model, x, order, None, rows).derivatives())
@@ -221,7 +221,7 @@ def test_rows_that_were_carried_back_are_judged(change, dtype):
     """J and S of the residuals' directions, as ``accumulate`` has them."""
     net, x, engine, order = network("mlp", dtype)
     rows = fimlib.Categorical().directions_of_labels
-    assert _choose.layerwise(net, x, 2, None, rows).derivatives().projected
+    assert choose.layerwise(net, x, 2, None, rows).derivatives().projected
     if change is None:
         judge(net, x, engine, order, rows=rows)
         return

@@ -680,7 +680,7 @@ def test_tied_parameters_have_their_total_derivatives():
 
 
 def test_prepared_derivatives_are_the_same_and_refuse_other_types():
-    from fimlib._choose import prepare
+    from fimlib.engines.choose import prepare
 
     net, x = mlp([3, 5, 3], nn.Sigmoid), inputs(4, 3)
     again = prepare(net)
@@ -697,7 +697,7 @@ def test_prepared_derivatives_are_the_same_and_refuse_other_types():
 
 
 def test_seeds_are_carried_back_in_the_place_of_the_outputs():
-    from fimlib._choose import prepare
+    from fimlib.engines.choose import prepare
 
     net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=2.0), inputs(4, 3)
     family = fimlib.Categorical()
@@ -722,10 +722,10 @@ def test_known_activations_are_differentiated_like_unknown_ones():
     That is right to 1e-15 of 1, but where torch rounds a constant to float32; ``test_activations``
     looks closer. At the kinks, torch's choice is ours.
     """
-    from fimlib import _layerwise
+    from fimlib.engines import layerwise
 
     s = torch.linspace(-4, 4, 41).double().reshape(1, -1)
-    for kind, curve_of in _layerwise.ACTIVATIONS.items():
+    for kind, curve_of in layerwise.ACTIVATIONS.items():
         for module in (*([] if kind is nn.Threshold else [kind()]), *OTHER_SETTINGS.get(kind, ())):
             curve = curve_of(module)
             z, (one, two) = curve.value(s), curve.slopes(s)
@@ -734,7 +734,7 @@ def test_known_activations_are_differentiated_like_unknown_ones():
                 rough = torch.func.jvp(module, (s,), (torch.ones_like(s),))[1]
                 assert torch.allclose(one, rough, rtol=1e-7, atol=0)
                 continue
-            expected, first, second = _layerwise.two_derivatives(module.eval(), s)
+            expected, first, second = layerwise.two_derivatives(module.eval(), s)
             exact = kind is not nn.CELU or module.alpha == 1
             rtol = 1e-12 if exact else 1e-6
             assert torch.allclose(z, expected, rtol=rtol, atol=1e-15), module

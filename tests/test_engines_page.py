@@ -22,7 +22,7 @@ def test_the_code_on_the_page_runs(capsys):
 
 
 def test_the_table_names_every_engine():
-    from fimlib.derivatives import APPROXIMATE, EXACT
+    from fimlib.engines.choose import APPROXIMATE, EXACT
 
     table = PAGE.read_text().split("## Ask first")[0]
     for engine in (*EXACT, *APPROXIMATE):

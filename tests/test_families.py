@@ -10,7 +10,7 @@ from torch import nn
 
 import fimlib
 from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
-from fimlib.family import Family
+from fimlib.families.base import Family
 from fimlib.spectra import lambda_max_certified, lambda_max_multistart
 
 H = inputs(3, 4)

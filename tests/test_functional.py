@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 import fimlib
-from fimlib import _forward_mode, _functional, differentiate
+from fimlib import differentiate
+from fimlib.engines import forward_mode, functional
 
 
 class Call(nn.Module):
@@ -197,14 +198,14 @@ def test_theorem_4_1_holds_and_its_bounds_are_those_of_the_dense_tensors(name):
 
 
 @each
-@pytest.mark.parametrize("way", [_functional.vectorised, _functional.one_by_one])
+@pytest.mark.parametrize("way", [functional.vectorised, functional.one_by_one])
 def test_both_ways_give_the_oracle_j(name, way):
     make, x = NETWORKS[name]
     net = make()
     try:
         J = way(copy.deepcopy(net), x, [n for n, _ in net.named_parameters()])
     except Exception:
-        assert way is _functional.vectorised
+        assert way is functional.vectorised
         assert name in ("LSTM", "GRU", "in-place", "control flow")  # what vmap cannot follow
         return
     for b, one in enumerate(x.split(1)):
@@ -254,10 +255,10 @@ def test_both_orders_agree_with_the_oracle(name):
                 assert close(derivs.second(parameter)[b] / scale, S[own] / scale), parameter
 
 
-@pytest.mark.parametrize("way", _forward_mode.WAYS)
+@pytest.mark.parametrize("way", forward_mode.WAYS)
 def test_all_ways_to_second_derivatives_agree(way):
     net, x = attention(), TOKENS
-    found = _functional.differentiate(net, x, wanted=None, way=_functional.second_order(way))
+    found = functional.differentiate(net, x, wanted=None, way=functional.second_order(way))
     for b, one in enumerate(x.split(1)):
         _, S = reference.derivatives(net, one)
         for name in S:
@@ -265,7 +266,7 @@ def test_all_ways_to_second_derivatives_agree(way):
 
 
 def test_many_parameters_are_refused_with_the_cost_and_a_part_that_works(monkeypatch):
-    monkeypatch.setattr(_forward_mode, "MANY_PARAMETERS", 60)
+    monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", 60)
     net = attention()
     message = (
         r"each of 115 parameters, about a second for these . inputs.*'attend.out_proj', 'head'"
@@ -328,9 +329,9 @@ def test_a_tied_parameter_has_the_total_derivative_under_its_first_name():
 
 def test_only_the_wanted_parameters_are_differentiated(monkeypatch):
     asked = []
-    way = _functional.vectorised
+    way = functional.vectorised
     monkeypatch.setattr(
-        _functional, "vectorised", lambda own, x, names: asked.append(names) or way(own, x, names)
+        functional, "vectorised", lambda own, x, names: asked.append(names) or way(own, x, names)
     )
     net = transformer()
     whole = differentiate(net, TOKENS, engine="functional", order=1)
@@ -345,7 +346,7 @@ def test_only_the_wanted_parameters_are_differentiated(monkeypatch):
 def test_chunks_of_inputs_change_nothing(monkeypatch):
     x = torch.randint(5, (7, 3), generator=torch.Generator().manual_seed(0))
     whole = differentiate(transformer(), x, engine="functional", order=1)
-    monkeypatch.setattr(_functional, "NUMBERS_AT_A_TIME", 1500)  # two inputs
+    monkeypatch.setattr(functional, "NUMBERS_AT_A_TIME", 1500)  # two inputs
     parts = differentiate(transformer(), x, engine="functional", order=1)
     for a, b in zip(whole.blocks, parts.blocks, strict=True):
         assert close(a.J, b.J, 1e-14)

@@ -863,7 +863,7 @@ def test_float32_that_is_too_narrow_is_refused():
 
 
 def test_projected_derivatives_are_for_moments_only():
-    from fimlib._choose import prepare
+    from fimlib.engines.choose import prepare
 
     class Capped(Categorical):
         def link(self, h, at):  # noqa: ARG002

@@ -22,8 +22,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import fimlib
-from fimlib import _forward_mode, differentiate
-from fimlib.derivatives import separate
+from fimlib import differentiate
+from fimlib.engines import forward_mode
+from fimlib.engines.model import separate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
@@ -825,7 +826,7 @@ def test_there_are_rows_of_every_kind():
 
 
 def test_many_parameters_are_refused_with_their_cost_and_what_works(monkeypatch):
-    monkeypatch.setattr(_forward_mode, "MANY_PARAMETERS", 40)
+    monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", 40)
     message = message_of(built(lambda: recurrent(nn.GRU)), X, {})
     assert re.search(
         r"one pass for each of 71 parameters, about a second for these 3 inputs", message
@@ -839,7 +840,7 @@ def test_many_parameters_are_refused_with_their_cost_and_what_works(monkeypatch)
     "build", [lambda: row(Ste()), lambda: plain(lambda s: s - s.mean(0))], ids=["cut", "mixed"]
 )
 def test_cost_does_not_hide_another_cause(monkeypatch, build):
-    monkeypatch.setattr(_forward_mode, "MANY_PARAMETERS", 5)
+    monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", 5)
     message = message_of(built(build), X, {})
     assert re.search(f"{CUT}|{MIXES}", message)
     assert "engine=" not in message

@@ -7,7 +7,7 @@ from strategies import inputs
 from test_activations import DEFINITIONS, NEAR, exact
 from torch import nn
 
-from fimlib._rewrite import RULES, elementwise, rewritten
+from fimlib.engines.rewrite import RULES, elementwise, rewritten
 
 CHANNELS = inputs(6, 1)[:, 0]
 WIDTHS = inputs(5, 1)[:, 0] + 2

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fimlib
-from fimlib import Categorical, Gaussian, Joint, _layerwise, differentiate, streaming
+from fimlib import Categorical, Gaussian, Joint, differentiate, streaming
 from fimlib import joint as joint_module
-from fimlib._choose import prepare
+from fimlib.engines import layerwise
+from fimlib.engines.choose import prepare
 from fimlib.streaming import LiveBytes, accumulate, default_batch_size, memory
 
 NET, X = mlp([4, 5, 3], nn.Tanh, scale=1.5), inputs(11, 4)
@@ -77,12 +78,12 @@ def test_pieces_as_small_as_they_get_give_the_same(dtype, method, monkeypatch):
     net, x = net.to(dtype), x.to(dtype)
     expected = whole(net, x, Categorical(), method=method, dtype=dtype)
     sizes = []
-    sweep = _layerwise.backward
-    monkeypatch.setattr(_layerwise, "PIECE_BYTES", 1)
-    monkeypatch.setattr(_layerwise, "BLOCK_BYTES", 1)
+    sweep = layerwise.backward
+    monkeypatch.setattr(layerwise, "PIECE_BYTES", 1)
+    monkeypatch.setattr(layerwise, "BLOCK_BYTES", 1)
     monkeypatch.setattr(joint_module, "ROWS", 7)
     monkeypatch.setattr(
-        _layerwise, "backward", lambda J, *rest: (sizes.append(len(J)), sweep(J, *rest))[1]
+        layerwise, "backward", lambda J, *rest: (sizes.append(len(J)), sweep(J, *rest))[1]
     )
     found = accumulate(net, x, Categorical(), batch_size=50, method=method, dtype=dtype)
     assert sizes == [8, 16, 16, 16, 2]  # eight are confirmed
@@ -90,7 +91,7 @@ def test_pieces_as_small_as_they_get_give_the_same(dtype, method, monkeypatch):
 
 
 def test_float32_that_is_too_narrow_is_seen_in_any_piece(monkeypatch):
-    monkeypatch.setattr(_layerwise, "PIECE_BYTES", 1)
+    monkeypatch.setattr(layerwise, "PIECE_BYTES", 1)
     net, x = mlp([4, 5, 4, 3], nn.Tanh).float(), inputs(40, 4).float()
     options = {"batch_size": 40, "dtype": torch.float32, "method": None}
     assert accumulate(net, x, Categorical(), **options).count == 40

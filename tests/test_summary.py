@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import fimlib
-from fimlib import _forward_mode, _summary_plot, _summary_text
-from fimlib import summary as module
+from fimlib.engines import forward_mode
+from fimlib.summary import measure as module
+from fimlib.summary import plot as drawing
+from fimlib.summary import text as words
 
 FAMILIES = {
     "categorical": fimlib.Categorical(),
@@ -230,7 +232,7 @@ def test_the_error_of_an_estimate_is_that_of_its_probes_or_of_its_inputs(count, 
 
 
 def test_large_networks_without_an_exact_s_are_estimated(monkeypatch):
-    monkeypatch.setattr(_forward_mode, "MANY_PARAMETERS", 20)
+    monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", 20)
     x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
     found = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)
     again = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)
@@ -253,7 +255,7 @@ def test_the_callers_random_numbers_stay(monkeypatch):
     network = attends()
     before = torch.get_rng_state()
     for most in (10_000, 0):
-        monkeypatch.setattr(_forward_mode, "MANY_PARAMETERS", most)
+        monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", most)
         fimlib.summarise(network, x, FAMILIES["categorical"], num_probes=4)
         assert torch.equal(torch.get_rng_state(), before)
 
@@ -331,7 +333,7 @@ def test_the_table_is_aligned_and_says_what_it_found():
         cells = re.split(r"\s{2,}", line)
         assert cells[0] == row.layer
         assert cells[-1] == f"Î{'₁₂'[row.better - 1]}"
-        assert cells[3] == _summary_text.percent(row.relative_sd_i1)
+        assert cells[3] == words.percent(row.relative_sd_i1)
         assert cells[6] == f"{row.labels_needed_i2:,.0f}"
     best = max(
         row.labels_needed_i2 if row.better == 2 else row.labels_needed_i1 for row in found.layers
@@ -479,10 +481,10 @@ def contrast_to_white(rgb):
 def test_where_no_place_is_free_a_name_stands_where_there_is_most_room():
     at = np.array([[0.5, y] for y in np.linspace(0, 1, 101)])
     places = [np.array([0.5, 0.5]), np.array([0.47, 0.5]), np.array([0.48, 0.5])]
-    found = _summary_plot.freest(places, np.array([0.1, 0.1]), [at])
+    found = drawing.freest(places, np.array([0.1, 0.1]), [at])
     assert found.tolist() == [0.47, 0.5]
     free = np.array([0.6, 0.5])
-    found = _summary_plot.freest([*places, free, free + 0.1], np.array([0.1, 0.1]), [at])
+    found = drawing.freest([*places, free, free + 0.1], np.array([0.1, 0.1]), [at])
     assert found.tolist() == free.tolist()
 
 

@@ -421,7 +421,7 @@ def test_traced_equals_autograd(case):
 def test_tangents_and_rows_give_the_same(case, forward, monkeypatch):
     net, x = network(case)
     expected = differentiate(net, x, engine="traced")
-    monkeypatch.setattr("fimlib._traced.tangents_are_fewer", lambda *_: forward)
+    monkeypatch.setattr("fimlib.engines.traced.second_order.tangents_are_fewer", lambda *_: forward)
     derivs = differentiate(net, x, engine="traced")
     for name, _ in net.named_parameters():
         ours, exact = derivs.second(name), expected.second(name)
@@ -561,7 +561,7 @@ def test_embeddings_that_do_more_than_look_up_are_refused(options, message, orde
 def test_pieces_of_a_batch_change_nothing(monkeypatch):
     net, x = IMAGES["lenet"](), inputs(7, 25).view(7, 1, 5, 5)
     expected = [differentiate(net, x, engine="traced", order=order) for order in (1, 2)]
-    monkeypatch.setattr("fimlib._traced.NUMBERS_AT_A_TIME", 2**12)
+    monkeypatch.setattr("fimlib.engines.traced.second_order.NUMBERS_AT_A_TIME", 2**12)
     for order, exact in zip((1, 2), expected, strict=True):
         ours = differentiate(net, x, engine="traced", order=order)
         for a, b in zip(ours.blocks, exact.blocks, strict=True):
@@ -788,7 +788,7 @@ def test_layers_come_in_the_order_of_use():
 def test_chunks_of_units_change_nothing(monkeypatch):
     net, x = network("lenet")
     expected = differentiate(net, x)
-    monkeypatch.setattr("fimlib._traced.NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr("fimlib.engines.traced.second_order.NUMBERS_AT_A_TIME", 1)
     for ours, exact in zip(differentiate(net, x).blocks, expected.blocks, strict=True):
         assert torch.allclose(ours.S, exact.S, rtol=1e-12, atol=1e-15)
 

@@ -13,7 +13,7 @@ from typing import Any
 # left out. torch imports its compiler once a dispatch mode counts, which takes seconds.
 PRELOAD = [
     "support.bench.measure",
-    "fimlib._traced",
+    "fimlib.engines.traced.second_order",
     "torch._dynamo",
     "torch._decomp",
     "backpack.extensions",

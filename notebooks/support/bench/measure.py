@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fimlib._choose import prepare
+from fimlib.engines.choose import prepare
 from support import results
 from support.bench import agreement, candidates, networks
 from support.bench.candidates import Call, Candidate, Values

@@ -6,7 +6,7 @@ mode. That takes one pass for every entry of every parameter, and nothing of the
 known: softmax, attention, norms, recurrence and tied parameters are included.
 
 In torch 2.13 forward mode over forward mode is wrong in places, and nothing says so: through norms
-(which ``_rewrite`` writes out), ``torch.linalg.solve`` (terms count twice), and an
+(which ``rewrite`` writes out), ``torch.linalg.solve`` (terms count twice), and an
 ``autograd.Function`` with a ``jvp()`` of its own (whose second derivatives are lost). There the
 check of all engines refuses it, and reverse mode over reverse mode follows, output by output.
 """
@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fimlib._rewrite import rewritten
-from fimlib.derivatives import Block, Derivatives, call_with
+from fimlib.derivatives import Block, Derivatives
+from fimlib.engines.model import call_with
+from fimlib.engines.rewrite import rewritten
 
 if TYPE_CHECKING:
     from tqdm import tqdm

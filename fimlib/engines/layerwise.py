@@ -19,19 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimlib import _activations as curves
-from fimlib._activations import Curve
-from fimlib._trace import CapturedError, Uncaptured
-from fimlib.derivatives import (
-    Batch,
-    Block,
-    Derivatives,
-    Seeds,
-    all_finite,
-    check_no_global_hooks,
-    is_same,
-    separate,
-)
+from fimlib.derivatives import Batch, Block, Derivatives, Seeds, all_finite
+from fimlib.engines import activations as curves
+from fimlib.engines.activations import Curve
+from fimlib.engines.checks import check_no_global_hooks
+from fimlib.engines.model import is_same, separate
+from fimlib.engines.traced.graph import CapturedError, Uncaptured
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # The curves of torch's own activations, without what they do in place.

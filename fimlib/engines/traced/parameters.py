@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib._carry import Tangents, sum_to
-from fimlib._trace import Edge, Trace, kind, shape
+from fimlib.engines.traced.graph import Edge, Trace, kind, shape
+from fimlib.engines.traced.linearised import Tangents, sum_to
 
 Pull = Callable[[Tensor, int], Tensor]
 # Every number in the result is one number of the argument.

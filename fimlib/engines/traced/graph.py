@@ -20,8 +20,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
-from fimlib._rewrite import Activation, rewritten
-from fimlib.derivatives import check_outputs, failed, separate, tensors
+from fimlib.engines.checks import check_outputs, failed
+from fimlib.engines.model import separate, tensors
+from fimlib.engines.rewrite import Activation, rewritten
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
 

@@ -12,16 +12,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import (
-    Block,
-    Derivatives,
-    check_no_global_hooks,
-    check_outputs,
-    failed,
-    separate,
-    short,
-    tensors,
-)
+from fimlib.derivatives import Block, Derivatives
+from fimlib.engines.checks import check_no_global_hooks, check_outputs, failed, short
+from fimlib.engines.model import separate, tensors
 
 
 def differentiate(

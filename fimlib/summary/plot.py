@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimlib._summary_text import title
+from fimlib.summary.text import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

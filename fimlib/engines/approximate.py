@@ -41,20 +41,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fimlib import _layerwise
-from fimlib._layerwise import ElementwiseStep, LinearStep, Steps, right_factors
-from fimlib.derivatives import (
-    Block,
-    Derivatives,
-    check_model,
-    check_module,
-    check_plain,
-    kept_random_state,
-    tied,
-)
+from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal, Term
-from fimlib.families import Categorical
-from fimlib.family import Labels
+from fimlib.engines import layerwise
+from fimlib.engines.checks import check_model, check_module, check_plain
+from fimlib.engines.layerwise import ElementwiseStep, LinearStep, Steps, right_factors
+from fimlib.engines.model import kept_random_state, tied
+from fimlib.families.base import Labels
+from fimlib.families.categorical import Categorical
 from fimlib.fisher import check_labels, family_of
 
 METHODS = ("becker-lecun", "hesscale")
@@ -91,7 +85,7 @@ def differentiate(
     """
     check_method(method)
     if order == 1:
-        exact = _layerwise.differentiate(model, x, order=1, wanted=wanted).derivatives()
+        exact = layerwise.differentiate(model, x, order=1, wanted=wanted).derivatives()
         return dataclasses.replace(exact, engine=method)
     outputs, steps = record(model, x)
     size, num_outputs = outputs.shape
@@ -151,7 +145,7 @@ def hessian_diagonal_approximation(
         [2.0, 2.0, 2.0]
         [2.0, 0.0, 0.0]
     """
-    from fimlib._choose import layerwise, tried  # which imports this module
+    from fimlib.engines.choose import attempt_layerwise, tried  # which imports this module
 
     check_method(method)
     family_of(labels)
@@ -165,9 +159,7 @@ def hessian_diagonal_approximation(
                 "derivatives of tied parameters."
             )
         outputs, steps = record(model, x.detach().clone())
-        tried(
-            "layerwise", layerwise, model, x.detach(), 2, None, None
-        )  # are these its derivatives?
+        tried("layerwise", attempt_layerwise, model, x.detach(), 2, None, None)  # or an error
     check_labels(outputs, labels)
     gradient, diagonal = at_the_outputs(labels, method)
     terms = []
@@ -235,7 +227,7 @@ def record(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
         ValueError: the outputs are not finite.
     """
     try:
-        outputs, steps = _layerwise.record(model, x)
+        outputs, steps = layerwise.record(model, x)
     except NotImplementedError as refusal:
         raise NotImplementedError(
             f"the approximate engines take what the layerwise engine takes. {refusal}"

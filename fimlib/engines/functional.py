@@ -2,7 +2,7 @@ r"""Exact J and S of any network with outputs of each input alone, by autograd a
 
 J = ∂h comes from one backward pass per output, over all inputs at once (``vmap`` of ``jacrev``);
 where ``vmap`` cannot follow the network, from plain autograd, input by input. S comes from forward
-mode along each parameter (``_forward_mode``). Nothing of the operations has to be known; what
+mode along each parameter (``forward_mode``). Nothing of the operations has to be known; what
 autograd believes of them is confirmed like any engine's results.
 """
 
@@ -15,20 +15,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fimlib import _forward_mode
-from fimlib._forward_mode import Curves
-from fimlib._rewrite import rewritten
-from fimlib._trace import Uncaptured, walk, without_randomness
-from fimlib.derivatives import (
-    Block,
-    Derivatives,
-    call_with,
-    check_outputs,
-    is_same,
-    separate,
-    short,
-    tensors,
-)
+from fimlib.derivatives import Block, Derivatives
+from fimlib.engines import forward_mode
+from fimlib.engines.checks import check_outputs, short
+from fimlib.engines.forward_mode import Curves
+from fimlib.engines.model import call_with, is_same, separate, tensors
+from fimlib.engines.rewrite import rewritten
+from fimlib.engines.traced.graph import Uncaptured, walk, without_randomness
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
 
@@ -83,9 +76,7 @@ def first_order(jacobian: Jacobian) -> Way:
 
 def second_order(curves: Curves) -> Way:
     """J and S, by one of the ways to curves along the parameters."""
-    return lambda own, x, names, outputs: _forward_mode.differentiate(
-        own, x, names, outputs, curves
-    )
+    return lambda own, x, names, outputs: forward_mode.differentiate(own, x, names, outputs, curves)
 
 
 def private(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fimlib.derivatives import call, separate
+from fimlib.engines.model import call, separate
 
 PerParameter = dict[str, Tensor]
 

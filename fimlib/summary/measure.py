@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib._summary_plot import draw
-from fimlib._summary_text import text
-from fimlib.derivatives import Derivatives, check_module, differentiate
-from fimlib.families import Family, check_num_samples
-from fimlib.family import check_family
-from fimlib.gaussian import Gaussian, GaussianHead
+from fimlib.derivatives import Derivatives
+from fimlib.engines.checks import check_module
+from fimlib.engines.choose import differentiate
+from fimlib.families.base import Family, check_family, check_num_samples
+from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.precision import chebyshev
 from fimlib.streaming import Pick, accumulate, batches, check_shape
+from fimlib.summary.plot import draw
+from fimlib.summary.text import text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

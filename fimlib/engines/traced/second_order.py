@@ -12,7 +12,7 @@ linearly:
 u over the units of all of them, all derivatives total. The Jacobian of the units is the same for
 all outputs a. Whatever is none of the three is refused.
 
-Much else is computed in such operations (see ``_rewrite``): norms, softmax, activations in closed
+Much else is computed in such operations (see ``rewrite``): norms, softmax, activations in closed
 forms.
 """
 
@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib._carry import (
+from fimlib.derivatives import Block, Derivatives
+from fimlib.engines.traced.graph import Edge, Trace, kind, shape, trace
+from fimlib.engines.traced.linearised import (
     ELEMENTWISE,
     Linearised,
     Tangents,
@@ -38,9 +40,7 @@ from fimlib._carry import (
     sum_to,
     units_alone,
 )
-from fimlib._places import Place, places
-from fimlib._trace import Edge, Trace, kind, shape, trace
-from fimlib.derivatives import Block, Derivatives
+from fimlib.engines.traced.parameters import Place, places
 
 # Of rows or tangents carried together, and of what they become: as much as a cache holds. More
 # inputs than that go in pieces.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from fimlib.derivatives import APPROXIMATE
+from fimlib.engines.choose import APPROXIMATE
 
 if TYPE_CHECKING:
     from fimlib.summary import LayerSummary, Summary

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from fimlib._activations import Two
-from fimlib._trace import Edge, Trace, kind, shape
+from fimlib.engines.activations import Two
+from fimlib.engines.traced.graph import Edge, Trace, kind, shape
 
 ELEMENTWISE = re.compile(
     r"""Activation|Sigmoid|LogSigmoid|Tanh|Softplus|Gelu|Silu|Mish|Elu|Celu|Hardswish|Exp|Exp2

@@ -1,7 +1,7 @@
 """Which engine differentiates a network: tried in order, each confirmed before its numbers leave.
 
 Every engine is one row of ``ENGINES``. What it finds at the first batch is compared with the
-network itself (``_confirm``); an engine that does not support the network, or whose numbers are not
+network itself (``confirm``); an engine that does not support the network, or whose numbers are not
 its derivatives, is passed over. If none is left, the error names the cause that the most general of
 them found, and a remedy that has been tried on the first inputs.
 """
@@ -16,23 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib import _approximate, _backpack, _forward_mode, _functional, _layerwise, _traced
-from fimlib._confirm import ENTRIES, INPUTS, Unconfirmed, confirm, enough, few
-from fimlib.derivatives import (
-    Batch,
-    Derivatives,
+from fimlib.derivatives import Batch, Derivatives, Seeds, all_finite
+from fimlib.engines import approximate, backpack, forward_mode, functional, layerwise
+from fimlib.engines.checks import (
     ForwardError,
-    Seeds,
-    all_finite,
     check_forward,
     check_model,
     check_module,
     check_plain,
-    kept_random_state,
-    selected,
     short,
-    tied,
 )
+from fimlib.engines.confirm import ENTRIES, INPUTS, Unconfirmed, confirm, enough, few
+from fimlib.engines.model import kept_random_state, selected, tied
+from fimlib.engines.traced import second_order as traced
 
 Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None, Seeds | None], Batch]
 
@@ -67,30 +63,30 @@ def plain_engine(
     return Engine(name, lambda _: (attempt,), is_exact=is_exact)
 
 
-def layerwise(
+def attempt_layerwise(
     model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, seeds: Seeds | None
 ) -> Batch:
     """The layerwise engine, which writes to nothing that it is given."""
-    return _layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
+    return layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
 
 
-def functional(order: int) -> tuple[Attempt, ...]:
+def attempts_functional(order: int) -> tuple[Attempt, ...]:
     """Two ways to J, three to S."""
     if order == 1:
-        ways = (_functional.vectorised, _functional.one_by_one)
-        return tuple(functional_attempt(_functional.first_order(way)) for way in ways)
+        ways = (functional.vectorised, functional.one_by_one)
+        return tuple(functional_attempt(functional.first_order(way)) for way in ways)
     return tuple(
-        functional_attempt(_functional.second_order(curves)) for curves in _forward_mode.WAYS
+        functional_attempt(functional.second_order(curves)) for curves in forward_mode.WAYS
     )
 
 
-def functional_attempt(way: _functional.Way) -> Attempt:
+def functional_attempt(way: functional.Way) -> Attempt:
     """One of these ways."""
 
     def attempt(
         model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None, _: Seeds | None
     ) -> Batch:
-        found = _functional.differentiate(model, x.clone(), wanted=wanted, way=way)
+        found = functional.differentiate(model, x.clone(), wanted=wanted, way=way)
         return Batch.of(found)
 
     return attempt
@@ -99,16 +95,18 @@ def functional_attempt(way: _functional.Way) -> Attempt:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("layerwise", lambda _: (layerwise,)),
-        plain_engine("traced", _traced.differentiate),
-        plain_engine("backpack", _backpack.differentiate),
-        Engine("functional", functional, takes_ties=True),
+        Engine("layerwise", lambda _: (attempt_layerwise,)),
+        plain_engine("traced", traced.differentiate),
+        plain_engine("backpack", backpack.differentiate),
+        Engine("functional", attempts_functional, takes_ties=True),
         *(
-            plain_engine(name, partial(_approximate.differentiate, method=name), is_exact=False)
-            for name in _approximate.METHODS
+            plain_engine(name, partial(approximate.differentiate, method=name), is_exact=False)
+            for name in approximate.METHODS
         ),
     )
 }
+EXACT = ("layerwise", "traced", "backpack", "functional")
+APPROXIMATE = ("becker-lecun", "hesscale")
 AUTO = ("layerwise", "traced", "functional")
 ENTRIES_OF_THE_SLOW = 64  # of S that are compared where every one of them took a pass
 LAYERS_TO_TRY = 4  # from the last on, as a remedy
@@ -191,6 +189,76 @@ def checked(
     if not all_finite(chosen.batch.outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     return chosen
+
+
+def differentiate(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    engine: str = "auto",
+    order: int = 2,
+    layers: Sequence[str] | None = None,
+) -> Derivatives:
+    r"""J = ∂h and S = ∂²h of every parameter, exactly, at each of B inputs.
+
+    S vanishes in a last layer that is linear (Remark 4.4); one layer before, it is
+    ``w_out σ''(s) z²`` (Remark 4.5). The weights, the mode and ``requires_grad`` of the model are
+    left as they are. Frozen parameters are reported like all others.
+
+    Args:
+        model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
+        x: [B, ...], the inputs, of the model's dtype (or integers, where it embeds them) and on its
+            device.
+        engine: "layerwise" (``nn.Sequential`` of ``Linear``, elementwise activations, ``Dropout``,
+            ``Flatten``, ``Identity``; anything without parameters before the first ``Linear``),
+            "traced" (any ``forward()`` made of linear operations, elementwise functions and
+            products: convolutional and residual networks, gates, norms, softmax), "functional"
+            (any module, tied parameters too; S takes a pass for every parameter), "backpack" (the
+            paper's way: ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and
+            S dense, much slower, and rounds S to about the precision of ‖J‖²), "becker-lecun" and
+            "hesscale" (J exact, S approximate), or "auto": the first of the first three that
+            supports the model, "functional" with order=2 only up to 10,000 parameters; ``plan``
+            says which.
+        order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
+        layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
+            and work for others is saved. None: all.
+
+    Raises:
+        ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
+            shapes or dtypes do not fit; the engine or a layer is unknown.
+        NotImplementedError: no engine supports a module, or it cannot be copied; or what autograd
+            says is not the derivative of the outputs, as with ``detach()`` or a straight-through
+            estimator; or the outputs for one input depend on the others of the batch. The message
+            names the module, and a remedy that works if there is one.
+        ImportError: BackPACK is asked for and not installed.
+        TypeError: the model is no module, or x no tensor.
+
+    Precision: that of the model's dtype. J and S of torch's activations have closed forms, to a
+    relative error of 1e-10 for pre-activations in [−50, 50]; inside the kernels of ``nn.GRU`` and
+    ``nn.LSTM``, and where an activation works in place under "functional", they are torch's own,
+    which lose digits in proportion to 1/(1 − |σ|).
+
+    Check: at up to 8 inputs J is compared with difference quotients of the outputs, in float64, a
+    sample of the entries of S with those of J, and the outputs of these inputs together with those
+    of each alone. A fault in few entries of S in one layer can escape it.
+
+    Cost: that of the check, one forward pass, and one backward sweep that carries T + U rows for
+    each of the B inputs, U the hidden units behind the next layer: split large batches where memory
+    is short (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes
+    input by input where inputs share a tensor without a batch axis, or a parameter is used in more
+    than one place. With order=1, T rows. "functional" takes one pass for every parameter, or T with
+    order=1.
+
+    Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
+        >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
+        >>> _ = nn.init.zeros_(net[0].weight), nn.init.constant_(net[2].weight, 3.0)
+        >>> d = differentiate(net, torch.ones(1, 1))
+        >>> float(d.jacobian("0.weight")), float(d.second("0.weight")) == 0.0
+        (3.0, True)
+    """
+    model = check_module(model)
+    x = x.detach().clone() if isinstance(x, Tensor) else x  # what is kept of it is not the caller's
+    return checked(model, x, engine, order, selected(model, layers)).batch.derivatives()
 
 
 def prepare(
@@ -337,17 +405,17 @@ def check_affordable(model: nn.Module, x: Tensor, wanted: frozenset[str] | None)
     parameters = dict(model.named_parameters())
     names = [n for n in parameters if wanted is None or n in wanted]
     count = sum(parameters[n].numel() for n in names)
-    if count <= _forward_mode.MANY_PARAMETERS:
+    if count <= forward_mode.MANY_PARAMETERS:
         return
-    own, _ = _functional.private(model, x[:1])
-    each = _forward_mode.seconds_each(own, x[:1], names)
+    own, _ = functional.private(model, x[:1])
+    each = forward_mode.seconds_each(own, x[:1], names)
     if each == float("inf"):  # the engine itself says why
         return
     inputs = "this input" if len(x) == 1 else f"these {len(x)} inputs"
     raise TooManyParameters(
         f"second derivatives of this network take one pass for each of {count:,} parameters, about "
         f"{duration(each * count * len(x))} for {inputs}; engine='functional' makes them.",
-        min(_forward_mode.MANY_PARAMETERS, int(SECONDS_OF_A_REMEDY / each)),
+        min(forward_mode.MANY_PARAMETERS, int(SECONDS_OF_A_REMEDY / each)),
     )
 
 

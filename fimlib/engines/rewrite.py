@@ -3,7 +3,7 @@
 Within ``rewritten()`` torch's functions are computed by others, for three reasons:
 
 * Of its activations, torch's derivatives lose digits far from 0, or round a constant to float32.
-  Here they have those of ``_activations``.
+  Here they have those of ``activations``.
 * Forward mode over forward mode through torch's norms (``native_layer_norm`` and the like) is wrong
   in torch 2.13: the second derivatives lack terms, and nothing says so.
 * An engine that knows linear and elementwise functions and products knows all that is made of them.
@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from fimlib import _activations as activations
-from fimlib._activations import Curve
+from fimlib.engines import activations
+from fimlib.engines.activations import Curve
 
 Rule = Callable[..., Any]  # called as the function in its place; NotImplemented: torch's own
 Dims = int | tuple[int, ...] | list[int] | None

@@ -1,7 +1,7 @@
 r"""Gaussian output families: a known covariance (Section 5.1), and a predicted spread.
 
-Shapes, as in ``fimlib.family``: h is [B, T], a derivative array J or S is [B, T, ...], and all
-results are float64.
+Shapes, as in ``fimlib.families.base``: h is [B, T], a derivative array J or S is [B, T, ...], and
+all results are float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fimlib.family import Family, Labels, pairings
+from fimlib.families.base import Family, Labels, pairings
 
 
 class Gaussian(Family):

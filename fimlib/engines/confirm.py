@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fimlib._blame import mixing_module, wrong_module
-from fimlib._truth import (
+from fimlib.derivatives import Block, Derivatives, all_finite
+from fimlib.engines.blame import mixing_module, wrong_module
+from fimlib.engines.model import call, perturb, separate
+from fimlib.engines.truth import (
     PerParameter,
     Truth,
     Unconfirmed,
@@ -38,7 +40,6 @@ from fimlib._truth import (
     size_of,
     step_of,
 )
-from fimlib.derivatives import Block, Derivatives, all_finite, call, perturb, separate
 
 __all__ = ["Truth", "Unconfirmed", "confirm", "confirm_hessian", "few", "shifted", "step_of"]
 

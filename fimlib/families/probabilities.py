@@ -10,9 +10,10 @@ import warnings
 
 from torch import Tensor, nn
 
-from fimlib._layerwise import TRANSPARENT, chain
-from fimlib.families import Bernoulli, Categorical
-from fimlib.family import Family
+from fimlib.engines.layerwise import TRANSPARENT, chain
+from fimlib.families.base import Family
+from fimlib.families.categorical import Categorical
+from fimlib.families.independent import Bernoulli
 
 
 def warn_of_probabilities(family: Family, outputs: Tensor, model: nn.Module | None = None) -> None:

@@ -1,0 +1,184 @@
+"""A user's network: copies of it, calls of the copies, its parameters by their names."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def selected(model: nn.Module, layers: Sequence[str] | None) -> frozenset[str] | None:
+    """Names of the parameters inside the named modules; None for all."""
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a list of names of modules, got the string {layers!r}.")
+    parameters = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for layer in layers:
+        inside = [n for n in parameters if layer == "" or n.startswith(f"{layer}.")]
+        if not inside:
+            known = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+            raise ValueError(
+                f"no layer {layer!r} with parameters; there are: {', '.join(map(repr, known))}."
+            )
+        found.update(inside)
+    if not found:
+        raise ValueError("layers names no module: pass at least one, or None for all.")
+    return frozenset(found)
+
+
+# Hooks that make a weight of other parameters, before each call and of these alone.
+PARAMETRISATIONS = (BasePruningMethod, WeightNorm, SpectralNorm)
+
+
+def hooks_of(module: nn.Module) -> Iterator[object]:
+    """The hooks on a module itself that have a part in its calls or gradients."""
+    for hooks in (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ):
+        yield from hooks.values()
+
+
+def tied(model: nn.Module) -> tuple[str, str] | None:
+    """Two names of one and the same parameter, if there are such."""
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first != name:
+            return first, name
+    return None
+
+
+def call_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
+    """The outputs with other values of the named parameters, wherever these are used.
+
+    torch's own way to follow ties restores a module that stands under two names wrongly. So every
+    place that holds one of the parameters is named here, and named once.
+    """
+    owners: dict[int, str] = {}
+    places: dict[tuple[int, str], str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), name)
+        path, _, attribute = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(path)), attribute), name)
+    of = {name: owners[id(model.get_parameter(name))] for name in places.values()}
+    everywhere = {name: values[owner] for name, owner in of.items() if owner in values}
+    return torch.func.functional_call(model, everywhere, (x.clone(),), tie_weights=False)
+
+
+def kept_random_state(x: object) -> AbstractContextManager[None]:
+    """Afterwards the generators are as before, whatever a model has drawn."""
+    return torch.random.fork_rng([x.device] if isinstance(x, Tensor) and x.is_cuda else [])
+
+
+EMPTY = (dict, OrderedDict, set)  # types that ``separate`` copies by hand where they hold nothing
+
+
+def separate(model: nn.Module) -> nn.Module:
+    """A copy to be called, so that nothing that a call changes is the caller's.
+
+    Raises:
+        NotImplementedError: the model holds what cannot be copied.
+    """
+    # autograd forbids copies of what it has computed; where these are used, the copies show up as
+    # no parameters
+    kept = (t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None)
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in kept}
+    # the many empty dicts of hooks are most of what deepcopy() would take its time for
+    values = (v for m in model.modules() for v in vars(m).values())
+    memo |= {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
+    try:
+        own = copy.deepcopy(model, dict(memo))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every attribute may have its own
+        holders = (n for n, m in model.named_modules() if not is_copyable(m, dict(memo)))
+        name = next(holders, "")
+        raise NotImplementedError(
+            f"module {name!r} ({type(model.get_submodule(name)).__name__}) cannot be copied, which "
+            f"keeps yours as it is: {error}. Remove the attribute that cannot, or give the class a "
+            "__deepcopy__."
+        ) from error
+    for module in own.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # the same gradients, which can be read
+    return own
+
+
+def is_copyable(module: nn.Module, memo: dict[int, Any]) -> bool:
+    """Whether the module's own attributes can be copied, those inside it left out."""
+    try:
+        copy.deepcopy({k: v for k, v in vars(module).items() if k != "_modules"}, memo)
+    except Exception:  # the one that is being explained
+        return False
+    return True
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors(value)
+
+
+def call(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
+    """The outputs, without a graph, if there are any and they are finite."""
+    try:
+        with torch.set_grad_enabled(grad):
+            h = model(x.clone())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever a module raises at a batch, or at weights, that it rejects
+        return None
+    return h.detach() if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
+
+
+def perturb(model: nn.Module, strength: float) -> None:
+    """Move all weights at random, by so much of their size, those that are 0 as well."""
+    if strength == 0:
+        return
+    generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
+    for parameter in model.parameters():
+        parameter.data += strength * random_step(parameter.detach(), generator)
+
+
+def random_step(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers as large as a parameter's, or as they may become where all are 0."""
+    parameter = parameter.detach()
+    size = parameter.square().mean().sqrt()
+    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+    noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
+    return torch.where(size > 0, size, torch.full_like(size, fallback)) * noise
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two batches of rows agree up to rounding, each column in units of its own size.
+
+    How the numbers of one input are rounded depends on the size of its batch.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() or not b.numel():
+        return torch.equal(a, b)
+    eps, size = torch.finfo(a.dtype).eps, b.detach().abs()
+    slack = 4 * eps**0.5 * size.amax(0) + 16 * eps * size.amax()
+    return bool(((a - b).abs() <= slack).all())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what torch.compile makes of a module."""
+    return type(module).__module__.startswith("torch._dynamo")

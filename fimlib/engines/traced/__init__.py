@@ -1,0 +1,1 @@
+"""The engine that reads autograd's graph of one forward pass."""
