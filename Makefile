@@ -117,9 +117,11 @@ reference: $(ENV) ## replace data/reference by the results made here (real MNIST
 launch: $(ENV) ## let the notebooks open in the browser, from the address in the file REPO_URL
 	@"$(PY)" -m support.launch
 
-lint: $(ENV) ## ruff (notebooks too) and mypy
+lint: $(ENV) ## ruff (notebooks too), mypy, and the direction of imports
 	@echo "ruff …" && "$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
 	@echo "mypy …" && "$(PY)" -m mypy
+	@echo "imports …" && "$(PY)" -c 'from importlinter.cli import lint_imports_command as c; c()' \
+	  --no-cache --no-logo
 
 test: lint ## lint, types, tests and doctests
 	@echo "pytest …"

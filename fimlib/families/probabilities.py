@@ -9,8 +9,8 @@ import inspect
 import warnings
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from fimlib.engines.layerwise import TRANSPARENT, chain
 from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
 from fimlib.families.independent import Bernoulli
@@ -44,8 +44,11 @@ def are_distributions(outputs: Tensor) -> bool:
 
 def ends_in_sigmoid(model: nn.Module) -> bool:
     """Whether the last module of nested ``nn.Sequential`` that does anything is a sigmoid."""
-    acting = [m for _, m in chain(model) if type(m) not in (*TRANSPARENT, nn.Flatten)]
-    return bool(acting) and isinstance(acting[-1], nn.Sigmoid)
+    if type(model).forward is not nn.Sequential.forward:
+        return isinstance(model, nn.Sigmoid)
+    idle = (nn.Identity, nn.Flatten, _DropoutNd)
+    acting = [m for m in model.children() if not isinstance(m, idle)]
+    return bool(acting) and ends_in_sigmoid(acting[-1])
 
 
 def warn(message: str) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.precision import chebyshev
 from fimlib.streaming import Pick, accumulate, batches, check_shape
+from fimlib.summary.findings import Findings, LayerSummary
 from fimlib.summary.plot import draw
 from fimlib.summary.text import text
 
@@ -37,47 +37,7 @@ MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube 
 NUMBERS_AT_A_TIME = 2**23  # of J, where V₂ is estimated: 64 MB
 
 
-class LayerSummary(NamedTuple):
-    """How far the two estimates of one layer's I are off; norms and sums over its parameters.
-
-    Attributes:
-        layer: Its name in the network; "" for parameters of the network itself.
-        num_parameters: Its parameters.
-        mean_fisher: Mean of I over them, in nat/θ².
-        relative_sd_i1: √(ΣV₁ / ΣI²) of an estimate from N labels for each of the inputs: the
-            typical ‖Î₁ − I‖ in units of ‖I‖. 0/0 counts as 0.
-        relative_sd_i2: The same of Î₂.
-        relative_sd_i2_error: How much larger ``relative_sd_i2`` is if V₂ lies one standard error
-            above its estimate; 0 where V₂ is no estimate.
-        better: 1 or 2, the estimator with less variance on equally many labels, 1 in a tie; None
-            where V₁ lies within two standard errors of the estimate of V₂.
-        labels_needed_i1: Labels for each of these inputs that bring ‖Î₁ − I‖ within the relative
-            error at the confidence, by Chebyshev's inequality; inf where none do.
-        labels_needed_i2: The same of Î₂; of a V₂ two standard errors above where it is an estimate.
-        inputs_needed_i1: The same for inputs that are drawn at random, from these as the
-            population, with N labels for each; None where only one input was given.
-        inputs_needed_i2: The same of Î₂.
-        bound_i1: Upper bound of ``relative_sd_i1`` by Theorem 4.1; None where it was not computed.
-        bound_i2: The same of Î₂.
-    """
-
-    layer: str
-    num_parameters: int
-    mean_fisher: float
-    relative_sd_i1: float
-    relative_sd_i2: float
-    relative_sd_i2_error: float
-    better: int | None
-    labels_needed_i1: float
-    labels_needed_i2: float
-    inputs_needed_i1: float | None
-    inputs_needed_i2: float | None
-    bound_i1: float | None
-    bound_i2: float | None
-
-
-@dataclass(frozen=True)
-class Summary:
+class Summary(Findings):
     """What ``summarise`` found; ``print`` it, or draw it with ``plot``.
 
     Attributes:
@@ -91,16 +51,6 @@ class Summary:
         num_estimated: Inputs at which V₂ was estimated; 0 where V₂ is no estimate.
         joint: All averages behind it, per parameter: ``joint.fisher_information()`` is I itself.
     """
-
-    layers: tuple[LayerSummary, ...]
-    num_inputs: int
-    num_samples: int
-    relative_error: float
-    confidence: float
-    engine: str
-    num_probes: int
-    num_estimated: int
-    joint: Joint = field(repr=False)
 
     def __str__(self) -> str:
         """A table, and what follows from it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimlib.summary.findings import Findings, LayerSummary
 from fimlib.summary.text import title
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from numpy.typing import NDArray
-
-    from fimlib.summary import LayerSummary, Summary
 
 # Okabe and Ito's colours: Fisher information, Î₁, Î₂.
 GREEN, BLUE, VERMILION, GREY = "#009E73", "#0072B2", "#D55E00", "#666666"
@@ -37,7 +36,7 @@ LEGEND: dict[str, dict[str, Any]] = {
 HAT, NOTE, GAP = np.array([0.06, 0.09]), np.array([0.3, 0.1]), 0.015
 
 
-def draw(s: Summary) -> Figure:
+def draw(s: Findings) -> Figure:
     """``Summary.plot``."""
     try:
         from matplotlib import pyplot as plt
@@ -75,7 +74,7 @@ def draw(s: Summary) -> Figure:
     return figure
 
 
-def panel(ax: Axes, layer: LayerSummary, s: Summary) -> None:
+def panel(ax: Axes, layer: LayerSummary, s: Findings) -> None:
     """The lines of one layer."""
     counts = [n for x in s.layers for n in (x.labels_needed_i1, x.labels_needed_i2)]
     last = max([10.0, *filter(math.isfinite, counts)])

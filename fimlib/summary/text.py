@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fimlib.engines.choose import APPROXIMATE
-
-if TYPE_CHECKING:
-    from fimlib.summary import LayerSummary, Summary
+from fimlib.summary.findings import Findings, LayerSummary
 
 MOST_NAMED = 4  # layers in a sentence
 ESTIMATORS = {1: "Î₁", 2: "Î₂"}
 
 
-def text(s: Summary) -> str:
+def text(s: Findings) -> str:
     """All of it."""
     return "\n".join([*head(s), "", *table(s), "", *advice(s)])
 
 
-def head(s: Summary) -> list[str]:
+def head(s: Findings) -> list[str]:
     """What was looked at, and what the columns mean."""
     one = s.num_inputs == 1
     lines = [
@@ -34,7 +32,7 @@ def head(s: Summary) -> list[str]:
     return lines
 
 
-def origin(s: Summary) -> str:
+def origin(s: Findings) -> str:
     """Where the derivatives come from, and what of them is exact."""
     if s.num_estimated:
         return (
@@ -46,7 +44,7 @@ def origin(s: Summary) -> str:
     return f"{how} (engine {s.engine!r})."
 
 
-def table(s: Summary) -> list[str]:
+def table(s: Findings) -> list[str]:
     """The rows, aligned, under two lines of titles."""
     kinds = ["error", "labels", *(["inputs"] if s.num_inputs > 1 else [])]
     pairs = [word for kind in kinds for word in (kind, "")]
@@ -63,7 +61,7 @@ def table(s: Summary) -> list[str]:
     return [*lines[:2], "─" * max(map(len, lines)), *lines[2:]]
 
 
-def row(layer: LayerSummary, s: Summary) -> list[str]:
+def row(layer: LayerSummary, s: Findings) -> list[str]:
     """The cells of one layer."""
     second = percent(layer.relative_sd_i2)
     if layer.relative_sd_i2_error:
@@ -98,7 +96,7 @@ def choice(x: LayerSummary) -> Choice:
     return Choice(x.relative_sd_i1, x.labels_needed_i1, x.inputs_needed_i1)
 
 
-def advice(s: Summary) -> list[str]:
+def advice(s: Findings) -> list[str]:
     """What follows, in plain sentences."""
     errors, labels, inputs = zip(*map(choice, s.layers), strict=True)
     low, high = percent(min(errors)), percent(max(errors))
@@ -123,7 +121,7 @@ def advice(s: Summary) -> list[str]:
     return lines
 
 
-def which(s: Summary) -> list[str]:
+def which(s: Findings) -> list[str]:
     """Which estimator for which layer."""
     chosen = {j: [x for x in s.layers if x.better == j] for j in (1, 2, None)}
     takes = [f"{ESTIMATORS[j]} for {these(chosen[j], s)}" for j in (1, 2) if chosen[j]]
@@ -136,7 +134,7 @@ def which(s: Summary) -> list[str]:
     return lines
 
 
-def these(layers: list[LayerSummary], s: Summary) -> str:
+def these(layers: list[LayerSummary], s: Findings) -> str:
     """Some of the layers by name."""
     if len(layers) == len(s.layers) > 1:
         return "all layers"
@@ -156,7 +154,7 @@ def some_inputs(count: int) -> str:
     return f"{count:,} input{'s' * (count != 1)}"
 
 
-def some_labels(s: Summary) -> str:
+def some_labels(s: Findings) -> str:
     """The labels of each input."""
     return f"{s.num_samples:,} label{'s' * (s.num_samples != 1)}"
 
