@@ -14,7 +14,6 @@ Example: how far can one trust Î₁ and Î₂ of a classifier, given one input 
     0.0
 """
 
-# Diagonal approximations of the Hessian by others, to compare with.
 # Section 4, Appendices B and C: bounds.
 from fimlib.bounds import (
     Bounds,
@@ -47,7 +46,6 @@ from fimlib.empirical import (
     kl_gradient,
     reparameterise,
 )
-from fimlib.engines.approximate import hessian_diagonal_approximation
 from fimlib.engines.choose import differentiate
 
 # Sections 1 and 5: output families.
@@ -163,7 +161,6 @@ __all__ = [
     "fisher_information",
     "fisher_matrix",
     "fourth_moment_spectrum",
-    "hessian_diagonal_approximation",
     "hutchinson_variance_i2",
     "joint_covariance",
     "kl_gradient",

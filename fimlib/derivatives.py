@@ -72,7 +72,7 @@ class Derivatives:
     Attributes:
         outputs: The network's outputs h, [B, T].
         blocks: From the first layer to the last.
-        engine: Which engine made them; of those in ``APPROXIMATE``, S is an approximation.
+        engine: Which engine made them.
         projected: Whether J and S are those of the residuals' directions J·δ_k already, as
             ``Family.directions_of_labels`` says, and not those of the outputs.
     """
@@ -86,10 +86,6 @@ class Derivatives:
         """The same at some of the inputs."""
         blocks = tuple(block.at(inputs) for block in self.blocks)
         return replace(self, outputs=self.outputs[inputs], blocks=blocks)
-
-    def first_order(self) -> Derivatives:
-        """The same without S."""
-        return replace(self, blocks=tuple(replace(block, S=None) for block in self.blocks))
 
     def contract(self, form: Callable[[Block], Tensor], degree: int) -> Diagonal:
         """Apply a form to every parameter's derivatives.

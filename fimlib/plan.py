@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.engines.checks import check_module
-from fimlib.engines.choose import APPROXIMATE, checked
+from fimlib.engines.choose import checked
 from fimlib.engines.model import call_with, selected, separate
 from fimlib.streaming import memory
 
@@ -23,7 +23,6 @@ class Plan(NamedTuple):
 
     Attributes:
         engine: The engine that takes the network.
-        exact: False if its S is an approximation.
         order: 1 or 2, the order of the derivatives.
         num_inputs: B, the inputs that the costs belong to.
         seconds: Median time of ``differentiate`` here, checks included.
@@ -33,7 +32,6 @@ class Plan(NamedTuple):
     """
 
     engine: str
-    exact: bool
     order: int
     num_inputs: int
     seconds: float
@@ -44,9 +42,8 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         """A sentence on the choice, and one for each engine that was passed over."""
         of = "J and S" if self.order == 2 else "J"
-        how = "exact" if self.exact else "J exact, S approximate"
         lines = [
-            f"{of} by engine {self.engine!r} ({how}): {self.seconds * 1e3:.3g} ms for "
+            f"{of} by engine {self.engine!r}: {self.seconds * 1e3:.3g} ms for "
             f"{self.num_inputs} inputs, {self.relative:.3g} × one forward and backward pass, "
             f"{self.peak_bytes / 2**20:.3g} MiB."
         ]
@@ -70,8 +67,8 @@ def plan(
     Example:
         >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 2))
         >>> found = plan(net, torch.ones(1, 1, 4))
-        >>> found.engine, found.exact, list(found.refusals)
-        ('traced', True, ['layerwise'])
+        >>> found.engine, found.order, list(found.refusals)
+        ('traced', 2, ['layerwise'])
     """
     model = check_module(model)
     wanted = selected(model, layers)
@@ -85,9 +82,8 @@ def plan(
     own = separate(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)
     unit = median_time(lambda: forward_backward(own, x), x.device)
-    is_exact = taken not in APPROXIMATE or order == 1
     peak = max(memory(work, x))
-    return Plan(taken, is_exact, order, len(x), seconds, seconds / unit, peak, refusals)
+    return Plan(taken, order, len(x), seconds, seconds / unit, peak, refusals)
 
 
 def forward_backward(own: nn.Module, x: Tensor) -> None:

@@ -6,12 +6,17 @@ import pytest
 import reference
 import torch
 from strategies import Cube, inputs, mlp
+from support.bench.approximate import (
+    METHODS,
+    carried_back,
+    differentiate,
+    hessian_diagonal_approximation,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fimlib
 from fimlib import Bernoulli, Categorical, Gaussian, GaussianHead, Poisson
-from fimlib.engines.approximate import METHODS, differentiate, hessian_diagonal_approximation
 from fimlib.engines.confirm import Unconfirmed
 
 DEEP = [3, 5, 4, 6, 4, 3]
@@ -140,10 +145,8 @@ def test_the_two_methods_coincide_in_s():
 def test_v2_is_measurably_wrong_in_the_first_of_four_layers():
     """What a user would see: by percents, and of either sign, at weights as after training."""
     net, x, family = mlp([6, 12, 12, 12, 3], nn.Sigmoid, scale=4.0), inputs(20, 6), Categorical()
-    ours, exact = (
-        fimlib.variance_i2(fimlib.differentiate(net, x, engine=engine), family).layer_means()
-        for engine in ("hesscale", "layerwise")
-    )
+    derivs = differentiate(net, x), fimlib.differentiate(net, x, engine="layerwise")
+    ours, exact = (fimlib.variance_i2(d, family).layer_means() for d in derivs)
     off = {layer: (ours[layer] - exact[layer]) / exact[layer] for layer in linear_layers(net)[:3]}
     assert off["0"].abs().median() > 0.01
     assert (off["0"] > 0.01).any()
@@ -151,10 +154,7 @@ def test_v2_is_measurably_wrong_in_the_first_of_four_layers():
     assert max(off["2"].abs().max(), off["4"].abs().max()) < 1e-10
     # I and V₁ read J alone
     for quantity in (fimlib.fisher_information, fimlib.variance_i1):
-        a, b = (
-            quantity(fimlib.differentiate(net, x, engine=e), family)
-            for e in ("hesscale", "layerwise")
-        )
+        a, b = (quantity(d, family) for d in derivs)
         assert all(error(a[name], b[name]) < 1e-12 for name in a)
 
 
@@ -170,8 +170,19 @@ def test_only_what_is_wanted_is_reported():
     for name in ("2.weight", "6.bias"):
         assert torch.equal(part.second(name), full.second(name))
         assert torch.equal(part.jacobian(name), full.jacobian(name))
-    layers = fimlib.differentiate(net, x, engine="becker-lecun", layers=["8"])
-    assert {n for block in layers.blocks for n in block.inputs} == {"8.weight", "8.bias"}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_without_the_checks_it_is_the_same(order, monkeypatch):
+    net, x = mlp(DEEP, nn.Tanh), inputs(2, 3)
+    expected = differentiate(net, x, order=order)
+    monkeypatch.setattr("support.bench.approximate.checked", None)
+    ours = carried_back(net, x, order=order)
+    assert torch.equal(ours.outputs, expected.outputs)
+    for a, b in zip(ours.blocks, expected.blocks, strict=True):
+        assert torch.equal(a.J, b.J)
+        assert (a.S is None) == (b.S is None) == (order == 1)
+        assert order == 1 or torch.equal(a.S, b.S)
 
 
 def test_first_order_is_exact_and_has_no_s():
@@ -201,7 +212,7 @@ def test_no_rows_for_hidden_units_and_none_below_the_first_wanted_layer():
     net, x = mlp([3, 50, 60, 40, 2], nn.Tanh), inputs(4, 3)
     for wanted, widths in ((None, {2, 40, 60, 50}), ({"4.bias", "6.weight"}, {2, 40})):
         with Shapes() as shapes:
-            differentiate(net, x, wanted=wanted and frozenset(wanted))
+            carried_back(net, x, wanted=wanted and frozenset(wanted))
         assert {n for _, n in shapes.found} == widths
         assert {rows for rows, _ in shapes.found if rows != 2} <= {1}  # factors that all rows share
 
@@ -221,7 +232,7 @@ def test_in_float32_and_with_the_model_left_as_it_was():
     net = net.float().train()
     net[0].weight.requires_grad_(False)
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    rough = fimlib.differentiate(net, x.float(), engine="hesscale")
+    rough = differentiate(net, x.float(), method="hesscale")
     for name, _ in net.named_parameters():
         assert rough.second(name).dtype == torch.float32
         assert not rough.second(name).requires_grad
@@ -231,6 +242,36 @@ def test_in_float32_and_with_the_model_left_as_it_was():
     assert net.training
     assert [p.requires_grad for p in net.parameters()] == [False] + [True] * 9
     assert not any(m._forward_hooks or m._backward_hooks for m in net.modules())
+
+
+def test_nothing_is_made_on_another_device():
+    """Inside "meta" a tensor made without naming a device has no numbers."""
+    net, x = mlp(DEEP, nn.Sigmoid), inputs(2, 3)
+    labels = Categorical().observed(net(x).detach(), torch.tensor([0, 2]))
+    derivs, hessian = differentiate(net, x), hessian_diagonal_approximation(net, x, labels)
+    with torch.device("meta"):
+        ours, ours_of_the_loss = (
+            differentiate(net, x),
+            hessian_diagonal_approximation(net, x, labels),
+        )
+    for name, _ in net.named_parameters():
+        assert torch.equal(ours.second(name), derivs.second(name))
+        assert torch.equal(ours_of_the_loss[name], hessian[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of what it imports
+def test_a_compiled_network_is_the_one_that_was_compiled():
+    net, x = mlp(DEEP, nn.Sigmoid), inputs(2, 3)
+    ours, expected = differentiate(torch.compile(net), x), differentiate(net, x)
+    assert all(torch.equal(a.S, b.S) for a, b in zip(ours.blocks, expected.blocks, strict=True))
+
+
+def test_later_changes_of_the_inputs_change_nothing():
+    net, x = mlp(DEEP, nn.Sigmoid), inputs(2, 3)
+    derivs = differentiate(net, x)
+    before = derivs.jacobian("0.weight")
+    x.zero_()
+    assert torch.equal(derivs.jacobian("0.weight"), before)
 
 
 # The Hessian of the loss.
@@ -406,21 +447,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("engine", METHODS)
-def test_what_is_no_chain_is_refused_by_name(case, engine):
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_chain_is_refused_by_name(case, method):
     build, message = REFUSED[case]
     net, x = build(), inputs(2, 3)
     with pytest.raises(NotImplementedError, match=message):
-        fimlib.differentiate(net, x, engine=engine)
+        differentiate(net, x, method=method)
     labels = Gaussian().sample(torch.zeros(2, 2, dtype=torch.float64), 1)
     with pytest.raises(NotImplementedError, match=message):
-        hessian_diagonal_approximation(net, x, labels, method=engine)
+        hessian_diagonal_approximation(net, x, labels, method=method)
 
 
 def test_convolutions_are_refused_by_name():
     net = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2)).double()
-    with pytest.raises(NotImplementedError, match=r"(?s)approximate engines.*'0' \(Conv1d\)"):
-        fimlib.differentiate(net, torch.ones(2, 1, 3, dtype=torch.float64), engine="hesscale")
+    with pytest.raises(NotImplementedError, match=r"'0' \(Conv1d\).*layerwise engine"):
+        differentiate(net, torch.ones(2, 1, 3, dtype=torch.float64))
 
 
 class RandomOnce(nn.Module):
@@ -429,15 +470,69 @@ class RandomOnce(nn.Module):
 
 
 def test_what_the_recursion_rests_on_is_confirmed(monkeypatch):
+    orders = []
+
     def refuse(_model, _x, found, *_):
-        assert all(block.S is not None for block in found.blocks)
+        orders.append(1 if found.blocks[0].S is None else 2)
         raise Unconfirmed("not the derivative")
 
     net, x = mlp([3, 4, 3], nn.Tanh), inputs(2, 3)
     labels = Categorical().sample(net(x).detach(), 1)
     monkeypatch.setattr("fimlib.engines.choose.confirm", refuse)
-    with pytest.raises(NotImplementedError, match="not the derivative"):
-        hessian_diagonal_approximation(net, x, labels)
+    for order, call in (
+        (2, lambda: hessian_diagonal_approximation(net, x, labels)),
+        (2, lambda: differentiate(net, x)),
+        (1, lambda: differentiate(net, x, order=1)),
+    ):
+        orders.clear()
+        with pytest.raises(NotImplementedError, match="not the derivative"):
+            call()
+        assert orders[0] == order  # others follow, as remedies are tried
+
+
+class Straight(nn.Module):
+    """A straight-through estimator: rounds, and lets gradients pass."""
+
+    def forward(self, x):
+        return x + (x.round() - x).detach()
+
+
+class Carried(nn.Sequential):
+    """A network whose second bias is made of the first one."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        self.double()
+        del self[2].bias
+        self[2].bias = self[0].bias * 2
+
+
+def tied():
+    net = mlp([3, 3, 3], nn.Tanh)
+    net[2].weight = net[0].weight
+    return net
+
+
+def hooked():
+    net = mlp([3, 4, 3], nn.Tanh)
+    net[0].register_forward_hook(lambda _module, _args, out: 2 * out)
+    return net
+
+
+WRONG = {
+    "straight-through": (lambda: chain_of((3, 4), Straight, (4, 2)), r"'1' \(Straight\)"),
+    "bias of another layer": (Carried, "'2' .Linear. computes|is no parameter"),
+    "tied": (tied, "'2.weight' is the same tensor as '0.weight'"),
+    "hooked": (hooked, r"has a hook.*handle\.remove\(\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_fimlib_refuses_is_refused(case, method):
+    build, message = WRONG[case]
+    with pytest.raises(NotImplementedError, match=message):
+        differentiate(build(), inputs(5, 3), method=method)
 
 
 def test_other_refusals():
@@ -449,18 +544,21 @@ def test_other_refusals():
         hessian_diagonal_approximation(net, x, labels, method="exact")
     with pytest.raises(ValueError, match="drawn for other outputs"):
         hessian_diagonal_approximation(net, x + 1, labels)
+    with pytest.raises(TypeError, match=r"family.observed\(derivs.outputs, y\).*; got list"):
+        hessian_diagonal_approximation(net, x, [0, 1])
+    for call in (differentiate, lambda n, x: hessian_diagonal_approximation(n, x, labels)):
+        with pytest.raises(TypeError, match="the model must be an nn.Module"):
+            call(torch.tanh, x)
+        with pytest.raises(ValueError, match="NaN or infinite values"):
+            call(net, torch.full_like(x, torch.nan))
     with pytest.raises(ValueError, match=r"'1' \(Dropout\) is in training mode"):
         hessian_diagonal_approximation(nn.Sequential(net, nn.Dropout()).train(), x, labels)
-    hooked = copy.deepcopy(net)
-    hooked[0].register_forward_hook(lambda _module, _args, out: 2 * out)
     with pytest.raises(NotImplementedError, match=r"has a hook.*handle\.remove\(\)"):
-        hessian_diagonal_approximation(hooked, x, labels)
+        hessian_diagonal_approximation(hooked(), x, labels)
     with pytest.raises(NotImplementedError, match=r"random|RandomOnce"):
         differentiate(nn.Sequential(net[0], RandomOnce(), net[2]), x)
-    tied = copy.deepcopy(net)
-    tied[2] = tied[0]
     with pytest.raises(NotImplementedError, match=r"'2.weight' is the same tensor as '0.weight'"):
-        hessian_diagonal_approximation(tied, x, labels)
+        hessian_diagonal_approximation(tied(), x, labels)
     hook = torch.nn.modules.module.register_module_forward_hook(lambda _module, _args, out: 2 * out)
     try:
         with pytest.raises(NotImplementedError, match="a global forward hook"):

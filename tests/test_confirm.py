@@ -410,7 +410,6 @@ CALLS = {
     "traced": of_engine("traced", 2),
     "functional": of_engine("functional", 1),
     "functional, order 2": of_engine("functional", 2),
-    "hesscale": of_engine("hesscale", 2),
     "accumulate": lambda net, x: fimlib.accumulate(net, x, FAMILY),
     "fisher_matrix": lambda net, x: fimlib.fisher_matrix(net, x, FAMILY, **NAMES),
     **{name: matrix(function) for name, function in MATRICES.items()},
@@ -457,7 +456,7 @@ def test_the_module_and_the_cause_are_named(name, dtype, uneven):
 FIRST_ORDER = {"auto, order 1", "functional", "fisher_matrix", "i1", "data", "data covariance"}
 
 
-@pytest.mark.parametrize("call", [c for c in CALLS if c not in {"layerwise", "hesscale"}])
+@pytest.mark.parametrize("call", [c for c in CALLS if c != "layerwise"])
 def test_a_wrong_second_derivative_leaves_the_first(call):
     if call not in FIRST_ORDER:
         words = refused(WrongSecond, call)

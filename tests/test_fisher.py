@@ -300,8 +300,6 @@ def test_bad_arguments_are_refused_with_a_remedy():
         with pytest.raises(TypeError, match=made):
             matrix(net, x, [0, 1], parameters=["0.weight"])
     with pytest.raises(TypeError, match=made):
-        fimlib.hessian_diagonal_approximation(net, x, [0, 1])
-    with pytest.raises(TypeError, match=made):
         fimlib.Joint(Categorical()).update(derivs, labels=[0, 1])
     for matrix in (fimlib.estimate_i1_matrix, fimlib.estimate_i2_matrix):
         with pytest.raises(ValueError, match="drawn for other outputs"):

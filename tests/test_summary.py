@@ -272,12 +272,6 @@ def test_tied_parameters_are_taken():
     assert (found.engine, found.num_estimated) == ("functional", 0)
 
 
-def test_an_approximate_s_is_called_one():
-    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"], engine="hesscale")
-    assert found.engine == "hesscale"
-    assert "V₂ of an approximate S (engine 'hesscale')" in str(found)
-
-
 def test_an_uncertain_choice_is_none():
     assert module._better(1.0, 0.5, 0.3) is None
     assert module._better(1.0, 0.5, 0.2) == 2

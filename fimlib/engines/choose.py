@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fimlib.derivatives import Batch, Derivatives, Seeds, all_finite
-from fimlib.engines import approximate, backpack, forward_mode, functional, layerwise
+from fimlib.engines import backpack, forward_mode, functional, layerwise
 from fimlib.engines.checks import (
     ForwardError,
     check_forward,
@@ -41,18 +40,14 @@ class Engine:
         name: As in ``differentiate(..., engine=name)``.
         attempts: What it tries, in order, for derivatives of order 1 and 2.
         takes_ties: Whether it has the derivatives of tied parameters.
-        is_exact: Whether its S is exact.
     """
 
     name: str
     attempts: Callable[[int], tuple[Attempt, ...]]
     takes_ties: bool = False
-    is_exact: bool = True
 
 
-def plain_engine(
-    name: str, function: Callable[..., Derivatives], *, is_exact: bool = True
-) -> Engine:
+def plain_engine(name: str, function: Callable[..., Derivatives]) -> Engine:
     """An engine with one attempt, which knows no rows but those of the outputs."""
 
     def attempt(
@@ -60,7 +55,7 @@ def plain_engine(
     ) -> Batch:
         return Batch.of(function(model, x.clone(), order=order, wanted=wanted))
 
-    return Engine(name, lambda _: (attempt,), is_exact=is_exact)
+    return Engine(name, lambda _: (attempt,))
 
 
 def attempt_layerwise(
@@ -99,14 +94,8 @@ ENGINES = {
         plain_engine("traced", traced.differentiate),
         plain_engine("backpack", backpack.differentiate),
         Engine("functional", attempts_functional, takes_ties=True),
-        *(
-            plain_engine(name, partial(approximate.differentiate, method=name), is_exact=False)
-            for name in approximate.METHODS
-        ),
     )
 }
-EXACT = ("layerwise", "traced", "backpack", "functional")
-APPROXIMATE = ("becker-lecun", "hesscale")
 AUTO = ("layerwise", "traced", "functional")
 ENTRIES_OF_THE_SLOW = 64  # of S that are compared where every one of them took a pass
 LAYERS_TO_TRY = 4  # from the last on, as a remedy
@@ -215,10 +204,9 @@ def differentiate(
             products: convolutional and residual networks, gates, norms, softmax), "functional"
             (any module, tied parameters too; S takes a pass for every parameter), "backpack" (the
             paper's way: ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and
-            S dense, much slower, and rounds S to about the precision of ‖J‖²), "becker-lecun" and
-            "hesscale" (J exact, S approximate), or "auto": the first of the first three that
-            supports the model, "functional" with order=2 only up to 10,000 parameters; ``plan``
-            says which.
+            S dense, much slower, and rounds S to about the precision of ‖J‖²), or "auto": the first
+            of the first three that supports the model, "functional" with order=2 only up to 10,000
+            parameters; ``plan`` says which.
         order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
         layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
             and work for others is saved. None: all.
@@ -370,8 +358,6 @@ def tried(
         def again(moved: nn.Module, inputs: Tensor) -> Derivatives:
             return attempt(moved, inputs, order, wanted, seeds).derivatives()
 
-        if not engine.is_exact:
-            sample = sample.first_order()
         most = ENTRIES if name != "functional" else ENTRIES_OF_THE_SLOW
         confirm(model, x[at], sample, again, seeds, most)
     except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fimlib.engines.choose import APPROXIMATE
 from fimlib.summary.findings import Findings, LayerSummary
 
 MOST_NAMED = 4  # layers in a sentence
@@ -39,9 +38,7 @@ def origin(s: Findings) -> str:
             f"I, V₁ exact (engine {s.engine!r}),\nV₂ estimated from {s.num_probes} probes at "
             f"{some_inputs(s.num_estimated)}, ± one standard error."
         )
-    is_exact = s.engine not in APPROXIMATE
-    how = "all exact" if is_exact else "I and V₁ exact, V₂ of an approximate S"
-    return f"{how} (engine {s.engine!r})."
+    return f"all exact (engine {s.engine!r})."
 
 
 def table(s: Findings) -> list[str]:

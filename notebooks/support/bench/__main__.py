@@ -21,16 +21,17 @@ import torch
 
 from support import results, runs
 from support.bench import apart, measure, networks, tables
+from support.bench.approximate import METHODS
 from support.bench.candidates import CANDIDATES, LABELS
 from support.bench.measure import Case, Row
 
 PACKAGES = ("numpy", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
 BATCHES, QUICK_BATCHES = (1, 1000, 10_000), (1, 16)
 CONFIRMED_BATCHES, QUICK_CONFIRMED = (8, 100, 1000), (8, 16)
-ENGINES = ("auto", "becker-lecun", "hesscale")
+WITH_S = ("auto", *METHODS)
 QUICK = ("unit", "ours-fisher", "backpack-fisher")  # where not all are measured
 OURS = ("ours-fisher", "ours-first", "ours-all")
-NOT_BESIDE = (*ENGINES, *(f"ours-i{j}-{n}" for j in (1, 2) for n in LABELS if n not in (1, 5000)))
+NOT_BESIDE = (*WITH_S, *(f"ours-i{j}-{n}" for j in (1, 2) for n in LABELS if n not in (1, 5000)))
 MLP, DEEP = (784, 128, 64, 32, 10), (784, *[64] * 7, 10)
 Plan = Iterator[tuple[str, Case, Row]]  # candidate, where, and what else the row says
 
@@ -75,15 +76,15 @@ def varied(quick: bool) -> Plan:
 
 
 def approximate(quick: bool) -> Plan:
-    """The fourth table: the engines whose S is approximate, beside the exact one."""
+    """The fourth table: two recursions whose S is approximate, beside the exact S."""
     for widths in ((12, 8, 6, 5, 4, 3),) if quick else (MLP, DEEP):
-        for engine in ENGINES:
+        for key in WITH_S:
             case = Case(widths, 16 if quick else 1000, quick=quick, check=False)
             more = {}
-            if engine != "auto":
+            if key in METHODS:
                 small = Case(widths, 16 if quick else 100)
-                more = {"errors": attempt(measure.layer_errors, engine, small)}
-            yield engine, case, more
+                more = {"errors": attempt(measure.layer_errors, key, small)}
+            yield key, case, more
 
 
 def confirmed(quick: bool) -> Row:

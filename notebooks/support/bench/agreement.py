@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fimlib
+from support.bench import approximate
 from support.bench.candidates import ALL, READ, Call, Candidate, Values
 
 TOLERANCE = 1e-3  # relative, of float32 values; a factor forgotten shows, rounding does not
@@ -91,17 +92,14 @@ def difference(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float(apart / torch.cat([t.flatten() for t in exact.values()]).norm())
 
 
-def layer_errors(engine: str, model: nn.Module, x: Tensor) -> dict[str, float]:
-    """The error of an engine's E_x V₂ in each layer, in float64, relative to the layer's norm."""
+def layer_errors(method: str, model: nn.Module, x: Tensor) -> dict[str, float]:
+    """The error of E_x V₂ by a recursion of diagonals, in float64, relative to a layer's norm."""
     model, x, errors = copy.deepcopy(model).double(), x.double(), {}
-    family = fimlib.Categorical()
-    exact, approximate = (
-        fimlib.variance_i2(fimlib.differentiate(model, x, engine=e), family).mean_over_inputs()
-        for e in ("auto", engine)
-    )
+    derivs = fimlib.differentiate(model, x), approximate.differentiate(model, x, method=method)
+    exact, found = (fimlib.variance_i2(d, fimlib.Categorical()).mean_over_inputs() for d in derivs)
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in exact):
         names = [n for n in exact if n.rpartition(".")[0] == layer]
         norm = sum(float(exact[n].square().sum()) for n in names)
-        error = sum(float((approximate[n] - exact[n]).square().sum()) for n in names)
+        error = sum(float((found[n] - exact[n]).square().sum()) for n in names)
         errors[layer] = math.sqrt(error / norm) if norm else math.sqrt(error)
     return errors

@@ -44,9 +44,10 @@ from torch import Tensor, nn
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal, Term
 from fimlib.engines import layerwise
-from fimlib.engines.checks import check_model, check_module, check_plain
-from fimlib.engines.layerwise import ElementwiseStep, LinearStep, Steps, right_factors
-from fimlib.engines.model import kept_random_state, tied
+from fimlib.engines.checks import check_module
+from fimlib.engines.choose import checked
+from fimlib.engines.layerwise import ElementwiseStep, LinearStep, Steps, identity, right_factors
+from fimlib.engines.model import kept_random_state
 from fimlib.families.base import Labels
 from fimlib.families.categorical import Categorical
 from fimlib.fisher import check_labels, family_of
@@ -62,11 +63,14 @@ def differentiate(
     wanted: frozenset[str] | None = None,
     method: str = "becker-lecun",
 ) -> Derivatives:
-    """J exactly, and S by its diagonal recursion; see ``fimlib.differentiate``.
+    """J exactly, and S by its diagonal recursion.
 
     S is exact in the last three linear layers of an MLP, for the reason given at the head of this
     module. ``estimate_i2`` of these derivatives is not what the two papers compute: its Jᵀ𝓘J is
     exact, so that Î₂ has the right mean, and only its fluctuation is approximate.
+
+    Check: first the layerwise engine passes all checks of ``fimlib.differentiate``. It reads the
+    same steps by the same rules, so that its J and σ'' are those of the recursion, too.
 
     Args:
         model: A chain of ``Linear`` and elementwise activations, as for the layerwise engine.
@@ -76,24 +80,40 @@ def differentiate(
         method: "becker-lecun" or "hesscale": the same numbers.
 
     Raises:
-        NotImplementedError: a module is neither linear nor elementwise; the message names it.
-        ValueError: an unknown method.
+        NotImplementedError: a module is neither linear nor elementwise; the message names it. Or
+            what else ``fimlib.differentiate(engine="layerwise")`` refuses.
+        ValueError: an unknown method; what ``fimlib.differentiate`` refuses.
+
+    Cost: that of the check, and of ``carried_back``.
+    """
+    check_method(method)
+    model, x = confirmed(model, x, order, wanted)
+    return carried_back(model, x, order=order, wanted=wanted, method=method)
+
+
+def carried_back(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    order: int = 2,
+    wanted: frozenset[str] | None = None,
+    method: str = "becker-lecun",
+) -> Derivatives:
+    """``differentiate`` without its checks, for inputs like some that have passed them.
 
     Cost: one forward pass, and one backward sweep down to the first wanted layer that carries T
     rows and T diagonals for each input: two products with every weight matrix, and no row for any
     hidden unit.
     """
-    check_method(method)
-    if order == 1:
-        exact = layerwise.differentiate(model, x, order=1, wanted=wanted).derivatives()
-        return dataclasses.replace(exact, engine=method)
-    outputs, steps = record(model, x)
-    size, num_outputs = outputs.shape
-    rows = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device).expand(size, -1, -1)
-    blocks = []
-    for step, J, S in recursion(steps, rows, None, wanted):
-        if inputs := right_factors(step, wanted):
-            blocks.append(Block(step.name, J, S, inputs))
+    with torch.inference_mode(False), torch.no_grad(), kept_random_state(x):
+        if order == 1:
+            exact = layerwise.differentiate(model, x, order=1, wanted=wanted).derivatives()
+            return dataclasses.replace(exact, engine=method)
+        outputs, steps = layerwise.record(model, x)
+        blocks = []
+        for step, J, S in recursion(steps, identity(outputs), None, wanted):
+            if inputs := right_factors(step, wanted):
+                blocks.append(Block(step.name, J, S, inputs))
     return Derivatives(outputs, tuple(reversed(blocks)), engine=method)
 
 
@@ -145,21 +165,11 @@ def hessian_diagonal_approximation(
         [2.0, 2.0, 2.0]
         [2.0, 0.0, 0.0]
     """
-    from fimlib.engines.choose import attempt_layerwise, tried  # which imports this module
-
     check_method(method)
     family_of(labels)
-    model = check_module(model)
+    model, x = confirmed(model, x, order=2)
     with torch.inference_mode(False), kept_random_state(x):
-        check_model(model, x)
-        check_plain(model)
-        if names := tied(model):
-            raise NotImplementedError(
-                f"parameter {names[1]!r} is the same tensor as {names[0]!r}: the recursion has no "
-                "derivatives of tied parameters."
-            )
-        outputs, steps = record(model, x.detach().clone())
-        tried("layerwise", attempt_layerwise, model, x.detach(), 2, None, None)  # or an error
+        outputs, steps = layerwise.record(model, x)
     check_labels(outputs, labels)
     gradient, diagonal = at_the_outputs(labels, method)
     terms = []
@@ -219,22 +229,14 @@ def recursion(
             diagonals = None if diagonals is None else diagonals @ step.squared_weight
 
 
-def record(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
-    """The outputs and the steps of a forward pass of a chain.
-
-    Raises:
-        NotImplementedError: the model is no chain of linear and elementwise modules.
-        ValueError: the outputs are not finite.
-    """
-    try:
-        outputs, steps = layerwise.record(model, x)
-    except NotImplementedError as refusal:
-        raise NotImplementedError(
-            f"the approximate engines take what the layerwise engine takes. {refusal}"
-        ) from refusal
-    if not torch.isfinite(outputs).all():
-        raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
-    return outputs, steps
+def confirmed(
+    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None = None
+) -> tuple[nn.Module, Tensor]:
+    """The network and a copy of the inputs, once the layerwise engine is confirmed at them."""
+    model = check_module(model)
+    x = x.detach().clone() if isinstance(x, Tensor) else x
+    checked(model, x, "layerwise", order, wanted)
+    return model, x
 
 
 def check_method(method: str) -> None:

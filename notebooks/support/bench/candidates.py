@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import fimlib
+from fimlib.engines.confirm import INPUTS
 from fimlib.streaming import accumulate, default_batch_size
+from support.bench import approximate
 from support.bench.networks import Network
 
 Values = dict[str, dict[str, Tensor]]
@@ -69,7 +71,7 @@ def unit(model: nn.Module, _: Network | None = None) -> Call:
 # fimlib.
 
 
-def ours(*quantities: str, engine: str = "auto") -> Prepare:
+def ours(*quantities: str) -> Prepare:
     """Averages over the inputs, streamed: everything that ``quantities`` name."""
     order = 2 if {"V2", "C12"} & set(quantities) else 1
 
@@ -81,11 +83,35 @@ def ours(*quantities: str, engine: str = "auto") -> Prepare:
                 fimlib.Categorical(),
                 batch_size=size,
                 order=order,
-                engine=engine,
                 dtype=torch.float32,
                 method=None,
                 quantities=quantities,
             )
+
+        size = chosen_once(lambda x: joint(x, len(x)))
+
+        def call(x: Tensor, _: Tensor) -> Values:
+            total = joint(x, size(x))
+            return {quantity: READ[quantity](total) for quantity in quantities}
+
+        return call
+
+    return prepare
+
+
+def diagonal_recursion(method: str) -> Prepare:
+    """I and V₂ as in ``ours``, in float32 and streamed, with S by a recursion of diagonals."""
+    quantities = ("I", "V2")
+
+    def prepare(model: nn.Module, _: Network) -> Call:
+        def joint(x: Tensor, size: int) -> fimlib.Joint:
+            total = fimlib.Joint(
+                fimlib.Categorical(), method=None, quantities=quantities, dtype=torch.float32
+            )
+            approximate.confirmed(model, x[:INPUTS], order=2)  # as ``accumulate`` does, once
+            for part in x.split(size):
+                total.update(approximate.carried_back(model, part, method=method))
+            return total
 
         size = chosen_once(lambda x: joint(x, len(x)))
 
@@ -358,9 +384,10 @@ CANDIDATES = {
         for j in (1, 2)
         for n in LABELS
     },
+    "auto": Candidate("fimlib", "I, V₂", ours("I", "V2")),
     **{
-        engine: Candidate("fimlib", f"I, V₂: engine {engine!r}", ours("I", "V2", engine=engine))
-        for engine in ("auto", "becker-lecun", "hesscale")
+        method: Candidate(method, "I, V₂ of an approximate S", diagonal_recursion(method))
+        for method in approximate.METHODS
     },
     "backpack-fisher": Candidate(
         "BackPACK DiagGGNExact", EXACT_FISHER, backpack_fisher(False), BACKPACK

@@ -285,12 +285,12 @@ def matmul_speed(device: str, threads: int, quick: bool) -> float:
     return 2 * size**3 / statistics.median(meter.time(lambda: a @ a) for _ in range(5))
 
 
-def layer_errors(engine: str, case: Case) -> dict[str, float]:
-    """The error of an engine's V₂ in each layer."""
+def layer_errors(method: str, case: Case) -> dict[str, float]:
+    """The error of V₂ in each layer, S by a recursion of diagonals."""
     torch.set_num_threads(1)
     network = networks.network(case.network, quick=case.quick)
     model, x, _ = networks.problem(network, case.batch, "cpu")
-    return agreement.layer_errors(engine, model, x)
+    return agreement.layer_errors(method, model, x)
 
 
 def confirmation(case: Case, order: int) -> Row:

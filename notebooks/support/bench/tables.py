@@ -172,7 +172,7 @@ def costs(rows: Sequence[Row]) -> str:
 
 
 def approximate(found: Found) -> str:
-    """The fourth table: engines with approximate S, their time and their error by layer."""
+    """The fourth table: approximate S, its time and its error by layer, beside the exact S."""
     parts, rows = [], found["approximate"]
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
