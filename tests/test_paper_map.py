@@ -232,7 +232,7 @@ Section two:
 
 
 LISTED = [
-    results.ROOT / "fimlib" / "family.py",
+    results.ROOT / "fimlib" / "families" / "base.py",
     results.ROOT / "fimlib" / "fisher.py",
     results.ROOT / "notebooks" / "support" / "checks" / "exact.py",
     results.ROOT / "tests" / "test_checks.py",
@@ -292,7 +292,10 @@ def test_the_map_is_shown(tmp_path):
         "api.html#fimlib.Family.mean", "api.html#fimlib.variance_i1",
     ):  # fmt: skip
         assert html.count(f'href="{link}"') >= 1, link
-    for page, name in (("tests-test_checks", "test_the_other_kinds"), ("fimlib-family", "Family")):
+    for page, name in (
+        ("tests-test_checks", "test_the_other_kinds"),
+        ("fimlib-families-base", "Family"),
+    ):
         listing = (tmp_path / f"_build/html/_generated/source/{page}.html").read_text("utf-8")
         [target] = re.findall(rf'href="_generated/source/{page}.html#([^"]+)"', html)
         section = listing[listing.index(f'id="{target}"') :]

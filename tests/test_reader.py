@@ -211,7 +211,7 @@ FACTS = {
     },
 }  # fmt: skip
 LISTED = [
-    results.ROOT / "fimlib" / "family.py",
+    results.ROOT / "fimlib" / "families" / "base.py",
     results.ROOT / "notebooks" / "support" / "checks" / "exact.py",
     results.ROOT / "tests" / "test_checks.py",
 ]

@@ -290,7 +290,7 @@ def page(kind: str, number: str) -> str:
 def source(target: Any) -> str:
     """A link to the code."""
     path, (_, line) = Path(inspect.getfile(target)), inspect.getsourcelines(target)
-    words = f"{path.parent.name}/{path.name}, line {line}"
+    words = f"{listings.relative(path)}, line {line}"
     return f"**Source:** :ref:`{words} <{listings.label(path, line)}>`"
 
 

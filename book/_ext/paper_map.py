@@ -89,7 +89,7 @@ def where(name: str) -> str:
     """A name of the library, linked to its entry in the reference, and its place in the source."""
     path, line = place(name)
     link = f"{{ref}}`line {line} <{listings.label(path, line)}>`"
-    return f"{{py:obj}}`{name}` {path.parent.name}/{path.name}, {link}"
+    return f"{{py:obj}}`{name}` {listings.relative(path)}, {link}"
 
 
 def code(name: str) -> str:
