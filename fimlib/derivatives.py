@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,8 +132,8 @@ class Derivatives:
 class Batch:
     """B inputs after their forward pass, whose J and S come when they are asked for.
 
-    A backward sweep carries T or more rows for every input. What it carries for a few inputs at a
-    time stays in the processor's cache; for small networks that decides the speed.
+    What is carried or multiplied for a few inputs at a time stays in the processor's cache; for
+    small networks that decides the speed, for large ones the memory.
 
     Attributes:
         outputs: The network's outputs h at all of them, [B, T].
@@ -141,6 +142,9 @@ class Batch:
         size: How many inputs to take at a time.
         engine: As in ``Derivatives``.
         projected: As in ``Derivatives``.
+        one: From a block's number, some of the inputs and some of its numbers along the first axis
+            of K to that part of it; None where all blocks come together.
+        shares: How much of each block to take at a time, where these come one by one.
     """
 
     outputs: Tensor
@@ -149,6 +153,8 @@ class Batch:
     size: int
     engine: str
     projected: bool = False
+    one: Callable[[int, slice | Tensor, slice], Block] | None = None
+    shares: tuple[Share, ...] = ()
 
     @classmethod
     def of(cls, derivs: Derivatives) -> Batch:
@@ -156,6 +162,25 @@ class Batch:
         inputs = tuple((block.layer, block.inputs) for block in derivs.blocks)
         size = max(1, len(derivs.outputs))
         return cls(derivs.outputs, inputs, derivs.at, size, derivs.engine, derivs.projected)
+
+    @classmethod
+    def block_by_block(
+        cls,
+        outputs: Tensor,
+        inputs: tuple[tuple[str, Mapping[str, Tensor | None]], ...],
+        one: Callable[[int, slice | Tensor, slice], Block],
+        shares: tuple[Share, ...],
+        engine: str,
+        *,
+        projected: bool,
+    ) -> Batch:
+        """Inputs whose blocks come one by one."""
+
+        def sweep(at: slice | Tensor) -> Derivatives:
+            blocks = tuple(one(i, at, slice(None)) for i in range(len(inputs)))
+            return Derivatives(outputs[at], blocks, engine, projected)
+
+        return cls(outputs, inputs, sweep, max(1, len(outputs)), engine, projected, one, shares)
 
     def derivatives(self) -> Derivatives:
         """Those at all inputs."""
@@ -165,8 +190,61 @@ class Batch:
         """Those at some of the inputs, by position."""
         return self.sweep(inputs)
 
-    def pieces(self) -> Iterator[tuple[slice, Derivatives]]:
-        """The inputs in order, ``size`` at a time, and the derivatives there; one piece of none."""
-        for start in range(0, max(1, len(self.outputs)), self.size):
-            at = slice(start, start + self.size)
-            yield at, self.sweep(at)
+    def pieces(self) -> Iterator[Piece]:
+        """Every block at all inputs, piece by piece; without inputs it is one piece.
+
+        Of each part of a block the inputs come in order.
+        """
+        count = max(1, len(self.outputs))
+        if self.one is None:
+            for at in slices(count, self.size):
+                derivs = self.sweep(at)
+                for i, block in enumerate(derivs.blocks):
+                    one = replace(derivs, blocks=(block,))
+                    yield Piece(i, at, slice(None), one, at.stop == count)
+            return
+        for i, share in enumerate(self.shares):
+            parts = slices(share.rows, share.rows_at_a_time) if share.rows else (slice(None),)
+            for rows in parts:
+                for at in slices(count, share.inputs_at_a_time):
+                    block = self.one(i, at, rows)
+                    one = Derivatives(self.outputs[at], (block,), self.engine, self.projected)
+                    is_last = rows.stop in (None, share.rows) and at.stop == count
+                    yield Piece(i, at, rows, one, is_last)
+
+
+class Share(NamedTuple):
+    """How much of a block to take at a time.
+
+    Attributes:
+        inputs_at_a_time: Inputs.
+        rows: The length of the first axis of K; 0 where that is not to be divided.
+        rows_at_a_time: Along that axis.
+    """
+
+    inputs_at_a_time: int
+    rows: int = 0
+    rows_at_a_time: int = 0
+
+
+class Piece(NamedTuple):
+    """A part of one block, at some of the inputs.
+
+    Attributes:
+        block: Its number.
+        at: The inputs.
+        rows: Which part of the first axis of K, if not all of it.
+        derivs: The outputs there, and this block alone.
+        is_last: Whether it is the last piece of its block.
+    """
+
+    block: int
+    at: slice
+    rows: slice
+    derivs: Derivatives
+    is_last: bool
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """From 0 to ``count``, so many at a time."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -157,35 +157,42 @@ class Joint:
             check_labels(batch.outputs, labels)
         means: dict[str, PerParameter] = defaultdict(dict)
         narrow: list[Narrow] = []
-        forms = self._forms(batch, labels)
-        for index, ((layer, inputs), form) in enumerate(zip(batch.inputs, forms, strict=True)):
+        for index, form in self._forms(batch, labels):
+            layer, inputs = batch.inputs[index]
             largest = form.largest() if self.dtype == torch.float32 else None
             if largest is not None:
                 narrow += narrowest(index, layer, dict(zip(form.keys, largest, strict=True)))
             for name, z in inputs.items():
                 for key, mean in form.means(z, self.dtype, largest):
                     means[key][name] = mean
-        return dict(means), narrow
+        names = [name for _, inputs in batch.inputs for name in inputs]
+        return {key: {n: of[n] for n in names} for key, of in means.items()}, narrow
 
-    def _forms(self, batch: Batch, labels: Labels | None) -> list[Forms]:
-        """Left factors of every quantity, for each block of the batch."""
+    def _forms(self, batch: Batch, labels: Labels | None) -> Iterator[tuple[int, Forms | Totals]]:
+        """Left factors of every quantity, for each block of the batch, in whatever order."""
         h = unchecked_natural(self.family, batch.outputs)
         eigenvalues = None
         if self.method is not None and labels is None:
             eigenvalues = spectrum(self.family, batch.outputs, method=self.method)
-        found: list[list[Forms]] = [[] for _ in batch.inputs]
-        for at, derivs in batch.pieces():
+        found: dict[int, list[Forms]] = defaultdict(list)
+        totals: dict[int, dict[int | None, Totals]] = defaultdict(dict)
+        for i, at, rows, derivs, is_last in batch.pieces():
             contract = self._contraction(h[at], labels, batch.projected)
-            blocks = self.family.natural_derivatives(derivs).blocks
-            for block, parts in zip(blocks, found, strict=True):
-                lefts = contract(block.J, block.S)
-                if "Var_x I" in self.quantities:
-                    lefts["I²"] = lefts["I"]
-                if eigenvalues is not None:
-                    lam = Spectrum(*(values[at] for values in eigenvalues))
-                    lefts.update(_bounds(block.J, block.S, lam, self.dtype))
-                parts.append(Forms.of(lefts))
-        return [Forms.joined(parts) for parts in found]
+            (block,) = self.family.natural_derivatives(derivs).blocks
+            lefts = contract(block.J, block.S)
+            if "Var_x I" in self.quantities:
+                lefts["I²"] = lefts["I"]
+            if eigenvalues is not None:
+                lam = Spectrum(*(values[at] for values in eigenvalues))
+                lefts.update(_bounds(block.J, block.S, lam, self.dtype))
+            if all(z is None for z in block.inputs.values()):
+                totals[i][rows.start] = Totals.of(lefts, totals[i].get(rows.start))
+                if is_last:
+                    yield i, Totals.joined(list(totals.pop(i).values()))
+                continue
+            found[i].append(Forms.of(lefts))
+            if is_last:
+                yield i, Forms.joined(found.pop(i))
 
     def _contraction(self, h: Tensor, labels: Labels | None, projected: bool) -> Moments:
         """From J and S of a block, left factors [B, *K] of I and of what is wanted besides."""
@@ -542,9 +549,8 @@ class Forms:
 
     def largest(self) -> Tensor:
         """The largest absolute value of each quantity, [Q]."""
-        flat = self.values.flatten(2) if self.values.ndim > 2 else self.values[:, :, None]
-        flat = flat.abs() if "C12" in self.keys else flat  # all others are ≥ 0
-        return flat.amax((0, 2)) if flat.numel() else flat.new_zeros(len(self.keys))
+        parts = zip(self.keys, self.values.unbind(1), strict=True)
+        return torch.stack([largest_of(v, signed=k == "C12") for k, v in parts])
 
     def means(
         self, z: Tensor | None, dtype: torch.dtype, largest: Tensor | None
@@ -562,9 +568,7 @@ class Forms:
         """
         size, _, *rest = self.values.shape
         if z is None:
-            for key, left in zip(self.keys, self.values.unbind(1), strict=True):
-                left = left.double().square() if key == "I²" else left
-                yield key, left.sum(0, dtype=torch.float64).div_(size)
+            yield from Totals.of(dict(zip(self.keys, self.values.unbind(1), strict=True))).means()
             return
         low, high = self.values.to(dtype).tensor_split([self.low], dim=1)
         sizes, shrink = z.new_ones(high.shape[1], dtype=torch.float64), None
@@ -584,6 +588,63 @@ class Forms:
         factors = torch.cat([scale.new_ones(self.low), scale]) / size
         for key, part, factor in zip(self.keys, chain.from_iterable(parts), factors, strict=True):
             yield key, part.double().mul_(factor)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over inputs of several quantities, for a block without right factors.
+
+    Attributes:
+        sums: Quantity → [*K], float64.
+        most: Their largest absolute values, [Q].
+        size: How many inputs there are.
+    """
+
+    sums: PerParameter
+    most: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, lefts: Mapping[str, Tensor], before: Totals | None = None) -> Totals:
+        """From [B, *K] for every quantity, and the sums over other inputs."""
+        squared = {k: v.double().square() if k == "I²" else v for k, v in lefts.items()}
+        sums = {k: v.sum(0, dtype=torch.float64) for k, v in squared.items()}
+        most = torch.stack([largest_of(v, signed=k == "C12") for k, v in lefts.items()])
+        size = len(next(iter(lefts.values())))
+        if before is None:
+            return cls(sums, most, size)
+        added = {k: t.add_(before.sums[k]) for k, t in sums.items()}
+        return cls(added, torch.maximum(most, before.most), size + before.size)
+
+    @classmethod
+    def joined(cls, parts: list[Totals]) -> Totals:
+        """Of a block, its parts along the first axis in order."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        sums = {k: torch.cat([part.sums[k] for part in parts]) for k in first.sums}
+        return cls(sums, torch.stack([part.most for part in parts]).amax(0), first.size)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The quantities."""
+        return tuple(self.sums)
+
+    def largest(self) -> Tensor:
+        """As of ``Forms``."""
+        return self.most
+
+    def means(self, *_: object) -> Iterator[tuple[str, Tensor]]:
+        """As of ``Forms``; every parameter has a tensor of its own."""
+        for key, total in self.sums.items():
+            yield key, total / self.size
+
+
+def largest_of(t: Tensor, *, signed: bool) -> Tensor:
+    """The largest absolute value; 0 of nothing."""
+    if not t.numel():
+        return t.new_zeros(())
+    return t.abs().amax() if signed else t.amax()
 
 
 def sums_of_products(
@@ -680,7 +741,7 @@ def _check(
                     "raised to the fourth power: check the weights and the inputs."
                 )
     for index, layer, is_low, which in narrow:
-        pieces = (derivs.blocks[index] for _, derivs in batch.pieces())
+        pieces = (p.derivs.blocks[0] for p in batch.pieces() if p.block == index)
         if is_low and any(getattr(block, which).any() for block in pieces):
             raise ValueError(
                 f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 import fimlib
 from fimlib import differentiate
-from fimlib.engines import forward_mode, functional
+from fimlib.engines import first_order, forward_mode, functional
 
 
 class Call(nn.Module):
@@ -197,17 +197,17 @@ def test_theorem_4_1_holds_and_its_bounds_are_those_of_the_dense_tensors(name):
             assert (quantity[parameter] <= interval.upper[parameter] + slack).all()
 
 
+def by_places(net, x, names):
+    derivs = first_order.differentiate(net, x, wanted=None).derivatives()
+    return {n: derivs.jacobian(n) for n in names}
+
+
 @each
-@pytest.mark.parametrize("way", [functional.vectorised, functional.one_by_one])
+@pytest.mark.parametrize("way", [by_places, functional.one_by_one])
 def test_both_ways_give_the_oracle_j(name, way):
     make, x = NETWORKS[name]
     net = make()
-    try:
-        J = way(copy.deepcopy(net), x, [n for n, _ in net.named_parameters()])
-    except Exception:
-        assert way is functional.vectorised
-        assert name in ("LSTM", "GRU", "in-place", "control flow")  # what vmap cannot follow
-        return
+    J = way(copy.deepcopy(net), x, [n for n, _ in net.named_parameters()])
     for b, one in enumerate(x.split(1)):
         for parameter, p in net.named_parameters():
             rows = [
@@ -217,10 +217,12 @@ def test_both_ways_give_the_oracle_j(name, way):
             assert close(J[parameter][b], torch.stack(rows))
 
 
-def test_blocks_are_dense_one_for_each_parameter():
+def test_blocks_are_dense_but_for_layers_that_see_each_input_once():
     derivs = differentiate(transformer(), TOKENS, engine="functional", order=1)
     names = [n for n, _ in transformer().named_parameters()]
-    assert [list(block.inputs) for block in derivs.blocks] == [[n] for n in names]
+    assert [n for block in derivs.blocks for n in block.inputs] == names
+    shared = [list(block.inputs) for block in derivs.blocks if len(block.inputs) > 1]
+    assert shared == [["head.weight", "head.bias"]]
     assert all(block.S is None for block in derivs.blocks)
     assert [block.layer for block in derivs.blocks[:2]] == ["tokens", "layer.self_attn"]
     assert derivs.jacobian("head.weight").shape == (2, 3, 3, 4)
@@ -327,18 +329,12 @@ def test_a_tied_parameter_has_the_total_derivative_under_its_first_name():
     assert "head.weight" not in {n for block in J.blocks for n in block.inputs}
 
 
-def test_only_the_wanted_parameters_are_differentiated(monkeypatch):
-    asked = []
-    way = functional.vectorised
-    monkeypatch.setattr(
-        functional, "vectorised", lambda own, x, names: asked.append(names) or way(own, x, names)
-    )
+def test_only_the_wanted_parameters_are_differentiated():
     net = transformer()
     whole = differentiate(net, TOKENS, engine="functional", order=1)
     part = differentiate(net, TOKENS, engine="functional", order=1, layers=["norm", "head"])
     names = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
     assert [n for block in part.blocks for n in block.inputs] == names
-    assert asked[-1] == names
     for n in names:
         assert close(part.jacobian(n), whole.jacobian(n), 1e-14)
 
@@ -346,10 +342,16 @@ def test_only_the_wanted_parameters_are_differentiated(monkeypatch):
 def test_chunks_of_inputs_change_nothing(monkeypatch):
     x = torch.randint(5, (7, 3), generator=torch.Generator().manual_seed(0))
     whole = differentiate(transformer(), x, engine="functional", order=1)
-    monkeypatch.setattr(functional, "NUMBERS_AT_A_TIME", 1500)  # two inputs
-    parts = differentiate(transformer(), x, engine="functional", order=1)
-    for a, b in zip(whole.blocks, parts.blocks, strict=True):
-        assert close(a.J, b.J, 1e-14)
+    monkeypatch.setattr(first_order, "NUMBERS_AT_A_TIME", 150)
+    batch = first_order.differentiate(transformer(), x, wanted=None)
+    sizes = [share.inputs_at_a_time for share in batch.shares]
+    assert min(sizes) == 1 < max(sizes)
+    seen = [0] * len(whole.blocks)
+    for i, at, part, piece, is_last in batch.pieces():
+        assert close(piece.blocks[0].J, whole.blocks[i].J[at][:, :, part], 1e-14)
+        seen[i] += piece.blocks[0].J.numel()
+        assert is_last == (seen[i] == whole.blocks[i].J.numel())
+    assert seen == [block.J.numel() for block in whole.blocks]
 
 
 @pytest.mark.parametrize("make", [transformer, lambda: recurrent(nn.LSTM)])

@@ -432,6 +432,8 @@ CASES = {
     "mean of a bag": right(lambda: bag(mode="mean"), IDS),
     "maximum of a bag": right(lambda: bag(mode="max"), IDS),
     "padded bag": right(lambda: bag(padding_idx=1), IDS),
+    "padded table": right(lambda: looked_up(padding_idx=1), IDS),
+    "padded table, first order": right(lambda: looked_up(padding_idx=1), IDS, **FIRST),
     "pruned": right(pruned),
     "weight norm": right(weight_normed),
     "weight norm as a parametrisation": right(
@@ -464,17 +466,6 @@ CASES = {
     "straight through, first order": refused(
         lambda: row(Ste()), rf"'1' \(Ste\): {CUT}", "layers", **FIRST
     ),
-    **{
-        f"padding counts, {name}": refused(
-            lambda: looked_up(padding_idx=1),
-            r"'e' \(Embedding\): padding_idx is among the indices",
-            "layers",
-            IDS,
-            looked_up,
-            **options,
-        )
-        for name, options in (("auto", {}), ("functional", {"engine": "functional"} | FIRST))
-    },
     "detached gate": refused(
         lambda: plain(lambda s: s * s.sigmoid().detach() + s**2), f"Own: {CUT}", "layers"
     ),

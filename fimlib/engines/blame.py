@@ -28,13 +28,6 @@ class Call:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     result: Any
 
-    @property
-    def looks_up_padding(self) -> bool:
-        """Whether it looks up the one row of a table that autograd gives no derivative."""
-        row = getattr(self.module, "padding_idx", None)
-        indices = (t for t in tree_leaves(self.inputs) if isinstance(t, Tensor) and not is_real(t))
-        return row is not None and any(bool((t == row).any()) for t in indices)
-
     def __str__(self) -> str:
         if not self.name:
             return f"forward() of {type(self.module).__name__}"

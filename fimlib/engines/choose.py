@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.derivatives import Batch, Derivatives, Seeds, all_finite
-from fimlib.engines import backpack, forward_mode, functional, layerwise
+from fimlib.engines import backpack, first_order, forward_mode, functional, layerwise
 from fimlib.engines.checks import (
     ForwardError,
     check_forward,
@@ -25,7 +25,15 @@ from fimlib.engines.checks import (
     check_plain,
     short,
 )
-from fimlib.engines.confirm import ENTRIES, INPUTS, Unconfirmed, confirm, enough, few
+from fimlib.engines.confirm import (
+    ENTRIES,
+    INPUTS,
+    Unconfirmed,
+    check_inputs_apart,
+    confirm,
+    enough,
+    few,
+)
 from fimlib.engines.model import kept_random_state, selected, tied
 from fimlib.engines.traced import second_order as traced
 
@@ -68,11 +76,21 @@ def attempt_layerwise(
 def attempts_functional(order: int) -> tuple[Attempt, ...]:
     """Two ways to J, three to S."""
     if order == 1:
-        ways = (functional.vectorised, functional.one_by_one)
-        return tuple(functional_attempt(functional.first_order(way)) for way in ways)
+        return (attempt_first_order, functional_attempt(functional.first_order))
     return tuple(
         functional_attempt(functional.second_order(curves)) for curves in forward_mode.WAYS
     )
+
+
+def attempt_first_order(
+    model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None, seeds: Seeds | None
+) -> Batch:
+    """J by one backward pass for each output."""
+    try:
+        return first_order.differentiate(model, x.clone(), wanted=wanted, seeds=seeds)
+    except first_order.NeedsTheBatchError:
+        check_inputs_apart(model, x)
+        raise
 
 
 def functional_attempt(way: functional.Way) -> Attempt:
@@ -96,7 +114,7 @@ ENGINES = {
         Engine("functional", attempts_functional, takes_ties=True),
     )
 }
-AUTO = ("layerwise", "traced", "functional")
+AUTO = {1: ("layerwise", "functional"), 2: ("layerwise", "traced", "functional")}
 ENTRIES_OF_THE_SLOW = 64  # of S that are compared where every one of them took a pass
 LAYERS_TO_TRY = 4  # from the last on, as a remedy
 
@@ -121,7 +139,7 @@ def candidates(model: nn.Module, engine: str, order: int) -> tuple[str, ...]:
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (J) or 2 (J and S), got {order!r}.")
     if engine == "auto":
-        return tuple(n for n in AUTO if ENGINES[n].takes_ties or not tied(model))
+        return tuple(n for n in AUTO[order] if ENGINES[n].takes_ties or not tied(model))
     if engine not in ENGINES:
         known = ", ".join(("auto", *ENGINES))
         raise ValueError(f"unknown engine {engine!r}; choose one of: {known}.")
@@ -205,8 +223,8 @@ def differentiate(
             (any module, tied parameters too; S takes a pass for every parameter), "backpack" (the
             paper's way: ``nn.Sequential`` of what BackPACK has second derivatives for; keeps J and
             S dense, much slower, and rounds S to about the precision of ‖J‖²), or "auto": the first
-            of the first three that supports the model, "functional" with order=2 only up to 10,000
-            parameters; ``plan`` says which.
+            of the first three that supports the model, with order=1 "layerwise" or "functional",
+            with order=2 "functional" only up to 10,000 parameters; ``plan`` says which.
         order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
         layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
             and work for others is saved. None: all.
@@ -234,8 +252,9 @@ def differentiate(
     each of the B inputs, U the hidden units behind the next layer: split large batches where memory
     is short (``accumulate`` does). "traced" carries one row for every unit with curvature, and goes
     input by input where inputs share a tensor without a batch axis, or a parameter is used in more
-    than one place. With order=1, T rows. "functional" takes one pass for every parameter, or T with
-    order=1.
+    than one place. With order=1, T rows. "functional" takes one pass for every parameter; with
+    order=1 it takes T backward passes through the whole batch, and keeps their rows at the places
+    where parameters enter.
 
     Example: h = w·tanh(v·x) at x = 1, v = 0, w = 3: ∂h/∂v = w tanh'(0) = 3, ∂²h/∂v² = 0.
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))

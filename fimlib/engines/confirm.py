@@ -211,12 +211,6 @@ def explanation(claim: Claim) -> str:
             f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of "
             "the outputs."
         )
-    if where.looks_up_padding:
-        return (
-            f"{where}: padding_idx is among the indices, and its row counts in the outputs but not "
-            "in the gradient: set padding_idx=None, and mask the padded positions where they "
-            "should not count."
-        )
     if is_first:
         return (
             f"{where}: what autograd says is not the derivative of its values. Either something "
@@ -302,6 +296,16 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
         where = mixing_module(separate(truth.own), pair)
         prefix = f"{where}: " if where else ""
         raise Unconfirmed(f"{prefix}{MIXES}. Make forward() a function of each input alone.")
+
+
+def check_inputs_apart(model: nn.Module, x: Tensor) -> None:
+    """Refuse a network whose outputs for one input depend on the others, of whatever derivatives.
+
+    Raises:
+        Unconfirmed: naming the module.
+    """
+    truth = Truth.of(model, x)
+    check_alone(truth, truth.outputs.abs())
 
 
 def neighbour(x: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-r"""Exact J and S of any network with outputs of each input alone, by autograd and ``torch.func``.
+"""Exact S of any network, along one parameter after the other, and J at one input after the other.
 
-J = ∂h comes from one backward pass per output, over all inputs at once (``vmap`` of ``jacrev``);
-where ``vmap`` cannot follow the network, from plain autograd, input by input. S comes from forward
-mode along each parameter (``forward_mode``). Nothing of the operations has to be known; what
+S comes from forward mode along each parameter (``forward_mode``). J comes from plain autograd,
+where the backward passes of ``first_order`` fail. Nothing of the operations has to be known; what
 autograd believes of them is confirmed like any engine's results.
 """
 
@@ -15,18 +14,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Block, Derivatives, all_finite
 from fimlib.engines import forward_mode
 from fimlib.engines.checks import check_outputs, short
 from fimlib.engines.forward_mode import Curves
-from fimlib.engines.model import call_with, is_same, separate, tensors
-from fimlib.engines.rewrite import rewritten
+from fimlib.engines.model import call_with, separate, tensors
+from fimlib.engines.rewrite import exact_activations, rewritten
 from fimlib.engines.traced.graph import Uncaptured, walk, without_randomness
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
 
 PerParameter = dict[str, Tensor]
-Jacobian = Callable[[nn.Module, Tensor, list[str]], PerParameter]
 Way = Callable[[nn.Module, Tensor, list[str], Tensor], Derivatives]
 
 
@@ -54,7 +52,7 @@ def differentiate(
         derivs = way(own, x, names, outputs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever vmap or autograd does not know
+    except Exception as error:  # whatever torch.func or autograd does not know
         raise NotImplementedError(
             f"torch cannot differentiate {type(own).__name__}: {short(error)}."
         ) from error
@@ -63,15 +61,11 @@ def differentiate(
     return derivs
 
 
-def first_order(jacobian: Jacobian) -> Way:
-    """J, by one of the two ways."""
-
-    def way(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Derivatives:
-        J = in_chunks(jacobian, own, x, names, outputs.shape[1])
-        blocks = (Block(n.rpartition(".")[0], J[n], None, {n: None}) for n in names)
-        return Derivatives(outputs, tuple(blocks))
-
-    return way
+def first_order(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Derivatives:
+    """J, input by input."""
+    J = one_by_one(own, x, names)
+    blocks = (Block(n.rpartition(".")[0], J[n], None, {n: None}) for n in names)
+    return Derivatives(outputs, tuple(blocks))
 
 
 def second_order(curves: Curves) -> Way:
@@ -86,11 +80,21 @@ def private(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
         ValueError: the input does not fit, or the outputs are not [B, T] and finite.
         NotImplementedError: the pass is random, or uses what the copy does not own.
     """
-    own = separate(model).requires_grad_()
+    own, outputs = recorded(model, x, None)
+    return own, outputs.detach()
+
+
+def recorded(
+    model: nn.Module, x: Tensor, wanted: frozenset[str] | None
+) -> tuple[nn.Module, Tensor]:
+    """The same, and the graph of the outputs, in which the wanted parameters alone count."""
+    own = separate(model)
+    for name, parameter in own.named_parameters():
+        parameter.requires_grad_(wanted is None or name in wanted)
     foreign = {id(p): n for n, p in model.named_parameters()}
 
     def run() -> Tensor:
-        with torch.enable_grad(), Uncaptured(foreign):
+        with torch.enable_grad(), Uncaptured(foreign), exact_activations():
             h: Tensor = own(x.clone())
         return h
 
@@ -103,7 +107,7 @@ def private(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
                 f"{holder(own)} uses a tensor that requires grad and is no parameter of the model: "
                 "make it a parameter, or compute it in forward(), or detach() it."
             )
-    return own, outputs.detach()
+    return own, outputs
 
 
 def holder(own: nn.Module) -> str:
@@ -119,7 +123,7 @@ def holder(own: nn.Module) -> str:
 def check_finite(block: Block) -> None:
     """A ValueError that names a parameter whose derivatives are not finite."""
     for D in (block.J, block.S):
-        if D is not None and not torch.isfinite(D).all():
+        if D is not None and not all_finite(D):
             raise ValueError(
                 f"the derivative of the outputs in parameter {', '.join(map(repr, block.inputs))} "
                 "is NaN or infinite at one of the inputs, e.g. of a root at 0: check the weights "
@@ -127,25 +131,7 @@ def check_finite(block: Block) -> None:
             )
 
 
-# The two ways to J.
-
-
-def in_chunks(
-    way: Jacobian, own: nn.Module, x: Tensor, names: list[str], num_outputs: int
-) -> PerParameter:
-    """J, [B, T, *shape] per parameter, a few inputs at a time."""
-    parts = split(own, x, names, num_outputs)
-    first = way(own, parts[0], names)
-    if len(parts) == 1:
-        return first
-    J = {n: d.new_empty(len(x), *d.shape[1:]) for n, d in first.items()}
-    done = 0
-    for i, part in enumerate(parts):
-        rows = way(own, part, names) if i else first
-        for n in names:
-            J[n][done : done + len(part)] = rows[n]
-        done += len(part)
-    return J
+# J, input by input.
 
 
 def split(own: nn.Module, x: Tensor, names: list[str], num_outputs: int) -> tuple[Tensor, ...]:
@@ -172,23 +158,6 @@ def values_of(own: nn.Module, names: list[str]) -> PerParameter:
     return {n: own.get_parameter(n).detach() for n in names}
 
 
-def vectorised(own: nn.Module, x: Tensor, names: list[str]) -> PerParameter:
-    """J at all inputs at once, by ``torch.func``."""
-    outputs = outputs_from(own, names)
-
-    def twice(values: PerParameter, one: Tensor) -> tuple[Tensor, Tensor]:
-        h = outputs(values, one)
-        return h, h.detach()
-
-    jacobian = torch.func.jacrev(twice, has_aux=True)
-    with quiet(), torch.enable_grad():
-        J, h = torch.func.vmap(jacobian, in_dims=(None, 0))(values_of(own, names), x)
-        whole = own(x.clone()).detach()
-    if not is_same(h, whole):
-        raise NotImplementedError("the outputs are others under torch.vmap.")
-    return {n: d.detach() for n, d in J.items()}
-
-
 def one_by_one(own: nn.Module, x: Tensor, names: list[str]) -> PerParameter:
     """J at one input after the other, by plain autograd."""
     parameters = [own.get_parameter(n) for n in names]
@@ -198,31 +167,34 @@ def one_by_one(own: nn.Module, x: Tensor, names: list[str]) -> PerParameter:
 
 def rows_at(own: nn.Module, one: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     """J at one input, [T, *shape] for each of the parameters."""
-    with torch.enable_grad(), rewritten():
+    with torch.enable_grad():
         h = own(one.clone())[0]
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    if not h.requires_grad:
-        return [p.new_zeros(len(h), *p.shape) for p in parameters]
+        found = rows_of(h, parameters) if h.requires_grad else [None] * len(parameters)
+    return [
+        p.new_zeros(len(h), *p.shape) if g is None else g.detach()
+        for p, g in zip(parameters, found, strict=True)
+    ]
+
+
+def rows_of(h: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """Derivatives of some numbers [T], [T, *shape] for each of the parameters; None: 0."""
 
     def pull(seeds: Tensor, *, batched: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
             h, parameters, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
 
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     try:
         with quiet():
-            found = pull(eye, batched=True)
+            return list(pull(eye, batched=True))
     except RuntimeError as error:  # an operation without a batched derivative
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        rows = zip(*(pull(seed, batched=False) for seed in eye), strict=True)
-        found = tuple(
-            torch.stack([p.new_zeros(p.shape) if g is None else g for g in row])
-            for p, row in zip(parameters, rows, strict=True)
-        )
+    rows = zip(*(pull(seed, batched=False) for seed in eye), strict=True)
     return [
-        p.new_zeros(len(h), *p.shape) if g is None else g.detach()
-        for p, g in zip(parameters, found, strict=True)
+        torch.stack([p.new_zeros(p.shape) if g is None else g for g in row])
+        for p, row in zip(parameters, rows, strict=True)
     ]
 
 

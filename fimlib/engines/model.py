@@ -114,6 +114,8 @@ def separate(model: nn.Module) -> nn.Module:
     for module in own.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # the same gradients, which can be read
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # of whose row autograd tells no derivative
     return own
 
 

@@ -45,17 +45,21 @@ class Rewriting(TorchFunctionMode):
     Attributes:
         node: Whether an activation becomes one node of autograd's graph, an ``Activation``, whose
             derivatives are for the reader of that graph to take.
+        rules: The functions that are replaced; None: all that there are rules for, and what torch
+            itself writes in Python is followed inside.
     """
 
-    def __init__(self, *, node: bool) -> None:
+    def __init__(self, *, node: bool, rules: frozenset[Any] | None = None) -> None:
         super().__init__()
-        self.node = node
+        self.node, self.rules = node, rules
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the rule for func, or func itself."""
         kwargs = kwargs or {}
+        if self.rules is not None and func not in self.rules:
+            return func(*args, **kwargs)
         rule = rule_for(func, self.node)
         if rule is not None and takes(rule, args, kwargs):
             with self:
@@ -72,6 +76,13 @@ class Rewriting(TorchFunctionMode):
 def rewritten(*, node: bool = False) -> Iterator[None]:
     """Compute torch's functions by the rules; see ``Rewriting``."""
     with Rewriting(node=node):
+        yield
+
+
+@contextmanager
+def exact_activations() -> Iterator[None]:
+    """Derivatives of activations keep all digits; of everything else torch's own are taken."""
+    with Rewriting(node=True, rules=OF_ACTIVATIONS):
         yield
 
 
@@ -147,9 +158,11 @@ class Activation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, row: Tensor) -> tuple[Tensor, None]:
-        """The row times σ'."""
-        (s,) = ctx.saved_tensors
-        return row * ctx.curve.slopes(s)[0], None
+        """The row times σ', which is computed once for all rows."""
+        if not hasattr(ctx, "slope"):
+            (s,) = ctx.saved_tensors
+            ctx.slope = ctx.curve.slopes(s)[0]
+        return row * ctx.slope, None
 
 
 def expanded(s: Tensor, curve: Curve) -> Tensor:
@@ -271,6 +284,9 @@ def rrelu(
 def glu(input: Tensor, dim: int = -1) -> Any:
     a, b = input.chunk(2, dim)
     return a * b.sigmoid()
+
+
+OF_ACTIVATIONS = frozenset(RULES)
 
 
 # Norms.

@@ -1,0 +1,567 @@
+r"""J of any network by plain backward passes to the places where its parameters enter (Section 3).
+
+A weight enters by a product s = W z, a bias by a sum. From the row ∂h^a/∂s at the result follows
+
+    ∂h^a/∂W = Σ_r (∂h^a/∂s_r) ⊗ z_r,
+
+r over the rows of s that belong to one input: its positions in a sequence or an image. One backward
+pass for every output a, through the whole batch, carries these rows to all places at once. Autograd
+does that, so nothing has to be known of what lies between. A parameter that enters in several
+places has the sum of what it has in each.
+
+To which input a row belongs, autograd says, too: where the row of input b at the outputs is
+multiplied by a number c_b, every row of s comes out multiplied by the c_b of its own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from fimlib.derivatives import Batch, Block, Seeds, Share
+from fimlib.engines import functional
+from fimlib.engines.checks import short
+from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
+
+NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as many as a cache holds
+MOST_STEPS = 16  # from a parameter to what is computed of it, and to the network
+
+# What only rearranges a parameter, or picks a part of it.
+VIEWS = (
+    *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"),
+    *("Alias", "Clone", "Split", "SplitWithSizes", "Slice", "Select", "Unbind"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a parameter, or a view of it, enters the network.
+
+    Attributes:
+        views: The parameter and its views in a row.
+        edge: The result of the operation by which the last of them enters.
+        rows: From derivatives at the edge, [c, *shape], to rows [c, N, ...], N ≥ B.
+        pull: From rows [c, b, L, ...] and z [b, L, ...] of b inputs to derivatives in the view,
+            [b, c, *view].
+        z: What the rows are multiplied by, [N, ...]; None where that is 1.
+        is_linear: Whether the parameter is the weight or the bias of W z + b.
+        is_by_row: Whether the numbers of rows along their first axis behind L are the parameter's
+            along its first, each for itself.
+    """
+
+    views: list[Edge]
+    edge: Edge
+    rows: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor | None], Tensor]
+    z: Tensor | None = None
+    is_linear: bool = False
+    is_by_row: bool = False
+
+    def through_views(self, J: Tensor) -> Tensor:
+        """From derivatives in the last view, [b, c, *view], to those in the parameter."""
+        if len(self.views) == 1:
+            return J
+        first, last = GradientEdge(*self.views[0]), GradientEdge(*self.views[-1])
+        (found,) = torch.autograd.grad(
+            [last], [first], [J.flatten(0, 1)], is_grads_batched=True, retain_graph=True
+        )
+        return torch.unflatten(found, 0, J.shape[:2])
+
+
+def place(views: list[Edge], op: Any, i: int) -> Place | None:
+    """Where the last of the views is argument i of an operation; None: it is not known how."""
+    name, view, out = kind(op), shape(views[-1]), shape((op, 0))
+    is_plain = name != "Addmm" or (op._saved_alpha, op._saved_beta) == (1, 1)
+    if name in ("Addmm", "Mm") and is_plain and i == len(op.next_functions) - 1:
+        z = (op._saved_mat1 if name == "Addmm" else op._saved_self).detach()
+        if [kind(node) for node, _ in views[1:]] == ["T"]:  # as in nn.Linear
+            return Place(
+                views[:1], (op, 0), lambda g: g, product, z, is_linear=True, is_by_row=True
+            )
+        return Place(views, (op, 0), lambda g: g, lambda *both: product(*both).mT, z)
+    if name == "Mm" and i == 0:
+        return Place(views, (op, 0), lambda g: g.mT, product, op._saved_mat2.detach().mT)
+    if name == "Bmm":
+        return of_matrices(views, op, i)
+    if name == "Embedding":
+        return embedding(views, op, view[0])
+    if name == "Convolution" and i == 1 and not op._saved_transposed:
+        return convolution(views, op)
+    if name == "NativeLayerNorm" and i > 0:
+        return broadcast(views, op, normalised(op) if i == 1 else None)
+    if name in ("NativeBatchNorm", "Convolution", "NativeGroupNorm", "PreluKernel") and i > 0:
+        if i == 1 and (name == "Convolution" or getattr(op, "_saved_training", False)):
+            return None
+        factor = None if i == 2 else channelwise(op)
+        lined = (*view, *[1] * (len(out) - 2)) if name != "PreluKernel" else view
+        return broadcast(views, op, factor, lined)
+    if name == "Addmm" and is_plain and i == 0:
+        is_bias = len(views) == 1 and view == out[1:]
+        return broadcast(views, op, None, is_linear=is_bias)
+    if name in ("Add", "Sub", "Mul", "Expand"):
+        return broadcast(views, op, factor_of(op, i))
+    return None
+
+
+def product(rows: Tensor, z: Tensor | None) -> Tensor:
+    """Of W [o, n], in products with z."""
+    assert z is not None
+    left = rows.permute(1, 0, 3, 2).flatten(1, 2)  # [b, c o, L]
+    return torch.unflatten(torch.bmm(left, z), 1, (len(rows), -1))
+
+
+def of_matrices(views: list[Edge], op: Any, i: int) -> Place:
+    """W [G, n, o] in the products z_g W_g, or W [G, o, n] in W_g z_gᵀ."""
+    z = op._saved_self if i == 1 else op._saved_mat2.mT  # [G, N, n]
+    letters = "cblgo,blgn->bcgno" if i == 1 else "cblgo,blgn->bcgon"
+
+    def rows(g: Tensor) -> Tensor:
+        return (g if i == 1 else g.mT).movedim(1, 2)
+
+    def pull(rows: Tensor, z: Tensor | None) -> Tensor:
+        return torch.einsum(letters, rows, z)
+
+    return Place(views, (op, 0), rows, pull, z.detach().movedim(0, 1))
+
+
+def embedding(views: list[Edge], op: Any, num_rows: int) -> Place:
+    """A table [V, D] whose rows are looked up."""
+    index = op._saved_indices.flatten()
+
+    def pull(rows: Tensor, index: Tensor | None) -> Tensor:
+        assert index is not None
+        found = rows.new_zeros(*rows.shape[:2], num_rows, rows.shape[-1])
+        where = index[None, ..., None].expand(rows.shape)
+        return found.scatter_add_(2, where, rows).transpose(0, 1)
+
+    return Place(views, (op, 0), lambda g: g.flatten(1, -2), pull, index)
+
+
+def convolution(views: list[Edge], op: Any) -> Place:
+    """W [O, C / groups, *kernel]: one product at every position of every image."""
+    groups, target = op._saved_groups, op._saved_weight.shape
+    how = op._saved_padding, op._saved_stride, op._saved_dilation, groups
+
+    def pull(rows: Tensor, images: Tensor | None) -> Tensor:
+        assert images is not None
+        number, size = rows.shape[:2]
+        by_group = rows.unflatten(3, (groups, -1)).flatten(5)  # [c, b, L, G, o, positions]
+        left = by_group.permute(1, 3, 0, 4, 2, 5).flatten(4).flatten(2, 3).flatten(0, 1)
+        patches = unfolded(images.flatten(0, 1), target[2:], *how).unflatten(0, images.shape[:2])
+        right = patches.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [b G, L positions, n]
+        found = torch.bmm(left, right).view(size, groups, number, -1, right.shape[-1])
+        return found.transpose(1, 2).reshape(size, number, -1, *target[1:])
+
+    z, is_by_row = op._saved_input.detach(), groups == 1 and len(views) == 1
+    return Place(views, (op, 0), lambda g: g, pull, z, is_by_row=is_by_row)
+
+
+def unfolded(
+    z: Tensor, kernel: tuple[int, ...], padding: Any, stride: Any, dilation: Any, groups: int
+) -> Tensor:
+    """What a convolution multiplies its weights by: [N, groups, positions, numbers in a patch]."""
+    z = nn.functional.pad(z, [p for p in reversed(padding) for _ in range(2)])
+    for d, k in enumerate(kernel):  # [N, C, *positions, *kernel] at the end
+        z = z.unfold(2 + d, (k - 1) * dilation[d] + 1, stride[d])[..., :: dilation[d]]
+    z = z.unflatten(1, (groups, -1)).movedim(2, 2 + len(kernel))
+    return z.flatten(2, 1 + len(kernel)).flatten(3)
+
+
+def normalised(op: Any) -> Tensor:
+    """What a layer norm multiplies by its weight."""
+    found: Tensor = (op._saved_input - op._saved_result1) * op._saved_result2
+    return found.detach()
+
+
+def channelwise(op: Any) -> Tensor:
+    """What a norm over channels, or a PReLU, multiplies by its parameter."""
+    if kind(op) == "PreluKernel":
+        return torch.clamp(op._saved_self.detach(), max=0)
+    if kind(op) == "NativeBatchNorm":
+        by_channel = [-1] + [1] * (op._saved_input.ndim - 2)
+        mean, var = (v.view(by_channel) for v in (op._saved_running_mean, op._saved_running_var))
+        found: Tensor = (op._saved_input.detach() - mean) * (var + op._saved_eps).rsqrt()
+        return found
+    z: Tensor = op._saved_input.detach()  # of a group norm
+    by_group = z.reshape(*op._saved_result1.shape, -1)
+    mean, scale = (s.detach()[..., None] for s in (op._saved_result1, op._saved_result2))
+    return torch.mul(by_group - mean, scale).view_as(z)
+
+
+def factor_of(op: Any, i: int) -> Tensor | float | None:
+    """What an operation multiplies its argument i by; None: 1."""
+    name = kind(op)
+    if name == "Mul":
+        other: Tensor = op._saved_other if i == 0 else op._saved_self
+        return other.detach()
+    if name == "Expand" or i == 0 or (name == "Add" and op._saved_alpha == 1):
+        return None
+    return float(op._saved_alpha) * (1 if name == "Add" else -1)
+
+
+def broadcast(
+    views: list[Edge],
+    op: Any,
+    factor: Tensor | float | None,
+    lined: tuple[int, ...] | None = None,
+    *,
+    is_linear: bool = False,
+) -> Place:
+    """A parameter that is added, or multiplied by a factor, over the axes that it does not have.
+
+    Args:
+        views: The parameter and its views.
+        op: The operation.
+        factor: By which it is multiplied; None: 1.
+        lined: The view's shape, as it is broadcast to that of the result; None: from the right.
+        is_linear: As in ``Place``.
+    """
+    view, out = shape(views[-1]), shape((op, 0))
+    lined = view if lined is None else lined
+    lined = (*[1] * (len(out) - len(lined)), *lined)
+    over = [d for d, (n, m) in enumerate(zip(lined, out, strict=True)) if n == 1 != m]
+    own = [d for d in range(len(out)) if d not in over]
+
+    def rows(g: Tensor) -> Tensor:
+        order = [0, *(d + 1 for d in over), *(d + 1 for d in own)]
+        return g.permute(order).flatten(1, len(over)) if over else g[:, None]
+
+    is_number = factor is None or isinstance(factor, float)
+    z = None if is_number else rows(factor.expand(out)[None])[0]  # type: ignore[union-attr]
+
+    def pull(rows: Tensor, z: Tensor | None) -> Tensor:
+        sums = (rows if z is None else rows * z).sum(2).transpose(0, 1)
+        sums = factor * sums if isinstance(factor, float) else sums
+        return sums.reshape(*sums.shape[:2], *view)
+
+    return Place(views, (op, 0), rows, pull, z, is_linear)
+
+
+# From rows to inputs.
+
+
+@dataclass(frozen=True)
+class Layout:
+    """N rows in the order [outer, B, inner].
+
+    Attributes:
+        size: B.
+        inner: Rows of the same input that follow each other.
+    """
+
+    size: int
+    inner: int
+
+    def by_input(self, rows: Tensor, dim: int) -> Tensor:
+        """Rows along an axis, to [B, L] in its place."""
+        rows = rows.unflatten(dim, (-1, self.size, self.inner))
+        return rows.movedim(dim, dim + 1).flatten(dim + 1, dim + 2)
+
+
+def layout_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None:
+    """To which input each row belongs; None if to several, or if they lie in no regular order.
+
+    Args:
+        plain: Rows that came of random ones at the outputs, [N, ...].
+        weighted: The same of those of input b multiplied by weights[b].
+        weights: [B], all different.
+    """
+    size, count = len(weights), len(plain)
+    if count % size:
+        return None
+    g, found = (rows.reshape(count, -1) for rows in (plain, weighted))
+    length = torch.linalg.vector_norm(g, dim=1)
+    eps = torch.finfo(plain.dtype).eps
+    slack = eps**0.5 * length + 2**6 * eps * length.amax()
+    each = count // size
+    for inner in dict.fromkeys([each, 1, *(n for n in range(2, each) if each % n == 0)]):
+        layout = Layout(size, inner)
+        own = weights.repeat_interleave(inner).repeat(each // inner)
+        off = torch.addcmul(found, own[:, None], g, value=-1)
+        if bool((torch.linalg.vector_norm(off, dim=1) <= slack).all()):
+            return layout
+    return None
+
+
+class Probe:
+    """Two backward passes with random rows: the second has those of input b times a number c_b.
+
+    Attributes:
+        h: The outputs, [B, T], with their graph.
+        weights: c_b, [B].
+    """
+
+    def __init__(self, h: Tensor) -> None:
+        generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
+        size, num_outputs = h.shape
+        noise = torch.rand(size + num_outputs, generator=generator, device="cpu").to(h) + 1
+        self.h, (self.weights, row) = h, noise.split([size, num_outputs])
+        self.seeds = row.expand(size, -1), self.weights[:, None] * row
+
+    def __call__(self, places: Sequence[Place]) -> Iterator[Layout | None]:
+        """The layout of the rows at each of the places; None where they mix the inputs."""
+        edges = {p.edge: GradientEdge(*p.edge) for p in places}
+        plain, weighted = (
+            dict(zip(edges, backward(self.h, list(edges.values()), seed), strict=True))
+            for seed in self.seeds
+        )
+        for p in places:
+            here, there = (p.rows(g[p.edge][None])[0] for g in (plain, weighted))
+            yield layout_of(here, there, self.weights)
+
+
+def backward(h: Tensor, edges: list[GradientEdge], seed: Tensor) -> tuple[Tensor, ...]:
+    """One backward pass."""
+    return torch.autograd.grad(h, edges, seed, retain_graph=True)
+
+
+class Search:
+    """All places of one parameter, found step by step.
+
+    What is computed of parameters alone, as a normalised weight, mixes the inputs. It is a view of
+    the parameter, too, and its users may be places.
+
+    Attributes:
+        found: The places, and the layouts of their rows.
+        ends: Views whose users are to be looked at.
+        is_lost: Whether the parameter enters in a way that is not known.
+    """
+
+    def __init__(self, leaf: Node, root: Node, users: Mapping[Node, list[Edge]]) -> None:
+        self.root, self.users = root, users
+        self.found: dict[Place, Layout] = {}
+        self.ends: list[list[Edge]] = [[(leaf, 0)]]
+        self.seen: set[Edge] = set()
+        self.is_lost = False
+
+    def candidates(self, *, is_single: bool) -> list[Place]:
+        """Known operations that use the views; of the others the results become views."""
+        found = []
+        while self.ends:
+            views = self.ends.pop()
+            for op, i in self.users[views[-1][0]]:
+                if op.next_functions[i] != views[-1]:
+                    continue
+                known = None if kind(op) in VIEWS else place(views, op, i)
+                if known is not None:
+                    found.append(known)
+                elif is_single and kind(op) not in VIEWS:
+                    self.is_lost = True  # nothing shows whether a single input has a part in it
+                else:
+                    self.extend(views, op)
+        return found
+
+    def extend(self, views: list[Edge], op: Node) -> None:
+        """The results of an operation are views, each once."""
+        for k in range(len(op._input_metadata)):
+            if (op, k) not in self.seen:
+                self.seen.add((op, k))
+                self.ends.append([*views, (op, k)])
+        self.is_lost |= op is self.root
+
+    def decide(self, candidate: Place, layout: Layout | None) -> None:
+        """Take a place, or go behind it."""
+        if layout is None:
+            self.extend(candidate.views, candidate.edge[0])
+        else:
+            self.found[candidate] = layout
+
+
+def locate(h: Tensor, leaves: Mapping[str, Node]) -> dict[str, dict[Place, Layout] | None]:
+    """The places of every parameter; None where one of them is not known."""
+    nodes, users = walk(h.grad_fn)
+    present, probe = set(nodes), Probe(h)
+    searches = {n: Search(leaf, nodes[-1], users) for n, leaf in leaves.items() if leaf in present}
+    active = list(searches.values())
+    for _ in range(MOST_STEPS):
+        asked = [(s, p) for s in active for p in s.candidates(is_single=len(h) == 1)]
+        if not asked:
+            break
+        for (search, p), layout in zip(asked, probe([p for _, p in asked]), strict=True):
+            search.decide(p, layout)
+        active = [s for s in active if s.ends and not s.is_lost]
+    unknown = {id(s) for s in active if s.ends} | {id(s) for s in searches.values() if s.is_lost}
+    return {
+        n: {} if n not in searches else None if id(searches[n]) in unknown else searches[n].found
+        for n in leaves
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Entrance:
+    """One place of a parameter, with the rows there, or with what was made of them.
+
+    Attributes:
+        place: The place.
+        rows: [A, B, L, ...]; or derivatives in the view already, [B, A, *view].
+        z: What rows are multiplied by, [B, L, ...], or None.
+        is_pulled: Whether these are derivatives, as these are fewer numbers.
+    """
+
+    place: Place
+    rows: Tensor
+    z: Tensor | None
+    is_pulled: bool
+
+    def derivatives(self, at: slice | Tensor, part: slice = slice(None)) -> Tensor:
+        """Of the outputs in the parameter, at some inputs: [b, A, *shape].
+
+        Or in a part of it along its first axis, where the place is by row.
+        """
+        if self.is_pulled:
+            return self.place.through_views(self.rows[at])
+        z = None if self.z is None else self.z[at]
+        rows = self.rows[:, at, :, part] if self.place.is_by_row else self.rows[:, at]
+        return self.place.through_views(self.place.pull(rows, z))
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether the derivatives are an outer product for each input, or a factor of one."""
+        return self.place.is_linear and not self.is_pulled and self.rows.shape[2] == 1
+
+
+def entrances(h: Tensor, rows: Tensor, places: Mapping[Place, Layout]) -> dict[Place, Entrance]:
+    """The places with the rows that backward passes carry there, one pass for each row."""
+    size, number = rows.shape[:2]
+    edges = {p.edge: GradientEdge(*p.edge) for p in places}
+    z = {p: None if p.z is None else at.by_input(p.z, 0) for p, at in places.items()}
+    pulled = {p for p in places if prod(shape(p.views[-1])) * size < prod(shape(p.edge))}
+    found: dict[Place, Tensor] = {}
+    for a in range(number if edges else 0):
+        here = dict(zip(edges, backward(h, list(edges.values()), rows[:, a]), strict=True))
+        for p, layout in places.items():
+            part = layout.by_input(p.rows(here[p.edge][None]), 1)
+            if p in pulled:
+                part = p.pull(part, z[p]).transpose(0, 1)
+            if p not in found:
+                found[p] = part.new_empty(number, *part.shape[1:])
+            found[p][a] = part[0]
+    return {
+        p: Entrance(p, t.transpose(0, 1), None, True)
+        if p in pulled
+        else Entrance(p, t, z[p], False)
+        for p, t in found.items()
+    }
+
+
+# The engine.
+
+Planned = tuple[str, list[Entrance] | None, dict[str, Tensor | None]]
+
+
+def differentiate(
+    model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None, seeds: Seeds | None = None
+) -> Batch:
+    """J of any network; see ``fimlib.differentiate``, and ``prepare`` for ``seeds``.
+
+    Raises:
+        NotImplementedError: autograd cannot differentiate the network.
+    """
+    own, h = functional.recorded(model, x, wanted)
+    names = [n for n, _ in own.named_parameters() if wanted is None or n in wanted]
+    outputs = h.detach()
+    directions = None if seeds is None else seeds(outputs)
+    rows = identity(outputs) if directions is None else directions.to(outputs)
+    located = locate(h, {n: made_by(own.get_parameter(n)) for n in names})
+    places = {p: layout for of in located.values() if of for p, layout in of.items()}
+    found = entrances(h, rows, places)
+    by_name = {n: None if of is None else [found[p] for p in of] for n, of in located.items()}
+    del h
+    plan = blocks_of(by_name)
+
+    def one(i: int, at: slice | Tensor, part: slice) -> Block:
+        layer, entered, inputs = plan[i]
+        with torch.inference_mode(False):
+            if entered is None:
+                J = input_by_input(own, x[at], next(iter(inputs)))
+                J = J if directions is None else torch.einsum("bat,bt...->ba...", rows[at], J)
+            else:
+                parameter = own.get_parameter(next(iter(inputs)))
+                J = derivatives(entered, parameter, rows[at], at, part)
+        factors = {n: None if z is None else z[at] for n, z in inputs.items()}
+        block = Block(layer, J, None, factors)
+        functional.check_finite(block)
+        return block
+
+    inputs = tuple((layer, factors) for layer, _, factors in plan)
+    return Batch.block_by_block(
+        outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional",
+        projected=directions is not None,
+    )  # fmt: skip
+
+
+class NeedsTheBatchError(NotImplementedError):
+    """The network does not take a single input."""
+
+
+def input_by_input(own: nn.Module, x: Tensor, name: str) -> Tensor:
+    """J of one parameter, [b, T, *shape], by autograd at each input alone.
+
+    Raises:
+        NeedsTheBatchError: the network does not take a single input.
+    """
+    try:
+        return functional.one_by_one(own, x, [name])[name]
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise NeedsTheBatchError(
+            f"torch cannot differentiate {type(own).__name__} at one input: {short(error)}."
+        ) from error
+
+
+def derivatives(
+    entered: list[Entrance], parameter: Tensor, rows: Tensor, at: slice | Tensor, part: slice
+) -> Tensor:
+    """Left factors of the derivatives in a parameter at some inputs, [b, A, *K]."""
+    if not entered:
+        return rows.new_zeros(()).expand(*rows.shape[:2], *parameter.shape)
+    if len(entered) == 1:
+        (one,) = entered
+        return one.rows[:, at, 0].transpose(0, 1) if one.is_outer else one.derivatives(at, part)
+    total = entered[0].derivatives(at)
+    for entrance in entered[1:]:
+        total = total + entrance.derivatives(at)
+    return total
+
+
+def share_of(planned: Planned, own: nn.Module, rows: Tensor) -> Share:
+    """How much of a block stays in the cache, with its derivatives."""
+    _, entered, inputs = planned
+    most = NUMBERS_AT_A_TIME * (16 if rows.is_cuda else 1) // rows.shape[1]
+    parameter = own.get_parameter(next(iter(inputs)))
+    one = entered[0] if entered and len(entered) == 1 else None
+    if one is not None and one.is_outer:
+        return Share(max(1, most // one.rows[0, 0].numel()))
+    if one is None or one.is_pulled or not one.place.is_by_row or parameter.numel() <= most:
+        return Share(max(1, most // parameter.numel()))
+    return Share(1, len(parameter), max(1, most * len(parameter) // parameter.numel()))
+
+
+def identity(outputs: Tensor) -> Tensor:
+    """The derivatives of the outputs at themselves, [B, T, T]."""
+    eye = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+    return eye.expand(len(outputs), -1, -1)
+
+
+def blocks_of(by_name: Mapping[str, list[Entrance] | None]) -> list[Planned]:
+    """The blocks to come: a layer, what its left factors are made of, and its right factors."""
+    found: list[Planned] = []
+    shared: dict[tuple[str, Edge], Planned] = {}
+    for name, entered in by_name.items():
+        fresh: Planned = (name.rpartition(".")[0], entered, {name: None})
+        if entered is None or len(entered) != 1 or not entered[0].is_outer:
+            found.append(fresh)
+            continue
+        (one,) = entered
+        if (key := (fresh[0], one.place.edge)) not in shared:
+            shared[key] = fresh
+            found.append(fresh)
+        shared[key][2][name] = None if one.z is None else one.z[:, 0]
+    return found
