@@ -45,7 +45,7 @@ def tuple_of(*sizes):
 
 ACTIVATIONS = words("""
     ELU(0.7) ELU() Hardshrink(0.3) Hardsigmoid() Hardtanh(-0.8,0.9) Hardswish() LeakyReLU(0.2)
-    LogSigmoid() PReLU() ReLU() ReLU6() RReLU() SELU() CELU(0.8) CELU() GELU() Sigmoid() SiLU()
+    LogSigmoid() PReLU() ReLU() ReLU6() RReLU() SELU() CELU(0.75) CELU() GELU() Sigmoid() SiLU()
     GELU(approximate="tanh") Mish() Softplus() Softplus(2.0,1.5) Softshrink(0.2) Softsign() Tanh()
     Tanhshrink() Threshold(0.1,0.3) Tanh() Sigmoid() Softplus() SiLU() GELU()
     ELU(inplace=True) Hardsigmoid(inplace=True) Hardtanh(inplace=True) Hardswish(inplace=True)
