@@ -24,7 +24,7 @@ import reference
 import torch
 from random_networks import HOPELESS, draw, run
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 import fimlib
