@@ -133,6 +133,12 @@ NETWORKS = {
     "tied": (tied, torch.tensor([[0, 3, 1], [6, 2, 2], [1, 1, 5]])),
     "adapters": (adapters, inputs(4, 5)),
     "adapters, one input": (adapters, inputs(1, 5)),
+    "one number, one input": (lambda: nn.Linear(3, 1), inputs(1, 3)),
+    "one number": (lambda: nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 2)), inputs(2, 3)),
+    "one channel": (
+        lambda: nn.Sequential(nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1), nn.PReLU(), nn.Flatten()),
+        inputs(1, 1).view(1, 1, 1),
+    ),
     "both ways": (both_ways, inputs(4, 3)),
     "both ways, one input": (both_ways, inputs(1, 3)),
     "experts": (experts, X),

@@ -99,8 +99,7 @@ def place(views: list[Edge], op: Any, i: int) -> Place | None:
         if i == 1 and (name == "Convolution" or getattr(op, "_saved_training", False)):
             return None
         factor = None if i == 2 else channelwise(op)
-        lined = (*view, *[1] * (len(out) - 2)) if name != "PreluKernel" else view
-        return broadcast(views, op, factor, lined)
+        return broadcast(views, op, factor, None if name == "PreluKernel" else 1)
     if name == "Addmm" and is_plain and i == 0:
         is_bias = len(views) == 1 and view == out[1:]
         return broadcast(views, op, None, is_linear=is_bias)
@@ -209,7 +208,7 @@ def broadcast(
     views: list[Edge],
     op: Any,
     factor: Tensor | float | None,
-    lined: tuple[int, ...] | None = None,
+    first: int | None = None,
     *,
     is_linear: bool = False,
 ) -> Place:
@@ -219,14 +218,13 @@ def broadcast(
         views: The parameter and its views.
         op: The operation.
         factor: By which it is multiplied; None: 1.
-        lined: The view's shape, as it is broadcast to that of the result; None: from the right.
+        first: The axis of the result that is the view's first; None: its last is the last.
         is_linear: As in ``Place``.
     """
     view, out = shape(views[-1]), shape((op, 0))
-    lined = view if lined is None else lined
-    lined = (*[1] * (len(out) - len(lined)), *lined)
-    over = [d for d, (n, m) in enumerate(zip(lined, out, strict=True)) if n == 1 != m]
-    own = [d for d in range(len(out)) if d not in over]
+    first = len(out) - len(view) if first is None else first
+    own = [first + d for d, n in enumerate(view) if n == out[first + d]]
+    over = [d for d in range(len(out)) if d not in own]
 
     def rows(g: Tensor) -> Tensor:
         order = [0, *(d + 1 for d in over), *(d + 1 for d in own)]
@@ -487,6 +485,7 @@ def differentiate(
         factors = {n: None if z is None else z[at] for n, z in inputs.items()}
         block = Block(layer, J, None, factors)
         functional.check_finite(block)
+        check_shapes(block, own)
         return block
 
     inputs = tuple((layer, factors) for layer, _, factors in plan)
@@ -494,6 +493,18 @@ def differentiate(
         outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional",
         projected=directions is not None,
     )  # fmt: skip
+
+
+def check_shapes(block: Block, own: nn.Module) -> None:
+    """Raise an error unless the derivatives, or a part of them, are of the parameters' shapes."""
+    for name, z in block.inputs.items():
+        found = (*block.J.shape[2:], *(() if z is None else z.shape[1:]))
+        right = tuple(own.get_parameter(name).shape)
+        if found[1:] != right[1:] or len(found) != len(right):
+            raise NotImplementedError(
+                f"parameter {name!r}: its derivatives come in the shape {list(found)}, not "
+                f"{list(right)}."
+            )
 
 
 class NeedsTheBatchError(NotImplementedError):
