@@ -232,8 +232,8 @@ def quotients_of_jacobian(point):
             (column(point.at + s * unit) - column(point.at - s * unit)) / (2 * s)
             for s in (2e-4, 4e-4)
         )
-        value, doubt = (4 * near - far) / 3, (near - far).abs() / 100
-        if (doubt > 1e-6 * (1 + value.abs())).any():  # a kink is close
+        value, doubt = (4 * near - far) / 3, 2 * (near - far).abs()
+        if (doubt > 2e-4 * (1 + value.abs())).any():  # a kink is close
             table = [first_difference(column, point.at, step * unit, step) for step in STEPS]
             value, doubt = settled(torch.stack(table), 2**-52 * table[0].abs(), 1)
             value = value.masked_fill(doubt > 1e-5 * (1 + value.abs()), float("nan"))
