@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import architecture
+import nbformat
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 from strategies import inputs
-from support import claims, listings, results
+from support import cells, claims, listings, results
 from torch import Tensor, nn
 
 import fimlib
@@ -215,12 +216,16 @@ def test_the_experiment_of_the_recipe_runs(tmp_path):
     names = {}
     exec("import time\nimport torch\nimport fimlib\nstarted = time.time()", names)
     exec("from support import data, layers, results, training", names)
-    exec(block('dataset = "mnist"').replace('"mnist"', '"digits"', 1), names)
+    given = block('dataset = "mnist"').replace('"mnist"', '"digits"', 1)
+    tags = {"tags": ["parameters"]}
+    parameters_cell = nbformat.v4.new_code_cell(given, metadata=tags)
+    exec(given, names)
     names["out"] = str(tmp_path / "run")
-    exec(block("images = data.load"), names)
+    exec(block("torch.set_num_threads"), names)
     values = results.Run("run", tmp_path / "run", {}).values
     assert list(values.quantity) == ["I", "I"]
-    assert results.read_record(tmp_path / "run")["parameters"]["num_inputs"] == 20
+    tagged = cells.parameters(nbformat.v4.new_notebook(cells=[parameters_cell]))
+    assert results.read_record(tmp_path / "run")["parameters"] == tagged
     plan = yaml.safe_load(block("untrained:"))["untrained"]
     assert set(plan["each"]) <= set(names["parameters"])
 

@@ -60,8 +60,8 @@ class Architecture(SphinxDirective):
         file = path / "__init__.py" if path.is_dir() else path
         self.env.note_dependency(str(file))
         name = path.relative_to(folder).as_posix() + "/" * path.is_dir()
-        text = first_line(file)
-        return nodes.paragraph("", "", self.link(file, name), nodes.Text(" "), *inline(text))
+        parts = [self.link(file, name), nodes.Text(" "), *inline(first_line(file))]
+        return nodes.paragraph("", "", *parts, support_smartquotes=False)  # σ' is no quotation
 
     def link(self, file: Path, name: str) -> nodes.Node:
         """The name in code, linked to the listing of the file where the book has one."""
