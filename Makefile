@@ -48,7 +48,7 @@ RUNS = $(RESULTS)/$(CHOSEN)
 TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
 RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
-.PHONY: help env data quote experiments report book pdf reproduce smoke fork run reference launch lint test test-full test-book mutants bench gpu-check clean
+.PHONY: help env data quote experiments report book pdf reproduce smoke fork run reference launch lint test test-fast test-full test-book mutants bench gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
@@ -126,6 +126,14 @@ lint: $(ENV) ## ruff (notebooks too), mypy, and the direction of imports
 test: lint ## lint, types, tests and doctests
 	@echo "pytest …"
 	@"$(PY)" -m pytest -n 2 --dist worksteal -m "not full"
+
+# Files of tests that need the library alone, no process, kernel or book; but for the longest ones.
+FAST := activations agreement bounds confirm derivatives device empirical engines_page families \
+  first_order fisher functional hutchinson joint plan precision probabilities refusals rewrite \
+  spectra streaming summary trace_bounds traced
+
+test-fast: $(ENV) ## the library's own tests, but for the longest (six minutes on one core)
+	@"$(PY)" -m pytest -m "not full" $(FAST:%=tests/test_%.py) fimlib
 
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest
