@@ -156,12 +156,21 @@ def truth_at(point, trusted):
         _, _, H = point.hessians()
     except RuntimeError:  # an operation that is differentiable once
         H = J.new_full((*J.shape, len(point.at)), float("nan"))
+    J_doubt = rounding(point, J)
     if is_derivative(H, point.jacobian, point.at):
         S = H.diagonal(dim1=1, dim2=2)
-        return *map(point.named, (J, S, *slack(point, J, S, 1e-7))), h, "autograd"
+        J_slack, S_slack = slack(point, J, S, 1e-7)
+        return *map(point.named, (J, S, J_slack + J_doubt, S_slack)), h, "autograd"
     S, S_doubt = quotients_of_jacobian(point)
     J_slack, S_slack = slack(point, J, S, 1e-7)
-    return *map(point.named, (J, S, J_slack, S_slack + S_doubt)), h, "quotients of J"
+    return *map(point.named, (J, S, J_slack + J_doubt, S_slack + S_doubt)), h, "quotients of J"
+
+
+def rounding(point, J):
+    """How far J moves when all weights are rounded otherwise, with a margin."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, point.at.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return 16 * (point.jacobian(point.at * (1 + 2**-51 * signs)) - J).abs()
 
 
 def is_derivative(D, function, at):
