@@ -27,7 +27,9 @@ from torch.autograd.graph import GradientEdge, Node
 from fimlib.derivatives import Batch, Block, Seeds, Share
 from fimlib.engines import functional
 from fimlib.engines.checks import short
+from fimlib.engines.layerwise import identity
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
+from fimlib.engines.traced.parameters import factor_of, unfolded
 
 NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as many as a cache holds
 MOST_STEPS = 16  # from a parameter to what is computed of it, and to the network
@@ -94,18 +96,17 @@ def place(views: list[Edge], op: Any, i: int) -> Place | None:
     if name == "Convolution" and i == 1 and not op._saved_transposed:
         return convolution(views, op)
     if name == "NativeLayerNorm" and i > 0:
-        return broadcast(views, op, normalised(op) if i == 1 else None)
-    if name in ("NativeBatchNorm", "Convolution", "NativeGroupNorm", "PreluKernel") and i > 0:
-        if i == 1 and (name == "Convolution" or getattr(op, "_saved_training", False)):
-            return None
-        factor = None if i == 2 else channelwise(op)
-        return broadcast(views, op, factor, None if name == "PreluKernel" else 1)
+        return broadcast(views, op, normalised(op) if i == 1 else 1.0)
+    if name == "NativeGroupNorm" and i > 0:
+        return broadcast(views, op, normalised_groups(op) if i == 1 else 1.0, first=1)
     if name == "Addmm" and is_plain and i == 0:
-        is_bias = len(views) == 1 and view == out[1:]
-        return broadcast(views, op, None, is_linear=is_bias)
-    if name in ("Add", "Sub", "Mul", "Expand"):
-        return broadcast(views, op, factor_of(op, i))
-    return None
+        return broadcast(views, op, 1.0, is_linear=len(views) == 1 and view == out[1:])
+    is_known = name != "Addmm" and not getattr(op, "_saved_training", False)
+    factor = 1.0 if name == "Expand" else factor_of(op, i) if is_known else None
+    if factor is None:
+        return None
+    first = 1 if name in ("NativeBatchNorm", "Convolution") else None  # by channel
+    return broadcast(views, op, factor, first=first)
 
 
 def product(rows: Tensor, z: Tensor | None) -> Tensor:
@@ -145,14 +146,13 @@ def embedding(views: list[Edge], op: Any, num_rows: int) -> Place:
 def convolution(views: list[Edge], op: Any) -> Place:
     """W [O, C / groups, *kernel]: one product at every position of every image."""
     groups, target = op._saved_groups, op._saved_weight.shape
-    how = op._saved_padding, op._saved_stride, op._saved_dilation, groups
 
     def pull(rows: Tensor, images: Tensor | None) -> Tensor:
         assert images is not None
         number, size = rows.shape[:2]
         by_group = rows.unflatten(3, (groups, -1)).flatten(5)  # [c, b, L, G, o, positions]
         left = by_group.permute(1, 3, 0, 4, 2, 5).flatten(4).flatten(2, 3).flatten(0, 1)
-        patches = unfolded(images.flatten(0, 1), target[2:], *how).unflatten(0, images.shape[:2])
+        patches = unfolded(op, images.flatten(0, 1)).unflatten(0, images.shape[:2])
         right = patches.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [b G, L positions, n]
         found = torch.bmm(left, right).view(size, groups, number, -1, right.shape[-1])
         return found.transpose(1, 2).reshape(size, number, -1, *target[1:])
@@ -161,55 +161,26 @@ def convolution(views: list[Edge], op: Any) -> Place:
     return Place(views, (op, 0), lambda g: g, pull, z, is_by_row=is_by_row)
 
 
-def unfolded(
-    z: Tensor, kernel: tuple[int, ...], padding: Any, stride: Any, dilation: Any, groups: int
-) -> Tensor:
-    """What a convolution multiplies its weights by: [N, groups, positions, numbers in a patch]."""
-    z = nn.functional.pad(z, [p for p in reversed(padding) for _ in range(2)])
-    for d, k in enumerate(kernel):  # [N, C, *positions, *kernel] at the end
-        z = z.unfold(2 + d, (k - 1) * dilation[d] + 1, stride[d])[..., :: dilation[d]]
-    z = z.unflatten(1, (groups, -1)).movedim(2, 2 + len(kernel))
-    return z.flatten(2, 1 + len(kernel)).flatten(3)
-
-
 def normalised(op: Any) -> Tensor:
     """What a layer norm multiplies by its weight."""
     found: Tensor = (op._saved_input - op._saved_result1) * op._saved_result2
     return found.detach()
 
 
-def channelwise(op: Any) -> Tensor:
-    """What a norm over channels, or a PReLU, multiplies by its parameter."""
-    if kind(op) == "PreluKernel":
-        return torch.clamp(op._saved_self.detach(), max=0)
-    if kind(op) == "NativeBatchNorm":
-        by_channel = [-1] + [1] * (op._saved_input.ndim - 2)
-        mean, var = (v.view(by_channel) for v in (op._saved_running_mean, op._saved_running_var))
-        found: Tensor = (op._saved_input.detach() - mean) * (var + op._saved_eps).rsqrt()
-        return found
-    z: Tensor = op._saved_input.detach()  # of a group norm
+def normalised_groups(op: Any) -> Tensor:
+    """What a group norm multiplies by its weight."""
+    z: Tensor = op._saved_input.detach()
     by_group = z.reshape(*op._saved_result1.shape, -1)
     mean, scale = (s.detach()[..., None] for s in (op._saved_result1, op._saved_result2))
     return torch.mul(by_group - mean, scale).view_as(z)
 
 
-def factor_of(op: Any, i: int) -> Tensor | float | None:
-    """What an operation multiplies its argument i by; None: 1."""
-    name = kind(op)
-    if name == "Mul":
-        other: Tensor = op._saved_other if i == 0 else op._saved_self
-        return other.detach()
-    if name == "Expand" or i == 0 or (name == "Add" and op._saved_alpha == 1):
-        return None
-    return float(op._saved_alpha) * (1 if name == "Add" else -1)
-
-
 def broadcast(
     views: list[Edge],
     op: Any,
-    factor: Tensor | float | None,
-    first: int | None = None,
+    factor: Tensor | float,
     *,
+    first: int | None = None,
     is_linear: bool = False,
 ) -> Place:
     """A parameter that is added, or multiplied by a factor, over the axes that it does not have.
@@ -217,7 +188,7 @@ def broadcast(
     Args:
         views: The parameter and its views.
         op: The operation.
-        factor: By which it is multiplied; None: 1.
+        factor: By which it is multiplied.
         first: The axis of the result that is the view's first; None: its last is the last.
         is_linear: As in ``Place``.
     """
@@ -230,12 +201,10 @@ def broadcast(
         order = [0, *(d + 1 for d in over), *(d + 1 for d in own)]
         return g.permute(order).flatten(1, len(over)) if over else g[:, None]
 
-    is_number = factor is None or isinstance(factor, float)
-    z = None if is_number else rows(factor.expand(out)[None])[0]  # type: ignore[union-attr]
+    z = rows(factor.expand(out)[None])[0] if isinstance(factor, Tensor) else None
 
     def pull(rows: Tensor, z: Tensor | None) -> Tensor:
-        sums = (rows if z is None else rows * z).sum(2).transpose(0, 1)
-        sums = factor * sums if isinstance(factor, float) else sums
+        sums = (factor * rows.sum(2) if z is None else (rows * z).sum(2)).transpose(0, 1)
         return sums.reshape(*sums.shape[:2], *view)
 
     return Place(views, (op, 0), rows, pull, z, is_linear)
@@ -553,12 +522,6 @@ def share_of(planned: Planned, own: nn.Module, rows: Tensor) -> Share:
     if one is None or one.is_pulled or not one.place.is_by_row or parameter.numel() <= most:
         return Share(max(1, most // parameter.numel()))
     return Share(1, len(parameter), max(1, most * len(parameter) // parameter.numel()))
-
-
-def identity(outputs: Tensor) -> Tensor:
-    """The derivatives of the outputs at themselves, [B, T, T]."""
-    eye = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-    return eye.expand(len(outputs), -1, -1)
 
 
 def blocks_of(by_name: Mapping[str, list[Entrance] | None]) -> list[Planned]:

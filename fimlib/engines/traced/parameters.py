@@ -196,7 +196,7 @@ def convolution(op: Any) -> Pull:
 
     @cache
     def patches(power: int) -> Tensor:  # [B, groups, positions, numbers in a patch]
-        return unfolded(op) if power == 1 else patches(1).square()
+        return unfolded(op, op._saved_input.detach()) if power == 1 else patches(1).square()
 
     def pull(rows: Tensor, power: int) -> Tensor:
         by_group = rows.unflatten(2, (op._saved_groups, -1)).flatten(4)
@@ -206,12 +206,10 @@ def convolution(op: Any) -> Pull:
     return pull
 
 
-def unfolded(op: Any) -> Tensor:
-    """What a convolution multiplies its weights by: [B, groups, positions, numbers in a patch]."""
+def unfolded(op: Any, z: Tensor) -> Tensor:
+    """What a convolution of z multiplies its weights by: [B, groups, positions, in a patch]."""
     kernel = op._saved_weight.shape[2:]
-    z: Tensor = nn.functional.pad(
-        op._saved_input.detach(), [p for p in reversed(op._saved_padding) for _ in range(2)]
-    )
+    z = nn.functional.pad(z, [p for p in reversed(op._saved_padding) for _ in range(2)])
     for d, k in enumerate(kernel):  # [B, C, *positions, *kernel] at the end
         stride, dilation = op._saved_stride[d], op._saved_dilation[d]
         z = z.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
