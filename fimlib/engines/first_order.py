@@ -6,11 +6,11 @@ A weight enters by a product s = W z, a bias by a sum. From the row ∂h^a/∂s 
 
 r over the rows of s that belong to one input: its positions in a sequence or an image. One backward
 pass for every output a, through the whole batch, carries these rows to all places at once. Autograd
-does that, so nothing has to be known of what lies between. A parameter that enters in several
-places has the sum of what it has in each.
+does that, so the operations between need no rules here. The derivatives of a parameter that enters
+in several places add up.
 
-To which input a row belongs, autograd says, too: where the row of input b at the outputs is
-multiplied by a number c_b, every row of s comes out multiplied by the c_b of its own input.
+Autograd also shows to which input a row belongs: if the row of input b at the outputs is multiplied
+by a number c_b, every row of s is multiplied by the c_b of its own input.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def layout_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None
     """To which input each row belongs; None if to several, or if they lie in no regular order.
 
     Args:
-        plain: Rows that came of random ones at the outputs, [N, ...].
+        plain: Rows carried back from random ones at the outputs, [N, ...].
         weighted: The same of those of input b multiplied by weights[b].
         weights: [B], all different.
     """
@@ -291,8 +291,8 @@ def backward(h: Tensor, edges: list[GradientEdge], seed: Tensor) -> tuple[Tensor
 class Search:
     """All places of one parameter, found step by step.
 
-    What is computed of parameters alone, as a normalised weight, mixes the inputs. It is a view of
-    the parameter, too, and its users may be places.
+    A tensor computed from parameters alone, such as a normalised weight, belongs to no single input.
+    It counts as a view of the parameter, and the operations that use it may be places.
 
     Attributes:
         found: The places, and the layouts of their rows.
@@ -319,7 +319,7 @@ class Search:
                 if known is not None:
                     found.append(known)
                 elif is_single and kind(op) not in VIEWS:
-                    self.is_lost = True  # nothing shows whether a single input has a part in it
+                    self.is_lost = True  # with one input, no test tells batch axes from others
                 else:
                     self.extend(views, op)
         return found
@@ -362,13 +362,13 @@ def locate(h: Tensor, leaves: Mapping[str, Node]) -> dict[str, dict[Place, Layou
 
 @dataclass(frozen=True, eq=False)
 class Entrance:
-    """One place of a parameter, with the rows there, or with what was made of them.
+    """One place of a parameter, with the rows there or the derivatives made from them.
 
     Attributes:
         place: The place.
         rows: [A, B, L, ...]; or derivatives in the view already, [B, A, *view].
         z: What rows are multiplied by, [B, L, ...], or None.
-        is_pulled: Whether these are derivatives, as these are fewer numbers.
+        is_pulled: Whether ``rows`` holds derivatives, where these need less memory.
     """
 
     place: Place

@@ -115,7 +115,7 @@ def separate(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # the same gradients, which can be read
         if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # of whose row autograd tells no derivative
+            module.padding_idx = None  # autograd has no derivative for that row
     return own
 
 
