@@ -319,7 +319,7 @@ class Search:
                 if known is not None:
                     found.append(known)
                 elif is_single and kind(op) not in VIEWS:
-                    self.is_lost = True  # with one input, no test tells batch axes from others
+                    self.is_lost = True  # one input alone shows no batch axis
                 else:
                     self.extend(views, op)
         return found

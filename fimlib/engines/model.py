@@ -96,7 +96,7 @@ def separate(model: nn.Module) -> nn.Module:
     # no parameters
     kept = (t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None)
     memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in kept}
-    # the many empty dicts of hooks are most of what deepcopy() would take its time for
+    # deepcopy() would spend most of its time on the many empty dicts of hooks
     values = (v for m in model.modules() for v in vars(m).values())
     memo |= {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
     try:
