@@ -291,8 +291,8 @@ def backward(h: Tensor, edges: list[GradientEdge], seed: Tensor) -> tuple[Tensor
 class Search:
     """All places of one parameter, found step by step.
 
-    A tensor computed from parameters alone, such as a normalised weight, belongs to no single input.
-    It counts as a view of the parameter, and the operations that use it may be places.
+    A tensor computed from parameters alone, such as a normalised weight, belongs to no single
+    input. It counts as a view of the parameter, and the operations that use it may be places.
 
     Attributes:
         found: The places, and the layouts of their rows.
