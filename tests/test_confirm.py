@@ -680,6 +680,46 @@ def test_right_networks_are_let_be_at_length():
     assert len(false_alarms(range(300, 10_300))) <= 1
 
 
+class Pieces(nn.Module):
+    """Functions of piece and piece, which autograd differentiates by the piece at 0."""
+
+    def __init__(self, f):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.f = nn.Linear(3, 4), nn.Linear(4, 2), f
+        nn.init.zeros_(self.a.bias)
+
+    def forward(self, x):
+        return self.b(self.f(self.a(x)).tanh())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda s: torch.relu(s) - torch.relu(-s),
+        lambda s: s.clamp(max=0) + torch.relu(s) / 2 - torch.relu(-s) / 2,
+        lambda s: functional.softshrink(s + 0.5) + functional.hardtanh(s + 0.5, -0.5, 0.5),
+    ],
+)
+def test_a_kink_of_autograd_alone_is_refused(f, order, dtype):
+    net, x = Pieces(f).to(dtype), torch.zeros(3, 3, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=r"relu\(s\) - relu\(-s\)"):
+        fimlib.differentiate(net, x, order=order)
+    fimlib.differentiate(net, x + 1, order=order)
+
+
+@pytest.mark.parametrize("f", [torch.relu, torch.abs, torch.sign, torch.ceil, functional.relu6])
+def test_kinks_of_the_outputs_are_let_be(f):
+    for seed in range(5):
+        net = Pieces(f).double()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in net.b.parameters():
+            parameter.data.normal_(generator=generator)
+        fimlib.differentiate(net, torch.zeros(1, 3).double(), order=1)
+
+
 def test_too_coarse_numbers_are_told_from_wrong_ones():
     net, x, story = right_network(1092)
     assert "float32" in story
@@ -729,5 +769,5 @@ class BesideALargeOutput(nn.Module):
 @pytest.mark.parametrize("kind", [Offset, BesideALargeOutput])
 def test_large_outputs_hide_nothing(kind):
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
-    with pytest.raises(NotImplementedError, match=r"autograd says|others of the batch"):
+    with pytest.raises(NotImplementedError, match=r"autograd's derivative|others of the batch"):
         fimlib.differentiate(kind().double(), x, order=1)

@@ -354,7 +354,7 @@ def refused(build, says, advice="", x=X, mended=None, **options):
     return Case(build, x, says, advice, mended, options)
 
 
-CUT = "what autograd says is not the derivative"
+CUT = "autograd's derivative is not the derivative"
 MIXES = "depend on the others of the batch"
 IN_PLACE = {
     "elu": lambda s: F.elu(s, -0.5, inplace=True),
@@ -841,6 +841,10 @@ OTHER_CALLS = {
     "accumulate": lambda m, x: fimlib.accumulate(m, x, FAMILY),
     "summarise": lambda m, x: fimlib.summarise(m, x, FAMILY, num_probes=3),
     "plan": lambda m, x: fimlib.plan(m, x),
+    "fisher_matrix": lambda m, x: fimlib.fisher_matrix(
+        m, x, FAMILY, parameters=[next(n for n, _ in m.named_parameters())]
+    ),
+    "hutchinson": lambda m, x: fimlib.hutchinson_variance_i2(m, x, FAMILY, num_probes=3),
 }
 
 

@@ -88,7 +88,7 @@ def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse what BackPACK would differentiate wrongly or stumble over."""
+    """Refuse modules that BackPACK differentiates wrongly or fails on."""
     for name, module in model.named_modules():
         if any(module.children()) and type(module).forward is not nn.Sequential.forward:
             raise NotImplementedError(

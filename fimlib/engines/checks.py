@@ -43,7 +43,7 @@ def check_module(model: object) -> nn.Module:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Refuse what the engines cannot see: hooks, replaced forward passes."""
+    """Refuse hooks and replaced forward passes, which engines cannot see."""
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise NotImplementedError(
@@ -79,7 +79,7 @@ def check_no_global_hooks() -> None:
 
 
 def short(error: Exception, most: int = 160) -> str:
-    """What kind of error it is, and the first sentence of what it says."""
+    """The type of an error and the first sentence of its message."""
     lines = str(error).strip().splitlines() or [""]
     said = lines[0].partition(". ")[0].rstrip(".")
     said = said if len(said) <= most else f"{said[:most]} …"
@@ -87,7 +87,7 @@ def short(error: Exception, most: int = 160) -> str:
 
 
 class ForwardError(ValueError):
-    """The forward pass fails on the inputs, or its outputs are not what they must be."""
+    """The forward pass fails on the inputs, or its outputs have a wrong shape or type."""
 
 
 def failed(x: Tensor, error: Exception, where: str = "") -> ForwardError:
@@ -153,7 +153,7 @@ def check_outputs(outputs: Any, size: int) -> None:
 
 
 def to_rows(outputs: Any, size: int) -> str:
-    """What makes one row of outputs for each input of what a model returns."""
+    """How to make one row of outputs per input from the result of a model."""
     if not isinstance(outputs, Tensor):
         return 'return its tensor, by a wrapper (see "Bring your own network" in the book)'
     if outputs.ndim == 0:
@@ -170,14 +170,14 @@ def to_rows(outputs: Any, size: int) -> str:
 
 
 def add_axis(x: Tensor) -> str:
-    """What makes a batch of a tensor with less than two axes."""
+    """How to make a batch of a tensor with fewer than two axes."""
     if x.ndim == 1 and not (x.is_floating_point() or x.is_complex()):
         return "for one index per input add an axis, x[:, None], and take x[:, 0] in forward()"
     return "for a single input add a batch dimension, x[None]"
 
 
 def check_model(model: nn.Module, x: Tensor) -> None:
-    """Raise a ValueError that says what to do if derivatives at x would be random or undefined."""
+    """Raise a helpful ValueError if derivatives at x would be random or undefined."""
     check_module(model)
     if not isinstance(x, Tensor):
         raise TypeError(

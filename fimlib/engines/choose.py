@@ -1,9 +1,9 @@
 """Which engine differentiates a network: tried in order, each confirmed before its numbers leave.
 
-Every engine is one row of ``ENGINES``. What it finds at the first batch is compared with the
-network itself (``confirm``); an engine that does not support the network, or whose numbers are not
-its derivatives, is passed over. If none is left, the error names the cause that the most general of
-them found, and a remedy that has been tried on the first inputs.
+Every engine is one row of ``ENGINES``. Its derivatives at the first batch are compared with the
+network itself (``confirm``). An engine that does not support the network, or fails this check, is
+skipped. If none is left, the error names the cause that the most general engine found, and a remedy
+that has been tried on the first inputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Engine:
 
     Attributes:
         name: As in ``differentiate(..., engine=name)``.
-        attempts: What it tries, in order, for derivatives of order 1 and 2.
+        attempts: From the order of the derivatives, 1 or 2, to the functions to try, in order.
         takes_ties: Whether it has the derivatives of tied parameters.
     """
 
@@ -56,7 +56,7 @@ class Engine:
 
 
 def plain_engine(name: str, function: Callable[..., Derivatives]) -> Engine:
-    """An engine with one attempt, which knows no rows but those of the outputs."""
+    """An engine with one attempt, which carries back the rows of the outputs only."""
 
     def attempt(
         model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, _: Seeds | None
@@ -123,7 +123,7 @@ SECONDS_OF_A_REMEDY = 10.0  # at most, where passes take long
 
 
 class TooManyParameters(NotImplementedError):  # noqa: N818
-    """The network is supported, at a cost that nobody has agreed to.
+    """The network is supported, but at a cost that the user has not accepted.
 
     Attributes:
         most: How many parameters may be differentiated as a remedy.
@@ -150,9 +150,9 @@ class Chosen(NamedTuple):
     """Confirmed derivatives.
 
     Attributes:
-        batch: They.
-        attempt: What found them, for batches to come.
-        refusals: Why not the engines before it, by name.
+        batch: The derivatives.
+        attempt: The function that found them, for later batches.
+        refusals: Why the engines before it failed, by name.
     """
 
     batch: Batch
@@ -190,9 +190,9 @@ def checked(
         reason = cause(chosen)
         if isinstance(reason, ImportError):
             raise reason
-        told = str(reason).rstrip(".")
-        remedied = remedy(chosen, model, x, engine, order, wanted)
-        raise NotImplementedError(f"{told}.{remedied}") from reason
+        message = str(reason).rstrip(".")
+        advice = remedy(chosen, model, x, engine, order, wanted)
+        raise NotImplementedError(f"{message}.{advice}") from reason
     if not all_finite(chosen.batch.outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     return chosen
@@ -264,7 +264,7 @@ def differentiate(
         (3.0, True)
     """
     model = check_module(model)
-    x = x.detach().clone() if isinstance(x, Tensor) else x  # what is kept of it is not the caller's
+    x = x.detach().clone() if isinstance(x, Tensor) else x  # the result keeps parts of it
     return checked(model, x, engine, order, selected(model, layers)).batch.derivatives()
 
 
@@ -357,7 +357,7 @@ def tried(
     wanted: frozenset[str] | None,
     seeds: Seeds | None,
 ) -> Batch:
-    """What one attempt finds, confirmed; a NotImplementedError where it finds nothing.
+    """The derivatives of one attempt, confirmed.
 
     Raises:
         ValueError, NotImplementedError, ImportError: in fimlib's words.
@@ -381,7 +381,7 @@ def tried(
         confirm(model, x[at], sample, again, seeds, most)
     except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a forward pass may hold that this engine never met
+    except Exception as error:  # a forward pass may hold anything
         raise NotImplementedError(
             f"engine {name!r} cannot follow the forward pass of {type(model).__name__}: "
             f"{short(error)}."
@@ -402,7 +402,7 @@ def check_first_order(model: nn.Module, x: Tensor, wanted: frozenset[str] | None
 
 
 def check_affordable(model: nn.Module, x: Tensor, wanted: frozenset[str] | None) -> None:
-    """Refuse what takes very many passes, if nobody asked for it by name.
+    """Refuse a computation of very many passes, unless the user asked for it by name.
 
     Raises:
         TooManyParameters: with about how long it takes.
@@ -432,17 +432,17 @@ def duration(seconds: float) -> str:
     return "a second" if seconds < 2 else f"{seconds:.0f} seconds"
 
 
-# What an error says.
+# Messages.
 
 
 def cause(refusals: dict[str, Exception]) -> Exception:
-    """Of all refusals the one by the engine that came furthest."""
+    """The refusal by the engine that came furthest."""
     every = list(refusals.values())
     return ([e for e in every if isinstance(e, Unconfirmed)] or every)[-1]
 
 
 class Remedy(NamedTuple):
-    """Another call, and how it is told."""
+    """Another call, and the sentence that advises it."""
 
     sentence: str
     engine: str

@@ -1,7 +1,7 @@
 r"""Is it the derivative? The one check that every engine's J and S must pass.
 
-Whatever an engine believes (a rule, a module it does not know, another library), its numbers must
-agree with difference quotients of the network itself, in float64, at a few inputs of the batch:
+Every engine relies on something: a rule, an unknown module, another library. Its numbers must agree
+with difference quotients of the network itself, in float64, at a few inputs of the batch:
 
     J·v = (h(θ + εv) − h(θ − εv)) / 2ε,    S_i = (∂ᵢh(θ + εeᵢ) − ∂ᵢh(θ − εeᵢ)) / 2ε.
 
@@ -11,9 +11,10 @@ direction shows: a sample of its entries is compared, at least one of every bloc
 entries of one layer can escape. Before that, the network is called with each input alone and with
 several together: an output must be a function of its own input.
 
-Every output has a tolerance of its own, from its own size and its own rounding error, so that no
-large output hides a small one. At a kink (a ReLU at 0) no quotient is the derivative; a kink goes
-away when all weights move a little, so inputs in doubt are looked at again with other weights.
+Every output has its own tolerance, from its size and its rounding error, so that no large output
+hides a small one. At a kink (a ReLU at 0) no quotient is the derivative. A kink disappears when all
+weights move a little, so inputs in doubt are compared again at other weights. J is refused where
+autograd has a kink and the outputs have none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fimlib.engines.truth import (
 __all__ = ["Truth", "Unconfirmed", "confirm", "confirm_hessian", "few", "shifted", "step_of"]
 
 INPUTS = 8  # at most, spread over the batch
-PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is looked at at fewer inputs
+PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is checked at fewer inputs
 ENTRIES = 8  # of S that are compared, at least one of every block
 # Contributions to J·v that one direction may sum up, largest over smallest.
 RANGE = {torch.float64: 100.0, torch.float32: 1e4}
@@ -52,6 +53,8 @@ TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8)  # large outputs need long, steep networks short
 STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
+VISIBLE = 0.05  # an error of J·v, in units of its terms, that is no rounding
+SMOOTH = 1e-5  # a kink, in units of that error, that is none
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 Again = Callable[[nn.Module, Tensor], Derivatives]
@@ -59,14 +62,14 @@ Rows = Callable[[Tensor], Tensor | None]
 
 
 def enough(model: nn.Module) -> int:
-    """How many inputs are looked at, at least, where there are as many."""
+    """The least number of inputs to check, if the batch has as many."""
     count = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     is_large = count > PARAMETERS_AT_ALL_INPUTS
     return 2 if is_large else INPUTS
 
 
 def few(size: int, model: nn.Module) -> Tensor:
-    """Positions of the inputs that are looked at, spread over a batch."""
+    """Positions of the inputs to check, spread over a batch."""
     count = min(size, INPUTS, max(enough(model), size // 8))
     return torch.linspace(0, size - 1, count, device="cpu").round().long()
 
@@ -84,7 +87,7 @@ def confirm(
     Args:
         model: The network; it is copied.
         x: [k, ...], some of its inputs.
-        found: What is in question, at these inputs.
+        found: J and S at these inputs, to be checked.
         again: The engine, for other weights.
         rows: From outputs to the rows that were carried back, where these are not the outputs.
         most: Entries of S to compare, or one of every block.
@@ -102,15 +105,16 @@ def confirm(
         confirm_nearby(model, x[pair], doubt[pair], again, rows, most)
     if doubt.any():
         confirm_nearby(model, x, doubt, again, rows, most)
+        check_kinks(claim)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What was found, next to the network itself.
+    """Derivatives to be checked, beside the network itself.
 
     Attributes:
         truth: The network.
-        found: J and S, in question.
+        found: J and S, to be checked.
         rows: As in ``confirm``.
     """
 
@@ -208,12 +212,12 @@ def explanation(claim: Claim) -> str:
         names = wrong_parameters(claim) or ["?"]
         which = "first" if is_first else "second"
         return (
-            f"parameter {names[0]!r}: what this engine finds are not the {which} derivatives of "
-            "the outputs."
+            f"parameter {names[0]!r}: this engine's numbers are not the {which} derivatives of the "
+            "outputs."
         )
     if is_first:
         return (
-            f"{where}: what autograd says is not the derivative of its values. Either something "
+            f"{where}: autograd's derivative is not the derivative of its values. Either something "
             "cuts the derivatives off (detach(), .data, .item(), torch.no_grad()), or an "
             "autograd.Function has another backward(), or a straight-through estimator stands in "
             "for the derivative; the Fisher information needs the true one."
@@ -222,8 +226,8 @@ def explanation(claim: Claim) -> str:
 
 
 NO_SECOND = (
-    "what autograd says of its second derivative is not the derivative of the first. Something "
-    "cuts it off, or an autograd.Function has a backward() that autograd cannot differentiate."
+    "autograd's second derivative is not the derivative of the first. Something cuts it off, or an "
+    "autograd.Function has a backward() that autograd cannot differentiate."
 )
 
 
@@ -278,7 +282,7 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
 
     It is called with several inputs, and with each alone; under grad and without. The single inputs
     meet another copy than the batch, so that traces which a call leaves show. A single input gets a
-    neighbour that nobody asked for, since others may follow.
+    artificial neighbour, since others may follow.
 
     Raises:
         Unconfirmed: naming the module.
@@ -299,7 +303,7 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
 
 
 def check_inputs_apart(model: nn.Module, x: Tensor) -> None:
-    """Refuse a network whose outputs for one input depend on the others, of whatever derivatives.
+    """Refuse a network whose outputs for one input depend on the others.
 
     Raises:
         Unconfirmed: naming the module.
@@ -315,11 +319,11 @@ def neighbour(x: Tensor) -> Tensor:
 
 
 def is_alone_elsewhere(truth: Truth, pair: Tensor, strength: float) -> bool:
-    """The same for two inputs at other weights, since weights of 0 hide what is before them."""
+    """The same for two inputs at other weights, since weights of 0 hide earlier layers."""
     with shifted(truth.alone, truth.v, strength):
         whole, *halves = (call(truth.alone, part) for part in (pair, *pair.split(1)))
     if whole is None or any(half is None for half in halves):
-        return True  # it takes no such inputs, or has no finite value there
+        return True  # it rejects these inputs, or has no finite value there
     size, eps = whole.abs(), torch.finfo(whole.dtype).eps
     slack = eps**0.575 * size.amax(0) + 2**12 * eps * size.amax()
     return all(fits(half, whole[i : i + 1], slack) for i, half in enumerate(halves))
@@ -344,25 +348,15 @@ def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Te
 
 def first_order_doubts(claim: Claim) -> Tensor:
     """At which inputs J·v differs from the difference quotient of the outputs: [k], bool."""
-    truth, eps, carried = claim.truth, claim.eps, claim.carried
-    names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
-    products = torch.stack(list(claim.products.values()))
-    influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
-    noise = claim.noise
+    truth, eps, noise = claim.truth, claim.eps, claim.noise
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
-    for shares in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
-        w = {n: share * truth.v[n] for n, share in shares.items()}
-        weights = squares.new_tensor([shares.get(n, 0.0) for n in names])
-        found = torch.tensordot(weights, products, 1)
-        scale = torch.tensordot(weights.square(), squares, 1).sqrt()
+    for w, found, scale in along(claim):
         rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
         left = torch.ones_like(found, dtype=torch.bool)
         for factor in STEPS:
             step = factor * step_of(truth.dtype)
-            plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
-            quotient = (plus - minus).double() / (2 * step)
-            if carried is not None:
-                quotient = (carried @ quotient[..., None])[..., 0]
+            plus, minus = (carried_outputs(claim, w, sign * step) for sign in (1, -1))
+            quotient = (plus - minus) / (2 * step)
             slack = eps**0.35 * scale + rounding + bounded(noise, step, scale, truth.dtype)
             left &= ~((found - quotient).abs() <= slack)  # NaN is in doubt
             if not left.any():
@@ -371,8 +365,49 @@ def first_order_doubts(claim: Claim) -> Tensor:
     return doubt
 
 
+def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
+    """Directions, with J·v along each and the size of its terms: [k, A]."""
+    names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
+    products = torch.stack(list(claim.products.values()))
+    influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
+    for shares in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
+        weights = squares.new_tensor([shares.get(n, 0.0) for n in names])
+        scale = torch.tensordot(weights.square(), squares, 1).sqrt()
+        w = {n: share * claim.truth.v[n] for n, share in shares.items()}
+        yield w, torch.tensordot(weights, products, 1), scale
+
+
+def carried_outputs(claim: Claim, v: PerParameter, step: float) -> Tensor:
+    """The outputs at θ + step · v, or their products with the carried rows: [k, A], float64."""
+    h = outputs_at(claim.truth, v, step).double()
+    return h if claim.carried is None else (claim.carried @ h[..., None])[..., 0]
+
+
+def check_kinks(claim: Claim) -> None:
+    """Refuse a J·v that is wrong where the outputs have a derivative, though it is right close by.
+
+    At a kink the quotients to both sides differ, at a jump those of two steps. Where all agree,
+    autograd alone has a kink.
+
+    Raises:
+        Unconfirmed: as with relu(s) - relu(-s) at 0.
+    """
+    step = step_of(claim.truth.dtype)
+    for w, found, scale in along(claim):
+        h = {k: carried_outputs(claim, w, k * step) for k in (-2, -1, 0, 1, 2)}
+        quotient, longer = (h[1] - h[-1]) / (2 * step), (h[2] - h[-2]) / (4 * step)
+        error = (found - quotient).abs()
+        kink = (h[1] - 2 * h[0] + h[-1]).abs() / step + (longer - quotient).abs()
+        if bool(((error > VISIBLE * scale) & (kink < SMOOTH * error)).any()):
+            raise Unconfirmed(
+                "at some of these inputs autograd's derivative is not that of the outputs, though "
+                "it is at other weights, as of relu(s) - relu(-s) at s = 0: write the function "
+                "without the pieces that meet there, or move the weights, as biases of 0, a little."
+            )
+
+
 def bounded(noise: Tensor, step: float, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounding errors of a quotient, as far as they do not hide what it is to confirm."""
+    """Rounding errors of a quotient, limited so that they do not hide the derivative."""
     least = noise / (max(STEPS) * step_of(dtype))
     return torch.minimum(noise / step, torch.maximum(RESOLUTION * scale, least))
 
@@ -398,7 +433,7 @@ def is_ordinary(J: Tensor) -> bool:
 def directions(influence: dict[str, float], most: float) -> Iterator[dict[str, float]]:
     """Parameters of similar influence together, each with the share that makes them alike.
 
-    So that no parameter hides another; and no share exceeds 1. Those of no influence at all come
+    So no parameter hides another, and no share exceeds 1. Parameters without influence come
     first, together.
     """
     group: dict[str, float] = {}
@@ -470,7 +505,7 @@ def gradient(
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a parameter at one input, and what was found there.
+    """One entry of a parameter at one input, with its derivatives.
 
     Attributes:
         name: The parameter.
@@ -478,7 +513,7 @@ class Entry:
         b: The input's.
         J: First derivatives of the outputs, [T].
         S: Second derivatives, [T].
-        unit: What they are measured in, [T].
+        unit: In which they are measured, [T].
         size: Of the parameter's entries.
         precision: Of the numbers that J and S were computed in.
         noise: Rounding errors to expect in the outputs, or in their rows, [T].
@@ -540,7 +575,7 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor 
 
 
 def slope_noise(truth: Truth, entry: Entry, weights: Tensor) -> Tensor:
-    """Rounding errors to expect in a slope, measured in float32 as those of the outputs are."""
+    """Rounding errors to expect in a slope, measured in float32, as for the outputs."""
     exact = slope(truth, truth.own.get_parameter(entry.name), entry, 0.0, weights)
     narrow = separate(truth.own).float().requires_grad_()
     x = truth.x.float() if truth.x.is_floating_point() else truth.x

@@ -31,10 +31,10 @@ from fimlib.engines.layerwise import identity
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
 from fimlib.engines.traced.parameters import factor_of, unfolded
 
-NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as many as a cache holds
+NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as fit in a cache
 MOST_STEPS = 16  # from a parameter to what is computed of it, and to the network
 
-# What only rearranges a parameter, or picks a part of it.
+# Operations that only rearrange a parameter or select a part of it.
 VIEWS = (
     *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"),
     *("Alias", "Clone", "Split", "SplitWithSizes", "Slice", "Select", "Unbind"),
@@ -51,7 +51,7 @@ class Place:
         rows: From derivatives at the edge, [c, *shape], to rows [c, N, ...], N ≥ B.
         pull: From rows [c, b, L, ...] and z [b, L, ...] of b inputs to derivatives in the view,
             [b, c, *view].
-        z: What the rows are multiplied by, [N, ...]; None where that is 1.
+        z: The factor of the rows, [N, ...]; None for 1.
         is_linear: Whether the parameter is the weight or the bias of W z + b.
         is_by_row: Whether the numbers of rows along their first axis behind L are the parameter's
             along its first, each for itself.
@@ -66,7 +66,7 @@ class Place:
     is_by_row: bool = False
 
     def through_views(self, J: Tensor) -> Tensor:
-        """From derivatives in the last view, [b, c, *view], to those in the parameter."""
+        """From derivatives in the last view, [b, c, *view], to derivatives in the parameter."""
         if len(self.views) == 1:
             return J
         first, last = GradientEdge(*self.views[0]), GradientEdge(*self.views[-1])
@@ -162,13 +162,13 @@ def convolution(views: list[Edge], op: Any) -> Place:
 
 
 def normalised(op: Any) -> Tensor:
-    """What a layer norm multiplies by its weight."""
+    """The normalised input of a layer norm, which its weight multiplies."""
     found: Tensor = (op._saved_input - op._saved_result1) * op._saved_result2
     return found.detach()
 
 
 def normalised_groups(op: Any) -> Tensor:
-    """What a group norm multiplies by its weight."""
+    """The normalised input of a group norm, which its weight multiplies."""
     z: Tensor = op._saved_input.detach()
     by_group = z.reshape(*op._saved_result1.shape, -1)
     mean, scale = (s.detach()[..., None] for s in (op._saved_result1, op._saved_result2))
@@ -236,7 +236,7 @@ def layout_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None
 
     Args:
         plain: Rows carried back from random ones at the outputs, [N, ...].
-        weighted: The same of those of input b multiplied by weights[b].
+        weighted: The same, after the rows of input b were multiplied by weights[b].
         weights: [B], all different.
     """
     size, count = len(weights), len(plain)
@@ -257,7 +257,7 @@ def layout_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None
 
 
 class Probe:
-    """Two backward passes with random rows: the second has those of input b times a number c_b.
+    """Two backward passes with random rows; in the second, the row of input b is multiplied by c_b.
 
     Attributes:
         h: The outputs, [B, T], with their graph.
@@ -296,7 +296,7 @@ class Search:
 
     Attributes:
         found: The places, and the layouts of their rows.
-        ends: Views whose users are to be looked at.
+        ends: Views whose users are still to be searched.
         is_lost: Whether the parameter enters in a way that is not known.
     """
 
@@ -367,7 +367,7 @@ class Entrance:
     Attributes:
         place: The place.
         rows: [A, B, L, ...]; or derivatives in the view already, [B, A, *view].
-        z: What rows are multiplied by, [B, L, ...], or None.
+        z: The factor of the rows, [B, L, ...]; None for 1.
         is_pulled: Whether ``rows`` holds derivatives, where these need less memory.
     """
 
@@ -525,7 +525,7 @@ def share_of(planned: Planned, own: nn.Module, rows: Tensor) -> Share:
 
 
 def blocks_of(by_name: Mapping[str, list[Entrance] | None]) -> list[Planned]:
-    """The blocks to come: a layer, what its left factors are made of, and its right factors."""
+    """Plans of all blocks: the layer, the places of its left factors, and its right factors."""
     found: list[Planned] = []
     shared: dict[tuple[str, Edge], Planned] = {}
     for name, entered in by_name.items():

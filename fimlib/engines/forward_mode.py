@@ -120,7 +120,7 @@ def together(own: nn.Module, x: Tensor, name: str, directions: Tensor) -> tuple[
 
 
 def one_by_one(own: nn.Module, x: Tensor, name: str, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, one direction after the other, for what ``torch.vmap`` cannot follow."""
+    """The same, one direction after the other, where ``torch.vmap`` fails."""
     pairs = [along(own, x, name)(e) for e in directions]
     first, second = zip(*pairs, strict=True)
     return torch.stack(first), torch.stack(second)
@@ -150,7 +150,7 @@ def along(own: nn.Module, x: Tensor, name: str) -> Callable[[Tensor], tuple[Tens
 def backward_twice(
     own: nn.Module, x: Tensor, name: str, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same by reverse mode, output by output, for what has no rule in forward mode."""
+    """The same by reverse mode, output by output, for operations without a forward-mode rule."""
     parameter = own.get_parameter(name)
     found = [rows_at(own, one, parameter, directions) for one in x.split(1)]
     first, second = zip(*found, strict=True)
@@ -216,12 +216,12 @@ def seconds_each(own: nn.Module, x: Tensor, names: list[str]) -> float:
     with twice_differentiable():
         for curves in WAYS:
             try:
-                curves(own, x, name, directions[:1])  # what torch does once is not counted
+                curves(own, x, name, directions[:1])  # not timed: torch does some work only once
                 start = perf_counter()
                 curves(own, x, name, directions)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception:  # whatever torch.func cannot follow
+            except Exception:  # torch.func fails in many ways
                 continue
             return (perf_counter() - start) / count
     return float("inf")

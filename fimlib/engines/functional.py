@@ -52,7 +52,7 @@ def differentiate(
         derivs = way(own, x, names, outputs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever torch.func or autograd does not know
+    except Exception as error:  # torch.func and autograd fail in many ways
         raise NotImplementedError(
             f"torch cannot differentiate {type(own).__name__}: {short(error)}."
         ) from error

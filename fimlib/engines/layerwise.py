@@ -27,7 +27,7 @@ from fimlib.engines.model import is_same, separate
 from fimlib.engines.traced.graph import CapturedError, Uncaptured
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-# The curves of torch's own activations, without what they do in place.
+# The curves of torch's own activations, computed out of place.
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Curve]] = {
     nn.Sigmoid: lambda _: curves.SIGMOID,
     nn.Tanh: lambda _: curves.TANH,
@@ -63,7 +63,7 @@ class LinearStep:
     Attributes:
         name: Its name in the model.
         weight: W, [m, n].
-        inputs: What multiplies the left factors of each of its parameters: z, [B, n], or None
+        inputs: The right factor of each of its parameters: z, [B, n], or None
             where that is 1 (the bias).
     """
 
@@ -195,19 +195,19 @@ def chain(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
 
 
 def join(prefix: str, name: str) -> str:
-    """The full name of what is called ``name`` inside the module ``prefix``."""
+    """The full name of ``name`` inside the module ``prefix``."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def forward(
     modules: list[tuple[str, nn.Module]], x: Tensor, parameters: Mapping[int, str]
 ) -> tuple[Tensor, Steps]:
-    """The outputs, and what the backward sweep needs of every step.
+    """The outputs, and the record of every step for the backward sweep.
 
     Args:
         modules: By name, in order.
         x: The inputs.
-        parameters: The names of those that only ``Linear`` layers may use, by id.
+        parameters: Names of the parameters that only ``Linear`` layers may use, by id.
     """
     steps: Steps = []
     for name, module in modules:
@@ -310,14 +310,14 @@ def joined(units: tuple[Tensor, Tensor], fresh: tuple[Tensor, Tensor]) -> tuple[
 def right_factors(
     step: LinearStep | ElementwiseStep, wanted: frozenset[str] | None
 ) -> dict[str, Tensor | None]:
-    """What multiplies the left factors of a layer's wanted parameters: z, or 1 for the bias."""
+    """The right factors of a layer's wanted parameters: z, or 1 for the bias."""
     if isinstance(step, ElementwiseStep):
         return {}
     return {n: z for n, z in step.inputs.items() if wanted is None or n in wanted}
 
 
 def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
-    """Refuse what the factorisation J ⊗ z does not hold for."""
+    """Refuse layers for which J does not factor into J ⊗ z."""
     own = module._parameters
     made = isinstance(module.bias, Tensor) and module.bias.requires_grad and "bias" not in own
     if not {"weight"} <= set(own) <= {"weight", "bias"} or made:
@@ -344,14 +344,14 @@ def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
 
 
 def reshaped(module: nn.Linear, z: Tensor) -> str:
-    """How such inputs come to fit a layer."""
+    """Advice that makes such inputs fit a layer."""
     if z.ndim > 2 and z[0].numel() == module.in_features:
         return "put nn.Flatten() before the layer"
     return "check the shape of the input"
 
 
 def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """What a module makes of the inputs before the first parameter: anything, but one by one."""
+    """The result of a module before the first parameter, a function of each input alone."""
     parts = [part for part in (x[:1], x[1:]) if len(part)]
     fresh = [separate(module) for _ in parts]  # which have kept nothing of the batch
     z: Tensor = module(x.clone())
@@ -371,7 +371,7 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
         )
     if not is_same(alone, z):
         raise NotImplementedError(
-            f"module {name!r} ({type(module).__name__}) makes of one input what depends on the "
+            f"module {name!r} ({type(module).__name__}): its result for one input depends on the "
             "others of the batch, on how often it was called, or on chance: make it a function of "
             "each input alone."
         )
@@ -436,7 +436,7 @@ def two_derivatives(
 
 
 def acts_unit_by_unit(module: nn.Module, s: Tensor, z: Tensor) -> bool:
-    """Whether units that a mask leaves out have no part in those that it keeps, at s.
+    """Whether no kept unit depends on a unit that the mask leaves out, at s.
 
     Every other unit, and two random halves, with their complements: the derivatives with respect
     to the units left out must be exactly 0, and the values z must stay when these units move.

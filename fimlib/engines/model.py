@@ -52,7 +52,7 @@ def hooks_of(module: nn.Module) -> Iterator[object]:
 
 
 def tied(model: nn.Module) -> tuple[str, str] | None:
-    """Two names of one and the same parameter, if there are such."""
+    """Two names of the same parameter, if any parameter has two."""
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(parameter), name)
@@ -79,18 +79,18 @@ def call_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
 
 
 def kept_random_state(x: object) -> AbstractContextManager[None]:
-    """Afterwards the generators are as before, whatever a model has drawn."""
+    """Restore the random generators afterwards, in case a model draws numbers."""
     return torch.random.fork_rng([x.device] if isinstance(x, Tensor) and x.is_cuda else [])
 
 
-EMPTY = (dict, OrderedDict, set)  # types that ``separate`` copies by hand where they hold nothing
+EMPTY = (dict, OrderedDict, set)  # empty ones are copied by hand
 
 
 def separate(model: nn.Module) -> nn.Module:
     """A copy to be called, so that nothing that a call changes is the caller's.
 
     Raises:
-        NotImplementedError: the model holds what cannot be copied.
+        NotImplementedError: an attribute of the model cannot be copied.
     """
     # autograd forbids copies of what it has computed; where these are used, the copies show up as
     # no parameters
@@ -144,13 +144,13 @@ def call(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
             h = model(x.clone())
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # whatever a module raises at a batch, or at weights, that it rejects
+    except Exception:  # of any kind, from a batch or weights that a module rejects
         return None
     return h.detach() if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
 
 
 def perturb(model: nn.Module, strength: float) -> None:
-    """Move all weights at random, by so much of their size, those that are 0 as well."""
+    """Move all weights at random by a share of their size, weights of 0 too."""
     if strength == 0:
         return
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
@@ -182,5 +182,5 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is what torch.compile makes of a module."""
+    """Whether torch.compile made this module."""
     return type(module).__module__.startswith("torch._dynamo")

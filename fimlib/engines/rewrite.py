@@ -94,7 +94,7 @@ def rule_for(func: Any, node: bool) -> Rule | None:
 
 
 def takes(rule: Rule, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the rule is for such arguments."""
+    """Whether the rule supports these arguments."""
     try:
         inspect.signature(rule).bind(*args, **kwargs)
     except TypeError:
@@ -303,7 +303,7 @@ def normalised(s: Tensor, dim: Dims, eps: float) -> Tensor:
 
 
 def scaled(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """S times the weight, plus the bias, where there are such."""
+    """Multiply by the weight, if any, and add the bias, if any."""
     s = s if weight is None else s * weight
     return s if bias is None else s + bias
 
@@ -447,7 +447,7 @@ def mean_like(
 
 
 def axes(s: Tensor, dim: Dims) -> tuple[int, ...]:
-    """Those meant, all if none are named."""
+    """The axes, all if none is named."""
     if isinstance(dim, int):
         return (dim,)
     return tuple(dim) if dim else tuple(range(s.ndim))

@@ -1,4 +1,4 @@
-"""The network itself: a private copy in float64, with what its numbers are worth.
+"""The network itself: a private copy in float64, with the rounding errors of its outputs.
 
 Checks compare with it and move its weights; the caller's network stays as it is.
 """
@@ -22,7 +22,7 @@ PerParameter = dict[str, Tensor]
 
 
 class Unconfirmed(NotImplementedError):  # noqa: N818
-    """What an engine found is not the derivative of the outputs."""
+    """An engine's numbers are not the derivatives of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Truth:
 
     Attributes:
         own: The copy; in the network's own type where that computes in nothing else.
-        alone: Another such copy, which has not been called.
+        alone: Another copy, which has not been called.
         x: [k, ...], the inputs.
         outputs: h, [k, T].
         noise: Rounding errors to expect in h, [T].
@@ -84,7 +84,7 @@ def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def size_of(parameter: Tensor) -> Tensor:
-    """The size of a parameter's entries, or of what they may become where they are 0."""
+    """The size of a parameter's entries; the size at initialisation where all are 0."""
     size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
     fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
     return torch.where(size > 0, size, torch.full_like(size, fallback))
@@ -125,7 +125,7 @@ def in_double(own: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
             h = outputs_of(own, z)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # whatever a module raises at numbers of another type
+    except Exception:  # of any kind, from numbers of another type
         return z, None
     is_double = h.dtype == torch.float64 and seen.narrowest is None
     return z, h if is_double and bool(torch.isfinite(h).all()) else None
@@ -186,7 +186,7 @@ def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
 
 
 def step_of(dtype: torch.dtype) -> float:
-    """ε, along such a direction: so small that few kinks lie between, for rounding as large."""
+    """ε along a direction: small, so that it crosses few kinks, yet well above rounding."""
     return float(torch.finfo(dtype).eps ** 0.42)
 
 

@@ -1,4 +1,4 @@
-"""The graph that autograd records of one forward pass: what depends on which parameter, and how.
+"""The graph that autograd records of one forward pass: how tensors depend on the parameters.
 
 The graph holds all that first derivatives pass through, and nothing else. So what an engine knows
 about every node of it holds for the network, whatever its Python looks like. The one thing that a
@@ -32,7 +32,7 @@ FORMS = re.compile(
 )
 # Nor do these read the values of any argument but the first.
 LIKE_ANOTHER = ("to", "type_as", "expand_as", "view_as", "reshape_as")
-# Autograd itself clears these, and cannot pass on what is raised there.
+# Autograd itself clears these, and cannot pass on errors raised there.
 SILENT = ("_backward_hooks",)
 
 
@@ -45,8 +45,8 @@ class Trace:
         root: h, as autograd knows it; None if it depends on no parameter.
         names: The parameter at each leaf of the graph.
         made: Which function, in which module, made each node.
-        nodes: Those between the parameters in question and h, in the order of the forward pass.
-        users: For every node or leaf, the nodes that take what it made, and as which argument.
+        nodes: All nodes between the chosen parameters and h, in the order of the forward pass.
+        users: For every node or leaf, the nodes that use its result, and as which argument.
         ancestors: For every node or leaf, the parameters that it depends on.
         unused: Parameters in question that h does not depend on, by their names.
     """
@@ -61,12 +61,12 @@ class Trace:
     unused: dict[str, Tensor]
 
     def dependent(self, node: Node) -> dict[int, Edge]:
-        """Of the node's arguments, by position, those that depend on parameters."""
+        """The node's arguments that depend on parameters, by position."""
         edges = enumerate(node.next_functions)
         return {i: (n, k) for i, (n, k) in edges if n is not None and self.ancestors[n]}
 
     def refusal(self, node: Node, why: str) -> NotImplementedError:
-        """The error that names a node by what the user wrote."""
+        """The error that names a node by the function that the user called."""
         name = self.made.get(node, f"{node.name()}, of no function of torch")
         return NotImplementedError(f"{name}: {why}")
 
@@ -79,7 +79,7 @@ class Uncaptured(TorchFunctionMode):
     """Refuses parameters that a module reaches otherwise than by their names.
 
     Attributes:
-        foreign: What must not be met, names by id.
+        foreign: Names of tensors that must not be used, by id.
         place: Where it is looked for.
     """
 
@@ -105,7 +105,7 @@ class Uncaptured(TorchFunctionMode):
 
 
 class Watch(Uncaptured):
-    """Notes which function of which module made each node; refuses what cuts the graph."""
+    """Records which function of which module made each node; refuses cuts of the graph."""
 
     def __init__(self, names: Mapping[Node, str], foreign: Mapping[int, str]) -> None:
         super().__init__(foreign)
@@ -116,7 +116,7 @@ class Watch(Uncaptured):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call func; look at what depends on parameters before, and at what came of it."""
+        """Call func; inspect its arguments that depend on parameters, and its result."""
         name = name_of(func)
         self.place = f"{name}() in {self.stack[-1] if self.stack else 'the model'}"
         arguments = [] if name in SILENT else list(tensors((args, kwargs)))
@@ -127,7 +127,7 @@ class Watch(Uncaptured):
         result = func(*args, **(kwargs or {}))
         if name == "__iter__":
             result = list(result)
-        is_cut = name == "data" or any(  # what is written there, autograd cannot know
+        is_cut = name == "data" or any(  # autograd does not see what is written there
             t._version != version and t.requires_grad and made_by(t) == node
             for t, version, node in followed
         )
@@ -142,7 +142,7 @@ class Watch(Uncaptured):
         return iter(result) if name == "__iter__" else result
 
     def check_arguments(self, arguments: list[Tensor]) -> None:
-        """Refuse what was not made under watch."""
+        """Refuse tensors that no recorded function made."""
         self.look(arguments)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise NotImplementedError(
@@ -172,7 +172,7 @@ class Watch(Uncaptured):
         )
 
     def note(self, result: Any, before: set[Node], place: str) -> set[Node]:
-        """Name the nodes that were just made; return all that were met, those before included."""
+        """Name the new nodes; return all nodes met, old ones included."""
         stack: list[Node | None] = [made_by(t) for t in tensors(result) if t.requires_grad]
         met: set[Node] = set()
         while stack:
@@ -214,7 +214,7 @@ def made_by(t: Tensor) -> Node:
 
 
 def name_of(func: Any) -> str:
-    """What the user called: of a property its own name, e.g. ``data``."""
+    """The name of the called function; of a property its own name, e.g. ``data``."""
     name = getattr(func, "__name__", str(func))
     is_property = name in ("__get__", "__set__")
     return str(getattr(func.__self__, "__name__", name) if is_property else name)
@@ -230,7 +230,7 @@ def read_by(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def is_shape_or_condition(result: Any) -> bool:
-    """Whether the result tells of a tensor what does not change with its values, a.e."""
+    """Whether the result is a shape, a dtype or a condition, constant almost everywhere."""
     if isinstance(result, Tensor):
         return result.dtype == torch.bool
     if isinstance(result, list | tuple):

@@ -44,10 +44,10 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """What one operation does to many derivatives at once, c of them, all but one argument fixed.
+    """The linear map of one operation on c derivatives at once, all but one argument fixed.
 
     Attributes:
-        on: Tangents of the argument, [c, ...], to those of the result.
+        on: From tangents of the argument, [c, ...], to tangents of the result.
         back: Rows at the result, [c, ...], to rows at the argument.
         keeps_channels: Whether the second axis, the channels of [B, O, ...], stay apart.
     """
@@ -138,7 +138,7 @@ class Tangents:
         return values.expand(*lead, *target)
 
     def through(self, rule: Rule) -> Tangents:
-        """What an operation makes of them."""
+        """Carry them through an operation."""
         if self.by_channel and rule.keeps_channels:
             return Tangents(rule.on(self.values), True)
         spread = self.spread().values
@@ -173,7 +173,7 @@ class Linearised:
         return {end: rows[end] for end in ends}
 
     def carry_on(self, start: Edge, seeds: Tangents, ends: Iterable[Edge]) -> dict[Edge, Tangents]:
-        """From tangents at the start to those at the ends, which all lie behind it."""
+        """From tangents at the start to tangents at the ends, which all lie behind it."""
         ends = frozenset(ends)
         found = {start: seeds}
         for step in self.path(frozenset([start]), ends):
@@ -183,7 +183,7 @@ class Linearised:
         return {end: found[end] for end in ends}
 
     def path(self, low: frozenset[Edge], high: frozenset[Edge]) -> list[Step]:
-        """What lies between tensors, node by node in the order of the forward pass."""
+        """The nodes between tensors, in the order of the forward pass."""
         if (low, high) in self.paths:
             return self.paths[low, high]
         t, reached = self.t, set(low)
@@ -331,7 +331,7 @@ def any_operation(node: Any, i: int, k: int, like: Tensor) -> Rule:
 
 
 def row_through(node: Any, i: int, k: int, row: Tensor) -> Tensor:
-    """What autograd's rule for one node makes of a row at its result k, at argument i."""
+    """The row at argument i of one node, from a row at its result k, by autograd's rule."""
     rows: list[Tensor | None] = [None] * len(node._input_metadata)
     rows[k] = row
     found = node(*rows)
@@ -341,7 +341,7 @@ def row_through(node: Any, i: int, k: int, row: Tensor) -> Tensor:
 
 
 def sum_to(rows: Tensor, target: tuple[int, ...]) -> Tensor:
-    """Sum rows [c, ...] over what was broadcast from the target's shape: [c, *target]."""
+    """Sum rows [c, ...] over the axes broadcast from the target's shape: [c, *target]."""
     extra = rows.ndim - 1 - len(target)
     rows = rows.flatten(1, extra).sum(1) if extra else rows
     axes = [d + 1 for d, n in enumerate(target) if n == 1 != rows.shape[d + 1]]

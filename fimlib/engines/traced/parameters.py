@@ -1,4 +1,4 @@
-"""Where parameters enter a network, and what derivatives there say of the parameters.
+"""Where parameters enter a network, and how derivatives there become derivatives in them.
 
 A parameter that enters by one product or sum is reached from the output of that operation: a weight
 through the input that it multiplies, the rows of every input of a batch apart. Any other parameter
@@ -122,7 +122,7 @@ def right_factor(op: Any) -> Tensor:
 
 
 def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
-    """From rows behind the operation to those of its argument i, for each input; None if unknown.
+    """From rows behind the operation to rows of its argument i, for each input; None if unknown.
 
     Its argument 0 or 1 is a factor, or its argument is added, as ``PRODUCTS`` of the engine says.
     """
@@ -149,7 +149,7 @@ def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
 
 
 def factor_of(op: Any, i: int) -> Tensor | float | None:
-    """What an elementwise or channelwise operation multiplies its argument i by; None: unknown."""
+    """The factor of argument i in an elementwise or channelwise operation; None: unknown."""
     name = kind(op)
     if name == "NativeBatchNorm" and i == 1:
         by_channel = [-1] + [1] * (op._saved_input.ndim - 2)
@@ -207,7 +207,7 @@ def convolution(op: Any) -> Pull:
 
 
 def unfolded(op: Any, z: Tensor) -> Tensor:
-    """What a convolution of z multiplies its weights by: [B, groups, positions, in a patch]."""
+    """The patches of z that a convolution multiplies by its weights: [B, G, positions, n]."""
     kernel = op._saved_weight.shape[2:]
     z = nn.functional.pad(z, [p for p in reversed(op._saved_padding) for _ in range(2)])
     for d, k in enumerate(kernel):  # [B, C, *positions, *kernel] at the end

@@ -42,7 +42,7 @@ from fimlib.engines.traced.linearised import (
 )
 from fimlib.engines.traced.parameters import Place, places
 
-# Of rows or tangents carried together, and of what they become: as much as a cache holds. More
+# Of rows or tangents carried together, and of their results: as much as a cache holds. More
 # inputs than that go in pieces.
 NUMBERS_AT_A_TIME = 2**22
 ROWS_AT_A_TIME = 16  # at least, where there are as many
@@ -146,7 +146,7 @@ def limit(t: Trace) -> int:
 
 
 def stack(alone: list[Derivatives]) -> Derivatives:
-    """Derivatives at several inputs out of those at each piece of them."""
+    """Derivatives at several inputs, joined from pieces."""
     found = [{tuple(block.inputs): block for block in d.blocks} for d in alone]
     forms = [{(n, z is None) for b in d.blocks for n, z in b.inputs.items()} for d in alone]
     if any(b.keys() != found[0].keys() for b in found) or any(f != forms[0] for f in forms):
@@ -185,7 +185,7 @@ def check_first(t: Trace, J: dict[Place, Tensor]) -> None:
 
 
 def check_nodes(t: Trace) -> None:
-    """Refuse what changes the precision, mixes the inputs by design, or has no true gradient."""
+    """Refuse functions that change the precision, mix the inputs, or have no true gradient."""
     for node in t.nodes:
         if getattr(node, "_saved_training", False):
             raise t.refusal(node, "it normalises by the statistics of the batch.")
@@ -290,7 +290,7 @@ def power(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
         arguments = {1: arguments[0]}
     dtype, device = t.outputs.dtype, t.outputs.device
     s, r = (torch.as_tensor(v, dtype=dtype, device=device).detach() for v in saved)
-    log = torch.special.xlogy  # of which 0 is 0, whatever its second argument
+    log = torch.special.xlogy  # 0 at 0, for any second argument
     factors = {
         (0, 0): torch.where(r * (r - 1) == 0, 0.0, r * (r - 1) * s ** (r - 2)),
         (0, 1): torch.where(r == 0, 0.0, s ** (r - 1)) + log(r * s ** (r - 1), s),
