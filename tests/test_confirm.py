@@ -699,7 +699,7 @@ class Pieces(nn.Module):
     "f",
     [
         lambda s: torch.relu(s) - torch.relu(-s),
-        lambda s: s.clamp(max=0) + torch.relu(s) / 2 - torch.relu(-s) / 2,
+        lambda s: functional.leaky_relu(s, 0.5) - torch.relu(-s) / 2,
         lambda s: functional.softshrink(s + 0.5) + functional.hardtanh(s + 0.5, -0.5, 0.5),
     ],
 )
