@@ -85,12 +85,6 @@ from fimlib.spectra import (
     Spectrum,
     fourth_moment_spectrum,
     lambda_max,
-    lambda_max_certified,
-    lambda_max_lower,
-    lambda_max_minimize,
-    lambda_max_multistart,
-    lambda_max_pairs,
-    lambda_max_sos,
     shifted_power_method,
     spectrum,
 )
@@ -110,7 +104,7 @@ from fimlib.trace_bounds import (
     theorem_c_2,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Bernoulli",
     "Block",
@@ -165,12 +159,6 @@ __all__ = [
     "joint_covariance",
     "kl_gradient",
     "lambda_max",
-    "lambda_max_certified",
-    "lambda_max_lower",
-    "lambda_max_minimize",
-    "lambda_max_multistart",
-    "lambda_max_pairs",
-    "lambda_max_sos",
     "lemma_b_2",
     "num_samples_needed",
     "off_diagonal",

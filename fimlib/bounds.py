@@ -17,13 +17,8 @@ from fimlib.diagonal import Diagonal
 from fimlib.families.base import Family, check_num_samples
 from fimlib.families.categorical import Categorical, softmax_covariance
 from fimlib.families.gaussian import Gaussian
-from fimlib.spectra import (
-    Spectrum,
-    fourth_moment_spectrum,
-    lambda_max_pairs,
-    lambda_min_centred,
-    spectrum,
-)
+from fimlib.spectra.extreme import Spectrum, lambda_min_centred, spectrum
+from fimlib.spectra.z_eigenvalues import fourth_moment_spectrum
 
 
 class Interval(NamedTuple):
@@ -288,16 +283,20 @@ def theorem_b_1(
     r"""Upper bounds of |I|, V₁ and V₂ off the diagonal (Theorem B.1).
 
     ``|I| ≤ ‖J_i‖‖J_j‖ sup uᵀ𝓘v`` (26), ``V₁ ≤ (1/N)‖J_i‖²‖J_j‖² sup Var((u·δ)(v·δ))`` (27) over
-    unit u and v, and ``V₂ ≤ (1/N)‖S_ij‖² λ_max(𝓘)``. Both suprema are reached at u = v, and are
-    λ_max(𝓘) and λ_max(M) (see ``lambda_max_pairs``).
+    unit u and v, and ``V₂ ≤ (1/N)‖S_ij‖² λ_max(𝓘)``.
+
+    Both suprema are reached at u = v, and are λ_max(𝓘) and λ_max(M). For unit vectors at an angle θ
+    put p, q for the unit vectors along u + v, u − v and c = cos θ. Then
+    ``(u·δ)(v·δ) = (1+c)/2 (p·δ)² − (1−c)/2 (q·δ)²``, and by the triangle inequality its standard
+    deviation is at most the average, with these weights, of those of (p·δ)² and (q·δ)².
 
     Args, Raises: as ``off_diagonal``, and
-        method: How λ_max(M) is found, as in ``spectrum``.
+        method: How λ_max(M) is found, as in ``lambda_max``; not "lower".
     """
     n, h = check_num_samples(num_samples), family.natural(h)
     J_i, J_j, S_ij = check_pairs(J_i, J_j, S_ij, h=h)
-    max_outer = lambda_max_pairs(family, h, method=method)[:, None]
-    max_cov = extreme_covariances(family, h)[1][:, None]
+    lam = spectrum(family, h, method=method)
+    max_outer, max_cov = lam.max_outer[:, None], lam.max_cov[:, None]
     norms = J_i.norm(dim=1) * J_j.norm(dim=1)
     return OffDiagonalBounds(
         corollary_b_3(J_i, J_j, family, h),

@@ -28,7 +28,7 @@ from fimlib.families.base import (
 )
 from fimlib.fisher import check_labels, family_of
 from fimlib.precision import chebyshev, check_estimator
-from fimlib.spectra import Spectrum, spectrum
+from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
 # Of degree 2 in J, where S counts twice; all others are of degree 4.

@@ -16,7 +16,8 @@ from torch import Tensor
 from fimlib.bounds import eigenvalues_for
 from fimlib.derivatives import Block, Derivatives
 from fimlib.families.base import Family, check_num_samples
-from fimlib.spectra import Spectrum, symmetric_pairs
+from fimlib.spectra.extreme import Spectrum
+from fimlib.spectra.sos import symmetric_pairs
 
 MAX_ENTRIES = 2**27  # B·T⁴ float64 numbers, 1 GiB
 

@@ -67,7 +67,7 @@ def bounds(derivs, family, _observed):
         fimlib.corollary_4_6(derivs, family),
         fimlib.theorem_c_1(derivs, family),
         fimlib.corollary_4_2(family, h),
-        fimlib.lambda_max_lower(family, h),
+        fimlib.lambda_max(family, h, method="lower"),
         fimlib.theorem_b_1(pairs, pairs, pairs, family, h),
         fimlib.off_diagonal(pairs, pairs, pairs, family, h),
     )

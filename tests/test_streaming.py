@@ -760,7 +760,7 @@ def test_a_thousand_classes_without_a_matrix_of_them_times_the_parameters(widths
             "V1": bounds.variance_i1.upper.layer_means(),
             "V2": bounds.variance_i2.upper.layer_means(),
         }
-        lower_bound = fimlib.lambda_max_lower(family, derivs.outputs)
+        lower_bound = fimlib.lambda_max(family, derivs.outputs, method="lower")
     # a few matrices of classes × classes; the starts of the lower bound are 1,090 vectors of 1,000
     assert largest.bytes <= 8 * 1.1 * 1000**2 < 8 * 1000 * num_parameters / 30
     for name, index in CHOSEN:

@@ -35,7 +35,7 @@ def quantities(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     family, derivs = fimlib.Categorical(), fimlib.differentiate(net, x)
     lam = fimlib.spectrum(family, derivs.outputs)
     yield from zip(lam._fields, lam, strict=True)
-    yield "certified", fimlib.lambda_max_certified(family, derivs.outputs)
+    yield "certified", fimlib.lambda_max(family, derivs.outputs, method="certified")
     bounds = fimlib.theorem_4_1(derivs, family, eigenvalues=lam)
     # The same labels on both devices: each device's own generator would draw others.
     weights = torch.arange(1.0, 11.0, dtype=torch.float64, device=x.device).expand(len(x), -1) / 55

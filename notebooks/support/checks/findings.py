@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import fimlib
 from fimlib import Categorical, Gaussian
+from fimlib.spectra.search import minimize
 from support.checks import cases as make
 from support.checks.check import Check, equal, finding, together
 from support.checks.exact import oracle
@@ -193,10 +194,7 @@ def one_search_is_not_enough(cases: int) -> Check:
     h = 0.5 * make.normal(1, 10, seed=3)
     best = float(fimlib.lambda_max(FAMILY, h))
     starts = max(20, cases // 500)
-    found = [
-        float(fimlib.lambda_max_minimize(FAMILY, h, num_starts=1, seed=seed))
-        for seed in range(starts)
-    ]
+    found = [float(minimize(FAMILY, h, num_starts=1, seed=seed)) for seed in range(starts)]
     failures = sum(value < best * (1 - 1e-3) for value in found) / starts
     return finding(failures > 0.2 and max(found) <= best * (1 + 1e-9), failures, starts)
 
