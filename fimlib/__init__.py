@@ -16,10 +16,6 @@ Example: how far can one trust Î₁ and Î₂ of a classifier, given one input 
 
 # Section 4, Appendices B and C: bounds.
 from fimlib.bounds import (
-    Bounds,
-    Interval,
-    OffDiagonalBounds,
-    OuterBounds,
     SoftmaxBounds,
     corollary_4_2,
     corollary_b_3,
@@ -67,9 +63,10 @@ from fimlib.fisher import (
 
 # Section 3, where there is no exact S: an estimate of V₂.
 from fimlib.hutchinson import HutchinsonEstimate, hutchinson_variance_i2
+from fimlib.intervals import Bounds, Interval
 
 # Section 4.1: random inputs and labels.
-from fimlib.joint import Joint, JointBounds, JointInterval, joint_covariance
+from fimlib.joint import Joint, joint_covariance
 
 # Section 1: full matrices on chosen parameters.
 from fimlib.matrices import estimate_i1_matrix, estimate_i2_matrix, fisher_matrix
@@ -96,9 +93,6 @@ from fimlib.streaming import accumulate, all_reduce
 from fimlib.summary import LayerSummary, Summary, summarise
 from fimlib.trace_bounds import (
     TraceBound,
-    TraceBounds,
-    TraceInterval,
-    TraceIntervals,
     corollary_4_6,
     theorem_c_1,
     theorem_c_2,
@@ -120,21 +114,14 @@ __all__ = [
     "Independent",
     "Interval",
     "Joint",
-    "JointBounds",
-    "JointInterval",
     "Labels",
     "LayerSummary",
-    "OffDiagonalBounds",
-    "OuterBounds",
     "Plan",
     "Poisson",
     "SoftmaxBounds",
     "Spectrum",
     "Summary",
     "TraceBound",
-    "TraceBounds",
-    "TraceInterval",
-    "TraceIntervals",
     "accumulate",
     "all_reduce",
     "compare_estimators",

@@ -27,26 +27,13 @@ from fimlib.families.base import (
     weighted_variance,
 )
 from fimlib.fisher import check_labels, family_of
+from fimlib.intervals import Interval
 from fimlib.precision import chebyshev, check_estimator
 from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
 # Of degree 2 in J, where S counts twice; all others are of degree 4.
 DEGREE_2 = ("I", "I_lower")
-
-
-class JointInterval(NamedTuple):
-    """A lower and an upper bound of one joint quantity: parameter name → its shape."""
-
-    lower: PerParameter
-    upper: PerParameter
-
-
-class JointBounds(NamedTuple):
-    """Bounds of the variances of the joint Î₁ and Î₂."""
-
-    variance_i1: JointInterval
-    variance_i2: JointInterval
 
 
 class Joint:
@@ -311,7 +298,7 @@ class Joint:
         """
         return self._total(self._mean("C12"), num_inputs, num_labels, replacement)
 
-    def lemma_4_8(self, *, tight: bool = False) -> JointInterval:
+    def lemma_4_8(self, *, tight: bool = False) -> Interval[PerParameter]:
         r"""Bounds of Var_x I(θᵢ|x) (Lemma 4.8).
 
         ``0 ≤ Var_x I(θᵢ|x) ≤ E_x[λ_max(𝓘)² ‖J‖⁴]``. The product stays inside the expectation:
@@ -327,28 +314,26 @@ class Joint:
         lower, upper = self._mean("I_lower"), self._mean("I_upper²")
         if tight:
             upper = {name: upper[name] - lower[name].square() for name in upper}
-        return JointInterval({name: torch.zeros_like(t) for name, t in upper.items()}, upper)
+        return Interval({name: torch.zeros_like(t) for name, t in upper.items()}, upper)
 
-    def variance_bounds(self, num_inputs: int, num_labels: int = 1) -> JointBounds:
+    def variance_bounds(
+        self, num_inputs: int, num_labels: int = 1, estimator: int = 1
+    ) -> Interval[PerParameter]:
         r"""Bounds of Eq. 20 by Lemma 4.8 and Theorem 4.1, inputs drawn with replacement.
 
         For the Gaussian of Section 5.1 and N pairs the upper bounds are ``(3/N) E‖J‖⁴`` and
         ``(1/N) (E‖J‖⁴ + E‖S‖²)``.
 
-        Args, Raises: as ``variance_i1`` and ``lemma_4_8``.
+        Args, Raises: as ``variance_i1`` and ``lemma_4_8``, and
+            estimator: j = 1 or 2.
         """
-        inputs = self.lemma_4_8()._asdict()
+        quantity, inputs = f"V{check_estimator(estimator)}", self.lemma_4_8()
 
-        def interval(quantity: str) -> JointInterval:
-            sides = {
-                side: self._total(
-                    self._mean(f"{quantity}_{side}"), num_inputs, num_labels, True, inputs[side]
-                )
-                for side in ("lower", "upper")
-            }
-            return JointInterval(**sides)
+        def bound(side: str) -> PerParameter:
+            labels = self._mean(f"{quantity}_{side}")
+            return self._total(labels, num_inputs, num_labels, True, getattr(inputs, side))
 
-        return JointBounds(interval("V1"), interval("V2"))
+        return Interval(bound("lower"), bound("upper"))
 
     def num_inputs_needed(
         self, relative_error: float, confidence: float, num_labels: int = 1, estimator: int = 1

@@ -94,6 +94,7 @@ def joint(derivs, family, _observed):
     return (
         total.variance_i1(2),
         total.variance_bounds(2),
+        total.variance_bounds(2, estimator=2),
         total.lemma_4_8(tight=True),
         fimlib.joint_covariance(derivs, family, parameters=NAMES, num_inputs=2),
         fimlib.num_samples_needed(derivs, family, relative_error=0.1, confidence=0.9),

@@ -295,7 +295,7 @@ def test_a_single_input_is_a_full_pass():
 
 def everything(joint):
     """All that a Joint can say, as one dict of vectors."""
-    bounds = joint.variance_bounds(3, 2)
+    bounds = [joint.variance_bounds(3, 2, estimator) for estimator in (1, 2)]
     return {
         "I": flat(joint.fisher_information()),
         "Var_x I": flat(joint.input_variance()),
@@ -494,7 +494,6 @@ def test_tight_lemma_4_8_is_an_equality_for_one_gaussian_output():
 def test_variance_bounds(net, family, num_inputs, num_labels):
     derivs = differentiate(net, inputs(7, 3))
     joint = accumulate(derivs, family)
-    bounds = joint.variance_bounds(num_inputs, num_labels)
     forms = {
         "lower1": lambda J, S, lo, hi, m, M: m * J**4 / num_labels,  # noqa: ARG005
         "upper1": lambda J, S, lo, hi, m, M: hi**2 * J**4 + M * J**4 / num_labels,  # noqa: ARG005
@@ -502,10 +501,11 @@ def test_variance_bounds(net, family, num_inputs, num_labels):
         "upper2": lambda J, S, lo, hi, m, M: hi**2 * J**4 + hi * S**2 / num_labels,  # noqa: ARG005
     }
     expected = {key: by_loops(derivs, family, form) / num_inputs for key, form in forms.items()}
-    for j, interval, variance in (
-        (1, bounds.variance_i1, joint.variance_i1(num_inputs, num_labels)),
-        (2, bounds.variance_i2, joint.variance_i2(num_inputs, num_labels)),
+    for j, variance in (
+        (1, joint.variance_i1(num_inputs, num_labels)),
+        (2, joint.variance_i2(num_inputs, num_labels)),
     ):
+        interval = joint.variance_bounds(num_inputs, num_labels, estimator=j)
         close(flat(interval.lower), expected[f"lower{j}"])
         close(flat(interval.upper), expected[f"upper{j}"])
         rounding = 1e-12 * expected[f"upper{j}"].max()
@@ -516,7 +516,8 @@ def test_variance_bounds(net, family, num_inputs, num_labels):
 def test_gaussian_bounds_of_section_5_1():
     """N pairs: (3/N) E‖J‖⁴ and (1/N) (E‖J‖⁴ + E‖S‖²)."""
     derivs = differentiate(mlp([3, 4, 2], nn.Tanh), inputs(6, 3))
-    upper1, upper2 = (b.upper for b in accumulate(derivs, Gaussian()).variance_bounds(5))
+    joint = accumulate(derivs, Gaussian())
+    upper1, upper2 = (joint.variance_bounds(5, estimator=j).upper for j in (1, 2))
     J4 = by_loops(derivs, Gaussian(), lambda J, *_: J**4)
     S2 = by_loops(derivs, Gaussian(), lambda J, S, *_: S**2)  # noqa: ARG005
     close(flat(upper1), 3 / 5 * J4)
@@ -527,7 +528,7 @@ def test_the_method_of_the_bounds():
     """ "certified" is the default and never below the others; None keeps no bounds."""
     derivs = differentiate(mlp([3, 4, 5], nn.Tanh, scale=2.0), inputs(4, 3))
     upper = {
-        method: flat(accumulate(derivs, Categorical(), **options).variance_bounds(1)[0].upper)
+        method: flat(accumulate(derivs, Categorical(), **options).variance_bounds(1).upper)
         for method, options in {
             "default": {},
             "certified": {"method": "certified"},

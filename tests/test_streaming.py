@@ -799,7 +799,7 @@ def test_a_thousand_classes_of_a_data_set(monkeypatch):
             assert abs(found[key][name][index] - mean) <= 1e-10 * mean, (key, name)
         spread = joint.input_variance()[name][index]
         assert abs(spread - expected["I"].var(correction=0)) <= 1e-10 * spread
-    interval = joint.variance_bounds(num_inputs=1).variance_i1
+    interval = joint.variance_bounds(num_inputs=1)
     assert all((interval.upper[n] >= v).all() for n, v in joint.variance_i1(1).items())
 
 
