@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families.base import Family, check_num_samples
+from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical, softmax_covariance
 from fimlib.families.gaussian import Gaussian
 from fimlib.intervals import Bounds, Interval

@@ -7,7 +7,6 @@ data, in batches of any size, tells it for every n_x and n_y.
 
 from __future__ import annotations
 
-import numbers
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_dtype, check_estimator, check_integer
 from fimlib.derivatives import Batch, Derivatives
 from fimlib.families.base import (
     QUANTITIES,
@@ -28,7 +28,7 @@ from fimlib.families.base import (
 )
 from fimlib.fisher import check_labels, family_of
 from fimlib.intervals import Interval
-from fimlib.precision import chebyshev, check_estimator
+from fimlib.precision import chebyshev
 from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
@@ -376,8 +376,8 @@ class Joint:
         input_term: PerParameter | None = None,
     ) -> PerParameter:
         """Eq. 20."""
-        n_x = _check_count(num_inputs, "num_inputs (n_x)")
-        n_y = _check_count(num_labels, "num_labels (n_y)")
+        n_x = check_integer(num_inputs, "num_inputs (n_x)")
+        n_y = check_integer(num_labels, "num_labels (n_y)")
         first = self.input_variance() if input_term is None else input_term
         factor = 1.0 if replacement else self._finite_population(n_x)
         return {name: (factor * first[name] + label_term[name] / n_y) / n_x for name in first}
@@ -449,8 +449,8 @@ def joint_covariance(
 
     Memory: dense, B × (T⁴ + T² P): for chosen parameters and small T.
     """
-    n_x = _check_count(num_inputs, "num_inputs (n_x)")
-    n_y = _check_count(num_labels, "num_labels (n_y)")
+    n_x = check_integer(num_inputs, "num_inputs (n_x)")
+    n_y = check_integer(num_labels, "num_labels (n_y)")
     if isinstance(parameters, str) or not parameters or len(set(parameters)) != len(parameters):
         raise ValueError(f"parameters must be a list of different names, got {parameters!r}.")
     h = family.natural(derivs.outputs)
@@ -475,13 +475,6 @@ def check_quantities(quantities: Collection[str] | None) -> frozenset[str]:
     if isinstance(quantities, str) or not set(quantities) <= set(known):
         raise ValueError(f"quantities must be a list of some of {known}, got {quantities!r}.")
     return frozenset(("I", *quantities))
-
-
-def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of contractions, if it is one of the two that make sense."""
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}.")
-    return dtype
 
 
 def unchecked_natural(family: Family, outputs: Tensor) -> Tensor:
@@ -748,10 +741,3 @@ def _equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a.cpu(), b.cpu())
     return a is b
-
-
-def _check_count(count: int, name: str) -> int:
-    is_integer = isinstance(count, numbers.Integral) and not isinstance(count, bool)
-    if not is_integer or count < 1:
-        raise ValueError(f"{name} must be an integer ≥ 1, got {count!r}.")
-    return int(count)

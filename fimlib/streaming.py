@@ -10,8 +10,6 @@ import copy
 import hashlib
 import inspect
 import math
-import numbers
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
+from fimlib._checks import check_integer
 from fimlib.derivatives import Batch, all_finite
 from fimlib.engines.checks import WRAPPER, add_axis, check_module
 from fimlib.engines.choose import differentiate, prepare
@@ -34,9 +31,7 @@ from fimlib.engines.model import call, separate
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.joint import Joint
-
-BATCH_BYTES = 256 * 2**20
-KEPT_BYTES = 31 * 2**20  # glibc learns from blocks of less than 32 MiB
+from fimlib.memory import default_batch_size, keep_freed_memory
 
 
 def accumulate(
@@ -127,7 +122,7 @@ def accumulate(
     plain = empty().method is None and type(family).link is Family.link
     seeds = family.directions_of_labels if plain else None
     again = prepare(model, seeds=seeds, **choice)
-    joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)
+    joint, size = empty(), None if batch_size is None else check_integer(batch_size, "batch_size")
     before: dict[str, Part] = {}
     shape, number = None, 0
     device = next((p.device for p in model.parameters()), None)
@@ -185,14 +180,6 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
             f"{outputs.dtype} rounds the outputs so much that {type(family).__name__} has another "
             "mean: call .double() on the model and on the inputs."
         )
-
-
-def keep_freed_memory() -> None:
-    """Teach glibc to keep blocks of this size when they are freed; elsewhere it does nothing.
-
-    By default it gives the memory of nearly every array back, and gets it again page by page.
-    """
-    torch.empty(KEPT_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def take(again: Callable[[Tensor], Batch], empty: Callable[[], Joint], x: Tensor) -> None:
@@ -423,73 +410,6 @@ def check_unchanged(before: dict[str, Part], now: dict[str, Part]) -> dict[str, 
         if name not in before:
             raise ValueError(f"the model has got {name} {remedy}")
     return before
-
-
-def check_batch_size(size: int) -> int:
-    """Return an integer ≥ 1."""
-    is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-    if not is_integer or size < 1:
-        raise ValueError(f"batch_size must be an integer ≥ 1, or None, got {size!r}.")
-    return int(size)
-
-
-# How many inputs fit.
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the memory of the tensors that are made inside it.
-
-    Attributes:
-        live: Bytes of those that exist.
-        history: The same, after every operation so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.history: list[int] = []
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        self.history.append(self.live)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self.live += size
-            # not weakref.finalize, which would stay for as long as the storage
-            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._known[key]
-        self.live -= size
-
-
-def default_batch_size(work: Callable[[Tensor], None], x: Tensor) -> int:
-    """How many inputs like x, [1, ...], ``work`` takes in about 256 MB of tensors; at least 1.
-
-    It is tried on copies of x. What an input adds to every operation is compared, since what any
-    batch takes, as copies of the weights, may hide the growth of the peak.
-    """
-    one, two = memory(work, x), memory(work, x.expand(2, *x.shape[1:]))
-    if 2 * (max(two) - max(one)) >= BATCH_BYTES:
-        return 1
-    three = memory(work, x.expand(3, *x.shape[1:]))
-    added = max(b - a for a, b in zip(two, three, strict=False))
-    return max(1, BATCH_BYTES // max(1, added))
-
-
-def memory(work: Callable[[Tensor], None], x: Tensor) -> list[int]:
-    """Bytes of the tensors that live after every operation of ``work``."""
-    live = LiveBytes()
-    with live:
-        work(x)
-    return live.history
 
 
 # Many processes.

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.bounds import eigenvalues_for
 from fimlib.derivatives import Block, Derivatives
-from fimlib.families.base import Family, check_num_samples
+from fimlib.families.base import Family
 from fimlib.intervals import Bounds, Interval
+from fimlib.memory import TRACE_NUMBERS
 from fimlib.spectra.extreme import Spectrum
 from fimlib.spectra.sos import symmetric_pairs
-
-MAX_ENTRIES = 2**27  # B·T⁴ float64 numbers, 1 GiB
 
 
 class TraceBound(NamedTuple):
@@ -166,7 +166,7 @@ def moment_eigenvalues(family: Family, h: Tensor) -> tuple[Tensor, Tensor]:
 def squared_singular_values(derivs: Derivatives, family: Family) -> tuple[Tensor, Tensor, Tensor]:
     """Those of ∂h, [B, T], J̃, [B, T(T + 1)/2], and ∂²h, [B, T]; decreasing."""
     size, num_outputs = family.natural(derivs.outputs).shape
-    if size * num_outputs**4 > MAX_ENTRIES:
+    if size * num_outputs**4 > TRACE_NUMBERS:
         raise ValueError(
             f"outer products of {num_outputs} outputs at {size} inputs would take "
             f"{size * num_outputs**4 / 2**27:.1f} GiB; at most 1 GiB is allowed: pass fewer inputs "

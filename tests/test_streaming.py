@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fimlib
-from fimlib import Categorical, Gaussian, Joint, differentiate, streaming
+from fimlib import Categorical, Gaussian, Joint, differentiate, memory, streaming
 from fimlib import joint as joint_module
 from fimlib.engines import layerwise
 from fimlib.engines.choose import prepare
-from fimlib.streaming import LiveBytes, accumulate, default_batch_size, memory
+from fimlib.memory import LiveBytes, default_batch_size, live_bytes
+from fimlib.streaming import accumulate
 
 NET, X = mlp([4, 5, 3], nn.Tanh, scale=1.5), inputs(11, 4)
 CNN = nn.Sequential(
@@ -609,7 +610,7 @@ def test_nothing_is_left_to_follow_afterwards():
     kept = []
     before = len(weakref.finalize._registry)
     for _ in range(3):
-        memory(lambda x: kept.append(x + 1), torch.zeros(1, 4))
+        live_bytes(lambda x: kept.append(x + 1), torch.zeros(1, 4))
         accumulate(NET, X, Categorical())
     assert len(weakref.finalize._registry) == before
     with LiveBytes() as live:
@@ -622,7 +623,7 @@ def test_nothing_is_left_to_follow_afterwards():
 
 def peak(action):
     """The most bytes of tensors that live at one time, counted by references to their storages."""
-    return max(memory(lambda _: action(), None))
+    return max(live_bytes(lambda _: action(), None))
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "traced"])
@@ -657,7 +658,7 @@ def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
         "cnn": (CNN, IMAGES[:1]),
         "many classes": (mlp([4, 5, 60], nn.Tanh), inputs(1, 4)),
     }[kind]
-    monkeypatch.setattr(streaming, "BATCH_BYTES", 4 * 2**20)
+    monkeypatch.setattr(memory, "BATCH_BYTES", 4 * 2**20)
     family, sizes = Categorical(), []
 
     def prepared(*arguments, **options):
@@ -682,7 +683,7 @@ def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
 
 
 def test_an_input_that_is_too_large_goes_alone(monkeypatch):
-    monkeypatch.setattr(streaming, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(memory, "BATCH_BYTES", 1000)
     tries = []
 
     def work(x):
@@ -777,7 +778,7 @@ def test_a_thousand_classes_without_a_matrix_of_them_times_the_parameters(widths
 
 
 def test_a_thousand_classes_of_a_data_set(monkeypatch):
-    monkeypatch.setattr(streaming, "KEPT_BYTES", 1)  # it is never written to
+    monkeypatch.setattr(memory, "KEPT_BYTES", 1)  # it is never written to
     net, x = classifier([64, 32, 1000]), inputs(5, 64)
     num_parameters = sum(p.numel() for p in net.parameters())
     with Largest() as largest:

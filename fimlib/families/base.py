@@ -11,7 +11,6 @@ Shapes: h is [B, T] (B inputs, T outputs). A derivative array D, be it J = ∂h 
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Block, Derivatives
 
 # What ``moments`` knows: I and, of one label, N V₁, N V₂ and the covariance of Î₁ and Î₂.
@@ -392,11 +392,3 @@ def pairings(cov: Tensor) -> Tensor:
     """𝓘_ab 𝓘_cd + 𝓘_ac 𝓘_bd + 𝓘_ad 𝓘_bc: 𝓚 less the fourth cumulant ∇⁴F. [B, T, T] → [B, T⁴]."""
     ab_cd = torch.einsum("bij,bkl->bijkl", cov, cov)
     return ab_cd + ab_cd.transpose(2, 3) + ab_cd.transpose(2, 4)
-
-
-def check_num_samples(num_samples: int, at_least: int = 1) -> int:
-    """Return N if it is an integer ≥ ``at_least``, else raise a ValueError that says so."""
-    is_integer = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
-    if not is_integer or num_samples < at_least:
-        raise ValueError(f"num_samples (N) must be an integer ≥ {at_least}, got {num_samples!r}.")
-    return int(num_samples)

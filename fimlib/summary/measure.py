@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Derivatives
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate
-from fimlib.families.base import Family, check_family, check_num_samples
+from fimlib.families.base import Family, check_family
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
+from fimlib.memory import JACOBIAN_NUMBERS
 from fimlib.precision import chebyshev
 from fimlib.streaming import Pick, accumulate, batches, check_shape
 from fimlib.summary.findings import Findings, LayerSummary
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 NUM_PROBES = 128
 MOST_ESTIMATED = 32  # inputs at which V₂ is estimated, where S is not known
 MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube of their number
-NUMBERS_AT_A_TIME = 2**23  # of J, where V₂ is estimated: 64 MB
 
 
 class Summary(Findings):
@@ -141,7 +142,7 @@ def summarise(
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
     if order == 1:
         of_one = num_outputs * sum(t.numel() for t in joint.fisher_information().values())
-        at_once = max(1, NUMBERS_AT_A_TIME // of_one)
+        at_once = max(1, JACOBIAN_NUMBERS // of_one)
         value, errors = _estimate(model, sample, family, joint, num_probes, layers, at_once)
         variances.append(value)
     spread = _sums(joint, joint.input_variance())
