@@ -32,6 +32,7 @@ from fimlib.bounds import (
 # Section 3: derivatives of the network.
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
+from fimlib.distributed import all_reduce
 
 # Section 6, Appendix F: the data Fisher information ("empirical Fisher").
 from fimlib.empirical import (
@@ -87,7 +88,7 @@ from fimlib.spectra import (
 )
 
 # Section 4.1 at scale: a data set in batches, over processes.
-from fimlib.streaming import accumulate, all_reduce
+from fimlib.streaming import accumulate
 
 # All of it in one table: how wrong, which estimator, how many samples.
 from fimlib.summary import LayerSummary, Summary, summarise

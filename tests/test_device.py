@@ -88,7 +88,7 @@ def softmax(derivs, family, _observed):
 
 
 def joint(derivs, family, _observed):
-    total = fimlib.Joint(family)
+    total = fimlib.Joint(family, bounds="certified")
     total.update(derivs)
     total.update(derivs)
     return (
@@ -162,15 +162,15 @@ def second_order(engine, net, x):
 
 
 def streamed(engine, net, x):
-    order = 1 if engine == "functional" else 2
-    options = {"engine": engine, "order": order}
+    quantities = ["Var_x I", "V1"] if engine == "functional" else None
+    options = {"engine": engine, "quantities": quantities}
     single = copy.deepcopy(net).float()
     return [
         joint.variance_i1(2)
         for joint in (
             fimlib.accumulate(net, x, fimlib.Categorical(), **options),
             fimlib.accumulate(
-                single, x.float(), fimlib.Categorical(), dtype=torch.float32, method=None, **options
+                single, x.float(), fimlib.Categorical(), dtype=torch.float32, **options
             ),
         )
     ]

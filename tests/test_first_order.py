@@ -211,7 +211,7 @@ def test_pieces_of_inputs_and_rows_of_labels_change_nothing(name, monkeypatch):
     assert rows.projected
     assert {share.inputs_at_a_time for share in rows.shares} == {1}
     assert any(share.rows for share in rows.shares) == (name in ("tokens", "tied"))
-    joints = [fimlib.Joint(family, method=None) for _ in range(2)]
+    joints = [fimlib.Joint(family) for _ in range(2)]
     for joint, batch in zip(joints, (whole, rows), strict=True):
         joint.update_batch(batch)
     for quantity in ("fisher_information", "input_variance"):

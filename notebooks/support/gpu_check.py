@@ -86,7 +86,7 @@ def by_engine(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         found = {"I": fimlib.fisher_information, "V1": fimlib.variance_i1}
         found |= {"V2": fimlib.variance_i2} if order == 2 else {}
         joint = fimlib.accumulate(
-            net, x, family, engine=engine, order=order, dtype=dtype, method=None, batch_size=3
+            net, x, family, quantities=["Var_x I", *found], engine=engine, dtype=dtype, batch_size=3
         )
         streamed = joint.variance_i1(num_inputs=2)
         for parameter in streamed:

@@ -214,7 +214,7 @@ def separated_expectation_is_false(_cases: int) -> Check:
     h = torch.tensor([unsure] + [confident] * 99, dtype=torch.float64)
     J = torch.zeros(100, 2, 1, dtype=torch.float64)
     J[0, 0], J[0, 1] = 1, -1  # a large derivative where the softmax is unsure, none elsewhere
-    joint = fimlib.Joint(FAMILY)
+    joint = fimlib.Joint(FAMILY, bounds="certified")
     joint.update(make.as_derivatives(h, J, J))
     lam = fimlib.spectrum(FAMILY, h).max_cov
     product = lam.square().mean() * J.square().sum(1).square().mean()
