@@ -55,7 +55,6 @@ RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 Again = Callable[[nn.Module, Tensor], Derivatives]
-Rows = Callable[[Tensor], Tensor | None]
 
 
 def enough(model: nn.Module) -> int:
@@ -76,7 +75,6 @@ def confirm(
     x: Tensor,
     found: Derivatives,
     again: Again,
-    rows: Rows | None = None,
     most: int = ENTRIES,
 ) -> None:
     """Raise an error unless J and S are the derivatives of the outputs at these inputs.
@@ -86,22 +84,21 @@ def confirm(
         x: [k, ...], some of its inputs.
         found: What is in question, at these inputs.
         again: The engine, for other weights.
-        rows: From outputs to the rows that were carried back, where these are not the outputs.
         most: Entries of S to compare, or one of every block.
 
     Raises:
         Unconfirmed: they are not, or an input's outputs depend on the others.
     """
     check_finite(found)
-    claim = Claim(Truth.of(model, x), found, rows)
+    claim = Claim(Truth.of(model, x), found)
     check_values(claim)
     doubt = doubts(claim, most)
     if doubt.any() and len(x) > 2:  # the first and a neighbour: where numbers are wrong, enough
         first = int(doubt.nonzero()[0])
         pair = torch.tensor([first, first - 1 if first else 1], device=x.device)
-        confirm_nearby(model, x[pair], doubt[pair], again, rows, most)
+        confirm_nearby(model, x[pair], doubt[pair], again, most)
     if doubt.any():
-        confirm_nearby(model, x, doubt, again, rows, most)
+        confirm_nearby(model, x, doubt, again, most)
 
 
 @dataclass(frozen=True)
@@ -111,12 +108,10 @@ class Claim:
     Attributes:
         truth: The network.
         found: J and S, in question.
-        rows: As in ``confirm``.
     """
 
     truth: Truth
     found: Derivatives
-    rows: Rows | None
 
     @property
     def eps(self) -> float:
@@ -124,27 +119,18 @@ class Claim:
         return torch.finfo(self.found.blocks[0].J.dtype).eps
 
     @cached_property
-    def carried(self) -> Tensor | None:
-        """The rows that were carried back, [k, A, T], where these are not the outputs."""
-        if not self.found.projected or self.rows is None:
-            return None
-        carried = self.rows(self.found.outputs)
-        return None if carried is None else carried.double()
-
-    @cached_property
     def noise(self) -> Tensor:
-        """Rounding errors to expect in the outputs, or in these rows: [k, A]."""
-        noise = self.truth.noise.double().expand(self.truth.outputs.shape)
-        return noise if self.carried is None else (self.carried.abs() @ noise[..., None])[..., 0]
+        """Rounding errors to expect in the outputs, [k, T]."""
+        return self.truth.noise.double().expand(self.truth.outputs.shape)
 
     @cached_property
     def products(self) -> PerParameter:
-        """J·v of every parameter by itself, [k, A]."""
+        """J·v of every parameter by itself, [k, T]."""
         return self.sums(1)
 
     @cached_property
     def squares(self) -> PerParameter:
-        """The sum of the squares of its terms, [k, A]."""
+        """The sum of the squares of its terms, [k, T]."""
         return self.sums(2)
 
     def sums(self, power: int) -> PerParameter:
@@ -173,21 +159,19 @@ def check_finite(found: Derivatives) -> None:
                 )
 
 
-def confirm_nearby(
-    model: nn.Module, x: Tensor, doubt: Tensor, again: Again, rows: Rows | None, most: int
-) -> None:
+def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, most: int) -> None:
     """Raise an error unless the inputs in doubt are confirmed at other weights, close by."""
     for strength in STRENGTHS:
         nearby = separate(model)
         perturb(nearby, strength)
-        claim = Claim(Truth.of(nearby, x), again(nearby, x), rows)
+        claim = Claim(Truth.of(nearby, x), again(nearby, x))
         doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
             return
     if claim.eps > torch.finfo(torch.float64).eps and x.is_floating_point():
         wide, z = nearby.double(), x.double()
         try:
-            exact = Claim(Truth.of(wide, z), again(wide, z), rows)
+            exact = Claim(Truth.of(wide, z), again(wide, z))
             is_rounding = not (doubt & doubts(exact, most, doubt)).any()
         except (RuntimeError, ValueError):  # a network that insists on its type
             is_rounding = False
@@ -196,7 +180,7 @@ def confirm_nearby(
                 "float32 rounds the derivatives of this network too much: take .double() of the "
                 "model and the inputs."
             )
-        claim = Claim(Truth.of(nearby.float(), x), claim.found, rows)
+        claim = Claim(Truth.of(nearby.float(), x), claim.found)
     raise Unconfirmed(explanation(claim))
 
 
@@ -268,8 +252,6 @@ def check_values(claim: Claim) -> None:
 def sizes(claim: Claim) -> Tensor:
     """The size of every output [k, T]: its value, and how far it moves with its parameters."""
     h = claim.truth.outputs.abs()
-    if claim.found.projected:
-        return h + claim.truth.outputs.std(1, keepdim=True, correction=0)
     return h + torch.stack(list(claim.squares.values())).sum(0).sqrt().to(h)
 
 
@@ -344,7 +326,7 @@ def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Te
 
 def first_order_doubts(claim: Claim) -> Tensor:
     """At which inputs J·v differs from the difference quotient of the outputs: [k], bool."""
-    truth, eps, carried = claim.truth, claim.eps, claim.carried
+    truth, eps = claim.truth, claim.eps
     names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
     products = torch.stack(list(claim.products.values()))
     influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
@@ -361,8 +343,6 @@ def first_order_doubts(claim: Claim) -> Tensor:
             step = factor * step_of(truth.dtype)
             plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
             quotient = (plus - minus).double() / (2 * step)
-            if carried is not None:
-                quotient = (carried @ quotient[..., None])[..., 0]
             slack = eps**0.35 * scale + rounding + bounded(noise, step, scale, truth.dtype)
             left &= ~((found - quotient).abs() <= slack)  # NaN is in doubt
             if not left.any():
@@ -481,7 +461,7 @@ class Entry:
         unit: What they are measured in, [T].
         size: Of the parameter's entries.
         precision: Of the numbers that J and S were computed in.
-        noise: Rounding errors to expect in the outputs, or in their rows, [T].
+        noise: Rounding errors to expect in the outputs, [T].
     """
 
     name: str
@@ -503,16 +483,15 @@ def second_order_doubts(claim: Claim, most: int, among: Sequence[int]) -> Tensor
     for entry in entries(claim, most, among):
         r = torch.randn(entry.S.shape, generator=generator, device="cpu", dtype=torch.float64)
         r = r.to(entry.S.device) / entry.unit
-        row = None if claim.carried is None else claim.carried[entry.b]
-        if not doubt[entry.b] and not is_second_derivative(truth, entry, r, row):
+        if not doubt[entry.b] and not is_second_derivative(truth, entry, r):
             doubt[entry.b] = True
     return doubt
 
 
-def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor | None) -> bool:
+def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
     """Whether Σ_a r_a S_a of one entry is the derivative of Σ_a r_a J_a along it."""
     parameter = truth.own.get_parameter(entry.name)
-    weights = (r if carried is None else r @ carried).to(truth.dtype)
+    weights = r.to(truth.dtype)
     claim, terms = r @ entry.S, (r * entry.S).square().sum().sqrt()
     eps = torch.finfo(truth.dtype).eps
     floor = r.abs() @ entry.noise / entry.size  # of saturated units autograd rounds slopes to 0

@@ -138,11 +138,6 @@ class Family(ABC):
         """
         if type(self).link is Family.link:
             return derivs
-        if derivs.projected:
-            raise ValueError(
-                f"{type(self).__name__} has a link, which must come before the projection on its "
-                "labels: differentiate without seeds."
-            )
         h = self.natural(derivs.outputs)
 
         def through_link(block: Block) -> Block:
@@ -290,21 +285,12 @@ class Family(ABC):
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """C₁₂, the covariance of Î₁ and Î₂ on one and the same label: → [B, ...]."""
 
-    def directions_of_labels(self, h: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The matrix [B, T, T] that takes J to the J·δ_k of all labels k; None: too many labels.
-
-        Derivatives may be carried back in this form (``Derivatives.projected``), where the outputs
-        are the natural parameters: ``moments`` need nothing else.
-        """
-        return None
-
     def moments(
         self,
         h: Tensor,
         *,
         quantities: Collection[str] = QUANTITIES,
         dtype: torch.dtype = torch.float64,  # noqa: ARG002
-        projected: bool = False,  # noqa: ARG002
     ) -> Moments:
         """Several contractions of one label at once; a family may share work between them.
 
@@ -312,7 +298,6 @@ class Family(ABC):
             h: The natural parameters, [B, T].
             quantities: Which of "I", "V1", "V2", "C12"; I always comes.
             dtype: Of the contractions, where the family has a choice.
-            projected: Whether J and S went through ``directions_of_labels`` already.
 
         Returns:
             A function of J and S, [B, T, ...]: quantity → [B, ...]. Without S, V₂ and C₁₂ are
