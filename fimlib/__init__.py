@@ -16,10 +16,6 @@ Example: how far can one trust Î₁ and Î₂ of a classifier, given one input 
 
 # Section 4, Appendices B and C: bounds.
 from fimlib.bounds import (
-    Bounds,
-    Interval,
-    OffDiagonalBounds,
-    OuterBounds,
     SoftmaxBounds,
     corollary_4_2,
     corollary_b_3,
@@ -36,6 +32,7 @@ from fimlib.bounds import (
 # Section 3: derivatives of the network.
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
+from fimlib.distributed import all_reduce
 
 # Section 6, Appendix F: the data Fisher information ("empirical Fisher").
 from fimlib.empirical import (
@@ -67,9 +64,10 @@ from fimlib.fisher import (
 
 # Section 3, where there is no exact S: an estimate of V₂.
 from fimlib.hutchinson import HutchinsonEstimate, hutchinson_variance_i2
+from fimlib.intervals import Bounds, Interval
 
 # Section 4.1: random inputs and labels.
-from fimlib.joint import Joint, JointBounds, JointInterval, joint_covariance
+from fimlib.joint import Joint, joint_covariance
 
 # Section 1: full matrices on chosen parameters.
 from fimlib.matrices import estimate_i1_matrix, estimate_i2_matrix, fisher_matrix
@@ -85,32 +83,23 @@ from fimlib.spectra import (
     Spectrum,
     fourth_moment_spectrum,
     lambda_max,
-    lambda_max_certified,
-    lambda_max_lower,
-    lambda_max_minimize,
-    lambda_max_multistart,
-    lambda_max_pairs,
-    lambda_max_sos,
     shifted_power_method,
     spectrum,
 )
 
 # Section 4.1 at scale: a data set in batches, over processes.
-from fimlib.streaming import accumulate, all_reduce
+from fimlib.streaming import accumulate
 
 # All of it in one table: how wrong, which estimator, how many samples.
 from fimlib.summary import LayerSummary, Summary, summarise
 from fimlib.trace_bounds import (
     TraceBound,
-    TraceBounds,
-    TraceInterval,
-    TraceIntervals,
     corollary_4_6,
     theorem_c_1,
     theorem_c_2,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Bernoulli",
     "Block",
@@ -126,21 +115,14 @@ __all__ = [
     "Independent",
     "Interval",
     "Joint",
-    "JointBounds",
-    "JointInterval",
     "Labels",
     "LayerSummary",
-    "OffDiagonalBounds",
-    "OuterBounds",
     "Plan",
     "Poisson",
     "SoftmaxBounds",
     "Spectrum",
     "Summary",
     "TraceBound",
-    "TraceBounds",
-    "TraceInterval",
-    "TraceIntervals",
     "accumulate",
     "all_reduce",
     "compare_estimators",
@@ -165,12 +147,6 @@ __all__ = [
     "joint_covariance",
     "kl_gradient",
     "lambda_max",
-    "lambda_max_certified",
-    "lambda_max_lower",
-    "lambda_max_minimize",
-    "lambda_max_multistart",
-    "lambda_max_pairs",
-    "lambda_max_sos",
     "lemma_b_2",
     "num_samples_needed",
     "off_diagonal",

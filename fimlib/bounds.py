@@ -12,33 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families.base import Family, check_num_samples
+from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical, softmax_covariance
 from fimlib.families.gaussian import Gaussian
-from fimlib.spectra import (
-    Spectrum,
-    fourth_moment_spectrum,
-    lambda_max_pairs,
-    lambda_min_centred,
-    spectrum,
-)
-
-
-class Interval(NamedTuple):
-    """A lower and an upper bound of one quantity."""
-
-    lower: Diagonal
-    upper: Diagonal
-
-
-class Bounds(NamedTuple):
-    """Theorem 4.1: bounds of I (Eq. 10), V₁ (Eq. 11) and V₂ (Eq. 12)."""
-
-    fisher: Interval
-    variance_i1: Interval
-    variance_i2: Interval
+from fimlib.intervals import Bounds, Interval
+from fimlib.spectra.extreme import Spectrum, lambda_min_centred, spectrum
+from fimlib.spectra.z_eigenvalues import fourth_moment_spectrum
 
 
 def theorem_4_1(
@@ -48,7 +30,7 @@ def theorem_4_1(
     num_samples: int = 1,
     eigenvalues: Spectrum | None = None,
     centred: bool = False,
-) -> Bounds:
+) -> Bounds[Interval[Diagonal]]:
     r"""Bounds of I, V₁ and V₂ by the norms of J and S, at every parameter (Theorem 4.1).
 
     ``λ_min(𝓘)‖J‖² ≤ I ≤ λ_max(𝓘)‖J‖²`` (10), ``λ_min(M)‖J‖⁴/N ≤ V₁ ≤ λ_max(M)‖J‖⁴/N`` (11) and
@@ -116,14 +98,7 @@ def eigenvalues_for(derivs: Derivatives, family: Family, given: Spectrum | None)
 # Bounds on the eigenvalues themselves.
 
 
-class OuterBounds(NamedTuple):
-    """Corollary 4.2: bounds of λ_min(M) (Eq. 14) and of λ_max(M) (Eq. 15), each [B]."""
-
-    lower: Tensor
-    upper: Tensor
-
-
-def corollary_4_2(family: Family, h: Tensor) -> OuterBounds:
+def corollary_4_2(family: Family, h: Tensor) -> Interval[Tensor]:
     r"""Bounds on the eigenvalues of M by the Z-eigenvalues of 𝓚 (Corollary 4.2).
 
     ``λ_min(M) ≥ λ_min(𝓚) − λ_max(𝓘)²`` (14), negative for a classifier, whose λ_min(M) is 0, and
@@ -133,12 +108,15 @@ def corollary_4_2(family: Family, h: Tensor) -> OuterBounds:
         family: The output family.
         h: [B, T], the outputs.
 
+    Returns:
+        Both, [B] each.
+
     Raises:
         ValueError: h does not fit the family.
     """
     smallest, largest = fourth_moment_spectrum(family, h)
     min_cov, max_cov = extreme_covariances(family, h)
-    return OuterBounds(smallest - max_cov.square(), largest - min_cov.square())
+    return Interval(smallest - max_cov.square(), largest - min_cov.square())
 
 
 def proposition_4_3(family: Family, h: Tensor) -> Tensor:
@@ -236,17 +214,9 @@ def table_1(family: Family, h: Tensor) -> SoftmaxBounds:
 # Appendix B: pairs of parameters.
 
 
-class OffDiagonalBounds(NamedTuple):
-    """Values or bounds of I(θ_ij|x), V₁(θ_ij|x) and V₂(θ_ij|x), for n pairs (i, j): [B, n] each."""
-
-    fisher: Tensor
-    variance_i1: Tensor
-    variance_i2: Tensor
-
-
 def off_diagonal(
     J_i: Tensor, J_j: Tensor, S_ij: Tensor, family: Family, h: Tensor, *, num_samples: int = 1
-) -> OffDiagonalBounds:
+) -> Bounds[Tensor]:
     r"""Exact off-diagonal entries of the Fisher information and their estimators' variances.
 
     ``I = 𝓘[J_i, J_j]``, ``V₁ = (1/N) Var((J_i·δ)(J_j·δ)) = (1/N) M_abcd J_i^a J_j^b J_i^c J_j^d``
@@ -260,6 +230,9 @@ def off_diagonal(
         h: [B, T], the outputs.
         num_samples: N ≥ 1, labels that the estimators average.
 
+    Returns:
+        The values of I(θ_ij|x), V₁(θ_ij|x) and V₂(θ_ij|x): [B, n] each.
+
     Raises:
         ValueError: N < 1, shapes do not match, or h does not fit the family.
 
@@ -272,7 +245,7 @@ def off_diagonal(
     # M(u,u,v,v) pairs the indices as (ab),(cd); V₁ needs them as (ac),(bd), and 𝓚 has no pairs.
     separate = family.information(h, J_i) * family.information(h, J_j)
     variance_i1 = (outer + separate - information.square()).clamp_min(0)
-    return OffDiagonalBounds(information, variance_i1 / n, family.variance2(h, S_ij) / n)
+    return Bounds(information, variance_i1 / n, family.variance2(h, S_ij) / n)
 
 
 def theorem_b_1(
@@ -284,22 +257,26 @@ def theorem_b_1(
     *,
     num_samples: int = 1,
     method: str = "multistart",
-) -> OffDiagonalBounds:
+) -> Bounds[Tensor]:
     r"""Upper bounds of |I|, V₁ and V₂ off the diagonal (Theorem B.1).
 
     ``|I| ≤ ‖J_i‖‖J_j‖ sup uᵀ𝓘v`` (26), ``V₁ ≤ (1/N)‖J_i‖²‖J_j‖² sup Var((u·δ)(v·δ))`` (27) over
-    unit u and v, and ``V₂ ≤ (1/N)‖S_ij‖² λ_max(𝓘)``. Both suprema are reached at u = v, and are
-    λ_max(𝓘) and λ_max(M) (see ``lambda_max_pairs``).
+    unit u and v, and ``V₂ ≤ (1/N)‖S_ij‖² λ_max(𝓘)``.
 
-    Args, Raises: as ``off_diagonal``, and
-        method: How λ_max(M) is found, as in ``spectrum``.
+    Both suprema are reached at u = v, and are λ_max(𝓘) and λ_max(M). For unit vectors at an angle θ
+    put p, q for the unit vectors along u + v, u − v and c = cos θ. Then
+    ``(u·δ)(v·δ) = (1+c)/2 (p·δ)² − (1−c)/2 (q·δ)²``, and by the triangle inequality its standard
+    deviation is at most the average, with these weights, of those of (p·δ)² and (q·δ)².
+
+    Args, Returns, Raises: as ``off_diagonal``, and
+        method: How λ_max(M) is found, as in ``lambda_max``; not "lower".
     """
     n, h = check_num_samples(num_samples), family.natural(h)
     J_i, J_j, S_ij = check_pairs(J_i, J_j, S_ij, h=h)
-    max_outer = lambda_max_pairs(family, h, method=method)[:, None]
-    max_cov = extreme_covariances(family, h)[1][:, None]
+    lam = spectrum(family, h, method=method)
+    max_outer, max_cov = lam.max_outer[:, None], lam.max_cov[:, None]
     norms = J_i.norm(dim=1) * J_j.norm(dim=1)
-    return OffDiagonalBounds(
+    return Bounds(
         corollary_b_3(J_i, J_j, family, h),
         max_outer * norms.square() / n,
         max_cov * S_ij.square().sum(1) / n,

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fimlib.diagonal import Diagonal, Term
 
-Seeds = Callable[[Tensor], Tensor | None]
-
 
 def all_finite(x: Tensor) -> bool:
     """Whether no entry is NaN or infinite; mostly one sum shows it."""
@@ -74,14 +72,11 @@ class Derivatives:
         outputs: The network's outputs h, [B, T].
         blocks: From the first layer to the last.
         engine: Which engine made them.
-        projected: Whether J and S are those of the residuals' directions J·δ_k already, as
-            ``Family.directions_of_labels`` says, and not those of the outputs.
     """
 
     outputs: Tensor
     blocks: tuple[Block, ...]
     engine: str = ""
-    projected: bool = False
 
     def at(self, inputs: slice | Tensor) -> Derivatives:
         """The same at some of the inputs."""
@@ -141,7 +136,6 @@ class Batch:
         sweep: From some of the inputs, a slice or positions, to the derivatives there.
         size: How many inputs to take at a time.
         engine: As in ``Derivatives``.
-        projected: As in ``Derivatives``.
         one: From a block's number, some of the inputs and some of its numbers along the first axis
             of K to that part of it; None where all blocks come together.
         shares: How much of each block to take at a time, where these come one by one.
@@ -152,7 +146,6 @@ class Batch:
     sweep: Callable[[slice | Tensor], Derivatives]
     size: int
     engine: str
-    projected: bool = False
     one: Callable[[int, slice | Tensor, slice], Block] | None = None
     shares: tuple[Share, ...] = ()
 
@@ -161,7 +154,7 @@ class Batch:
         """Derivatives that are there already, in one piece."""
         inputs = tuple((block.layer, block.inputs) for block in derivs.blocks)
         size = max(1, len(derivs.outputs))
-        return cls(derivs.outputs, inputs, derivs.at, size, derivs.engine, derivs.projected)
+        return cls(derivs.outputs, inputs, derivs.at, size, derivs.engine)
 
     @classmethod
     def block_by_block(
@@ -171,16 +164,14 @@ class Batch:
         one: Callable[[int, slice | Tensor, slice], Block],
         shares: tuple[Share, ...],
         engine: str,
-        *,
-        projected: bool,
     ) -> Batch:
         """Inputs whose blocks come one by one."""
 
         def sweep(at: slice | Tensor) -> Derivatives:
             blocks = tuple(one(i, at, slice(None)) for i in range(len(inputs)))
-            return Derivatives(outputs[at], blocks, engine, projected)
+            return Derivatives(outputs[at], blocks, engine)
 
-        return cls(outputs, inputs, sweep, max(1, len(outputs)), engine, projected, one, shares)
+        return cls(outputs, inputs, sweep, max(1, len(outputs)), engine, one, shares)
 
     def derivatives(self) -> Derivatives:
         """Those at all inputs."""
@@ -208,7 +199,7 @@ class Batch:
             for rows in parts:
                 for at in slices(count, share.inputs_at_a_time):
                     block = self.one(i, at, rows)
-                    one = Derivatives(self.outputs[at], (block,), self.engine, self.projected)
+                    one = Derivatives(self.outputs[at], (block,), self.engine)
                     is_last = rows.stop in (None, share.rows) and at.stop == count
                     yield Piece(i, at, rows, one, is_last)
 

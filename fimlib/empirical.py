@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families.base import Labels, check_num_samples, weighted_variance
+from fimlib.families.base import Labels, weighted_variance
 from fimlib.fisher import check_labels, estimate_i1, family_of
 from fimlib.matrices import estimate_i1_matrix, jacobian
 

@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.families.base import Family, Labels, check_family, check_num_samples, weighted_variance
+from fimlib.families.base import Family, Labels, check_family, weighted_variance
 from fimlib.families.probabilities import warn_of_probabilities
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from fimlib._checks import check_integer, check_num_samples
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal, Term
 from fimlib.engines.checks import check_module
@@ -32,11 +32,11 @@ from fimlib.engines.functional import (
     values_of,
 )
 from fimlib.engines.model import perturb, selected, separate
-from fimlib.families.base import Family, check_num_samples
+from fimlib.families.base import Family
+from fimlib.memory import PROBE_NUMBERS
 
 BLOCKS = 32  # means of probes that are kept, at most
 OFFSETS = 4  # pairs of every block, for the error bar
-NUMBERS_AT_A_TIME = 2**24  # in all of these means, of a few inputs: 128 MB
 
 Products = Callable[[nn.Module, Tensor, list[str], PerParameter], PerParameter]
 
@@ -137,7 +137,7 @@ def hutchinson_variance_i2(
 def rows_at_a_time(batch: int, numbers_of_one: int) -> tuple[Tensor, ...]:
     """Positions of the inputs, in parts that memory can hold."""
     parts: tuple[Tensor, ...] = torch.arange(batch, device="cpu").split(
-        max(1, NUMBERS_AT_A_TIME // max(1, numbers_of_one))
+        max(1, PROBE_NUMBERS // max(1, numbers_of_one))
     )
     return parts
 
@@ -148,14 +148,10 @@ def blocks_of(num_probes: int) -> tuple[int, int]:
     Raises:
         ValueError: fewer than 3 probes: there is no error bar.
     """
-    is_integer = isinstance(num_probes, Integral) and not isinstance(num_probes, bool)
-    if not is_integer or num_probes < 3:
-        raise ValueError(
-            f"num_probes must be an integer ≥ 3, got {num_probes!r}: two independent probes make "
-            "an unbiased estimate, three one with an error bar."
-        )
-    size = -(-int(num_probes) // BLOCKS)
-    return size, int(num_probes) // size
+    why = "two independent probes make an unbiased estimate, three one with an error bar."
+    num_probes = check_integer(num_probes, "num_probes", 3, remedy=why)
+    size = -(-num_probes // BLOCKS)
+    return size, num_probes // size
 
 
 # The estimate, from the probes.

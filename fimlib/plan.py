@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import checked
 from fimlib.engines.model import call_with, selected, separate
-from fimlib.streaming import memory
+from fimlib.memory import live_bytes
 
 REPETITIONS = 3
 
@@ -82,7 +82,7 @@ def plan(
     own = separate(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)
     unit = median_time(lambda: forward_backward(own, x), x.device)
-    peak = max(memory(work, x))
+    peak = max(live_bytes(work, x))
     return Plan(taken, order, len(x), seconds, seconds / unit, peak, refusals)
 
 

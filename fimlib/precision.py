@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_estimator
 from fimlib.derivatives import Derivatives
 from fimlib.families.base import Family
 from fimlib.fisher import fisher_information, variance_i1, variance_i2
@@ -125,13 +126,6 @@ def chebyshev(
         )
     needed = _relative(variance, squared_norm) / (relative_error**2 * (1 - confidence))
     return torch.ceil(needed * (1 - 1e-12)).clamp_min(1)  # 1 − 0.9 is not quite 0.1
-
-
-def check_estimator(estimator: int) -> int:
-    """Return j if it is 1 or 2, else raise a ValueError that says so."""
-    if isinstance(estimator, bool) or estimator not in (1, 2):
-        raise ValueError(f"estimator must be 1 (Î₁) or 2 (Î₂), got {estimator!r}.")
-    return int(estimator)
 
 
 def _relative(variance: Tensor, squared_norm: Tensor) -> Tensor:

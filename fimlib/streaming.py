@@ -1,31 +1,23 @@
-r"""A data set of any size in bounded memory, on one process or on many (Section 4.1).
+r"""A data set of any size in bounded memory (Section 4.1).
 
-What Theorem 4.7 needs of the inputs are averages over them. So a data set goes through batch by
-batch and only a ``Joint`` stays; and accumulators of several processes merge into one.
+Theorem 4.7 needs averages over the inputs only. So a data set goes through batch by batch, and only
+a ``Joint`` stays.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import inspect
 import math
-import numbers
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
+from fimlib._checks import check_integer
 from fimlib.derivatives import Batch, all_finite
 from fimlib.engines.checks import WRAPPER, add_axis, check_module
 from fimlib.engines.choose import differentiate, prepare
@@ -34,9 +26,7 @@ from fimlib.engines.model import call, separate
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.joint import Joint
-
-BATCH_BYTES = 256 * 2**20
-KEPT_BYTES = 31 * 2**20  # glibc learns from blocks of less than 32 MiB
+from fimlib.memory import default_batch_size, keep_freed_memory
 
 
 def accumulate(
@@ -44,13 +34,12 @@ def accumulate(
     inputs: Tensor | Iterable[Any],
     family: Family,
     *,
+    quantities: Collection[str] | None = None,
+    bounds: str | None = None,
     batch_size: int | None = None,
-    order: int = 2,
     layers: Sequence[str] | None = None,
     engine: str = "auto",
     dtype: torch.dtype = torch.float64,
-    method: str | None = "certified",
-    quantities: Collection[str] | None = None,
     pick: Pick = None,
 ) -> Joint:
     r"""Averages over a whole data set, batch by batch, in bounded memory (Theorem 4.7).
@@ -67,14 +56,15 @@ def accumulate(
             tuples, dicts, or a tuple of equally long tensors in the place of a list of batches, is
             an error; ``pick`` says what is x.
         family: The output family.
+        quantities: Which of "I", "Var_x I", "V1", "V2" and "C12" to accumulate; see ``Joint``. All
+            by default. Without "V2" and "C12", first derivatives are enough, and cheaper.
+        bounds: How λ_max(M) is found for the bounds; None, the default, for no bounds. See
+            ``Joint``.
         batch_size: Inputs that are differentiated at a time; larger batches are split. By default
             as many as take about 256 MB, as measured on the first input; at least 1.
-        order: 1 leaves out what second derivatives are needed for; see ``differentiate``.
         layers: Names of the modules to report, all by default; see ``differentiate``.
         engine: Where the derivatives come from; see ``differentiate``.
         dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
-        method: How λ_max(M) is found for the bounds, None for no bounds; see ``Joint``.
-        quantities: What is accumulated, everything by default; see ``Joint``.
         pick: Which part of every batch is x: a position, the key of a dict, or a function of the
             batch. The other parts are left out.
 
@@ -84,9 +74,9 @@ def accumulate(
 
     Raises:
         ValueError: no batches; doubt about what is x; inputs of another shape than before, NaN or
-            infinite; the model was changed or moved on the way (what is written through ``.data``
-            cannot be seen); batch_size < 1; and what ``differentiate`` and ``Joint.update`` refuse.
-            The message names the batch, counted from 1.
+            infinite; batch_size < 1; weights, buffers or mode of the model were changed on the way;
+            and what ``differentiate`` and ``Joint.update`` refuse. The message names the batch,
+            counted from 1.
         NotImplementedError: as in ``differentiate``.
         TypeError: a data set instead of batches of it, or batches that are no tensors.
 
@@ -94,12 +84,12 @@ def accumulate(
         UserWarning: the outputs look like probabilities, and ``Categorical`` or ``Bernoulli`` takes
             logits; that is looked at in the first batch.
 
-    Memory: about 256 MB for a batch, however many there are, beside the accumulator's 88 bytes per
+    Memory: about 256 MB for a batch, however many there are, beside the accumulator's 40 bytes per
         parameter (see ``Joint``) and two or three times as much while a batch is merged into it.
 
     Cost: that of ``differentiate`` and ``Joint.update`` for every batch, and for six more inputs
-        to find the size of a batch. With a thousand classes most of it goes into the eigenvalue
-        problems of the bounds, O(C³) for each input: ``method=None`` leaves them out. Batches are
+        to find the size of a batch. With a thousand classes, bounds take most of the time: an
+        eigenvalue problem, O(C³), for each input. Batches are
         looked at for NaN where they are: those on the CPU before they move, so that a GPU is not
         waited for; those on a GPU cost one more wait each.
 
@@ -118,18 +108,17 @@ def accumulate(
     """
 
     def empty() -> Joint:
-        return Joint(family, method=method, dtype=dtype, quantities=quantities)
+        return Joint(family, quantities=quantities, bounds=bounds, dtype=dtype)
 
     model = check_module(model)
     keep_freed_memory()
+    joint = empty()
+    order = 2 if {"V2", "C12"} & joint.quantities else 1
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
-    # bounds are those of the outputs, and a link comes before the projection
-    plain = empty().method is None and type(family).link is Family.link
-    seeds = family.directions_of_labels if plain else None
-    again = prepare(model, seeds=seeds, **choice)
-    joint, size = empty(), None if batch_size is None else check_batch_size(batch_size)
-    before: dict[str, Part] = {}
+    again = prepare(model, **choice)
+    size = None if batch_size is None else check_integer(batch_size, "batch_size")
     shape, number = None, 0
+    before: list[Part] = []
     device = next((p.device for p in model.parameters()), None)
     for number, batch in batches(model, inputs, pick):
         with named(f"batch {number}"):
@@ -138,12 +127,12 @@ def accumulate(
                 some = batch[few(len(batch), model).to(batch.device)]
                 again(some.to(device))  # the first call is not like the others
                 size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
-        whole = isinstance(inputs, Tensor)  # then the batches are ours
+        whole = isinstance(inputs, Tensor)  # then the batches are parts of it
         for i, part in enumerate(batch.split(size), start=1):
             span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
             with named(f"batch {i if whole else number} ({span})"):
-                if len(part) < len(batch) or not whole:  # others come
-                    before = check_unchanged(before, snapshot(model))
+                if before:
+                    check_unchanged(before, parts_of(model))
                 check_finite(part)
                 try:
                     here = part.to(device)
@@ -152,13 +141,14 @@ def accumulate(
                         warn_of_probabilities(family, done.outputs, model)
                         check_rounding(model, here, done.outputs, family)
                     joint.update_batch(done)
+                    before = before or parts_of(model)
                 except ValueError:
-                    differentiate(model, part.to(device), **choice)  # which looks closer
+                    differentiate(model, part.to(device), **choice)  # with all checks
                     raise
     if number == 0 and not isinstance(inputs, Tensor):
         raise ValueError(
             "there are no batches: an iterator can be used only once, make it anew; a process "
-            "without inputs passes a tensor of shape [0, ...], or takes Joint(family)."
+            "without inputs passes a tensor of shape [0, ...]."
         )
     return joint
 
@@ -185,14 +175,6 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
             f"{outputs.dtype} rounds the outputs so much that {type(family).__name__} has another "
             "mean: call .double() on the model and on the inputs."
         )
-
-
-def keep_freed_memory() -> None:
-    """Teach glibc to keep blocks of this size when they are freed; elsewhere it does nothing.
-
-    By default it gives the memory of nearly every array back, and gets it again page by page.
-    """
-    torch.empty(KEPT_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def take(again: Callable[[Tensor], Batch], empty: Callable[[], Joint], x: Tensor) -> None:
@@ -366,307 +348,23 @@ def check_finite(batch: Tensor) -> None:
         raise ValueError("the input holds NaN or infinite values.")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module, parameter or buffer as it was.
-
-    Attributes:
-        held: Itself, so that no other gets its id.
-        device: Where it is.
-        state: What changes when it is replaced, set, or written to.
-    """
-
-    held: nn.Module | Tensor = field(compare=False)
-    device: torch.device | None
-    state: tuple[Any, ...]
+Part = tuple[nn.Module | Tensor, Any]
 
 
-def snapshot(model: nn.Module) -> dict[str, Part]:
-    """The parts of a model, each by its kind and name, e.g. "parameter '0.bias'"."""
-    parameters = {f"parameter {name!r}": tensor_part(p) for name, p in model.named_parameters()}
-    buffers = {f"buffer {name!r}": tensor_part(b) for name, b in model.named_buffers()}
-    modules = {f"module {name!r}": module_part(m) for name, m in model.named_modules()}
-    return {**parameters, **buffers, **modules}
+def parts_of(model: nn.Module) -> list[Part]:
+    """Modules with their mode, parameters and buffers with the number of writes to them."""
+    tensors = (*model.parameters(), *model.buffers())
+    versions = ((t.device, 0 if t.is_inference() else t._version) for t in tensors)
+    return [*((m, m.training) for m in model.modules()), *zip(tensors, versions, strict=True)]
 
 
-def tensor_part(t: Tensor) -> Part:
-    """A parameter or buffer; where its numbers are changes when ``.data`` is replaced."""
-    if is_lazy(t):
-        return Part(t, t.device, (id(t),))
-    return Part(t, t.device, (id(t), t.data_ptr(), 0 if t.is_inference() else t._version))
-
-
-def module_part(m: nn.Module) -> Part:
-    """A module: its mode, numbers like ``eps``, and whether calls do more than its class says."""
-    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-    settings = [(k, v) for k, v in vars(m).items() if isinstance(v, bool | int | float | str)]
-    return Part(m, None, (id(m), type(m), any(hooks) or "forward" in vars(m), *settings))
-
-
-def check_unchanged(before: dict[str, Part], now: dict[str, Part]) -> dict[str, Part]:
-    """The parts as they are now; a ValueError if there were some before, and others."""
-    if not before:
-        return now
-    remedy = (
-        "since the first batch: leave the model as it is, its mode too, until the data are "
-        "through, or give accumulate a copy of it."
+def check_unchanged(before: list[Part], now: list[Part]) -> None:
+    """A ValueError if the model has other parts than before, or written ones."""
+    same = len(now) == len(before) and all(
+        part is old and state == was for (part, state), (old, was) in zip(now, before, strict=True)
     )
-    for name, old in before.items():
-        if name not in now:
-            raise ValueError(f"the model has lost {name} {remedy}")
-        new = now[name]
-        if new != old:
-            is_moved = new.device != old.device
-            how = f"moved from {old.device} to {new.device}" if is_moved else "changed"
-            raise ValueError(f"{name} was {how} {remedy}")
-    for name in now:
-        if name not in before:
-            raise ValueError(f"the model has got {name} {remedy}")
-    return before
-
-
-def check_batch_size(size: int) -> int:
-    """Return an integer ≥ 1."""
-    is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-    if not is_integer or size < 1:
-        raise ValueError(f"batch_size must be an integer ≥ 1, or None, got {size!r}.")
-    return int(size)
-
-
-# How many inputs fit.
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the memory of the tensors that are made inside it.
-
-    Attributes:
-        live: Bytes of those that exist.
-        history: The same, after every operation so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.history: list[int] = []
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        self.history.append(self.live)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self.live += size
-            # not weakref.finalize, which would stay for as long as the storage
-            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._known[key]
-        self.live -= size
-
-
-def default_batch_size(work: Callable[[Tensor], None], x: Tensor) -> int:
-    """How many inputs like x, [1, ...], ``work`` takes in about 256 MB of tensors; at least 1.
-
-    It is tried on copies of x. What an input adds to every operation is compared, since what any
-    batch takes, as copies of the weights, may hide the growth of the peak.
-    """
-    one, two = memory(work, x), memory(work, x.expand(2, *x.shape[1:]))
-    if 2 * (max(two) - max(one)) >= BATCH_BYTES:
-        return 1
-    three = memory(work, x.expand(3, *x.shape[1:]))
-    added = max(b - a for a, b in zip(two, three, strict=False))
-    return max(1, BATCH_BYTES // max(1, added))
-
-
-def memory(work: Callable[[Tensor], None], x: Tensor) -> list[int]:
-    """Bytes of the tensors that live after every operation of ``work``."""
-    live = LiveBytes()
-    with live:
-        work(x)
-    return live.history
-
-
-# Many processes.
-
-SCATTER = "Var_x I"
-
-
-class Header(NamedTuple):
-    """What a process says of its accumulator before the numbers go round."""
-
-    family: str
-    num_inputs: int
-    layers: dict[str, list[str]]
-    shapes: dict[str, dict[str, tuple[int, ...]]]  # quantity → parameter name → shape
-
-
-def all_reduce(joint: Joint, group: dist.ProcessGroup | None = None) -> Joint:
-    r"""One accumulator for what all processes of a group have seen, the same on each of them.
-
-    The accumulators merge in the order of the ranks, by the same operations everywhere, so that
-    all processes hold the same numbers, to the bit. Every process of the group must call it, those
-    that have seen no inputs too. ``joint`` itself is left as it was.
-
-    Args:
-        joint: What this process has accumulated.
-        group: The processes; all of them by default.
-
-    Returns:
-        The merged accumulator, on the device of ``joint``; where that has seen nothing, on the
-        one through which the processes communicate.
-
-    Raises:
-        ValueError: the accumulators are for different parameters, families or quantities: the
-            same error on every process. Or torch.distributed is not initialised, or this process
-            does not belong to the group.
-
-    Cost: every process sends its state once (see ``Joint`` for its size) and receives the others',
-        one after the other; memory for three more. "gloo" goes through the CPU, "nccl" through the
-        current GPU, so call ``torch.cuda.set_device(local_rank)`` first.
-
-    Example: ``torchrun --standalone --nproc-per-node 2 this_file.py``, the file being::
-
-        import torch, fimlib
-        torch.distributed.init_process_group("gloo")
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        model, x = torch.nn.Linear(4, 3).double(), torch.linspace(-1, 1, 28).double().view(7, 4)
-        torch.nn.init.eye_(model.weight), torch.nn.init.zeros_(model.bias)
-        joint = fimlib.accumulate(model, x[rank::world], fimlib.Categorical())
-        joint = fimlib.all_reduce(joint)
-        print(rank, joint.count, joint.variance_i1(num_inputs=100)["bias"].tolist())
-    """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not same:
         raise ValueError(
-            "torch.distributed is not initialised: call torch.distributed.init_process_group(...) "
-            "first, in a program that torchrun starts. A single process needs no all_reduce."
+            "the model was changed since the first batch: leave it as it is, its mode too, until "
+            "the data are through, or give accumulate a copy of it."
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError("this process does not belong to the group: only its members may call.")
-    headers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(headers, header(joint), group)
-    check_headers(headers)
-    device = communication_device(group)
-    total = with_state(joint, 0, {}, {SCATTER: {}})
-    for rank, theirs in enumerate(headers):
-        if theirs.num_inputs:
-            own = rank == dist.get_rank(group)
-            flat = flatten_state(joint, device) if own else empty_state(theirs, device)
-            dist.broadcast(flat, group=group, group_src=rank)
-            state = unflatten(flat, theirs)
-            total.merge(with_state(joint, theirs.num_inputs, theirs.layers, state))
-    return moved(total, device_of(joint) or device)
-
-
-def header(joint: Joint) -> Header:
-    """What the other processes must know of an accumulator."""
-    shapes = {
-        key: {name: tuple(t.shape) for name, t in tensors.items()}
-        for key, tensors in state_of(joint).items()
-    }
-    return Header(describe(joint.family), joint.count, joint._layers, shapes)
-
-
-def state_of(joint: Joint) -> dict[str, dict[str, Tensor]]:
-    """All numbers of an accumulator but the count: quantity → parameter name → tensor."""
-    return {**joint._means, SCATTER: joint._scatter}
-
-
-def with_state(
-    joint: Joint, count: int, layers: dict[str, list[str]], state: dict[str, dict[str, Tensor]]
-) -> Joint:
-    """An accumulator like another one, with these numbers."""
-    result = copy.copy(joint)
-    result.count, result._layers, result._scatter = count, layers, state[SCATTER]
-    result._means = {key: tensors for key, tensors in state.items() if key != SCATTER}
-    return result
-
-
-def moved(joint: Joint, device: torch.device) -> Joint:
-    """The accumulator on a device."""
-    state = {
-        key: {name: t.to(device) for name, t in tensors.items()}
-        for key, tensors in state_of(joint).items()
-    }
-    return with_state(joint, joint.count, joint._layers, state)
-
-
-def device_of(joint: Joint) -> torch.device | None:
-    """Where an accumulator is; None where it has seen nothing."""
-    return next((t.device for tensors in state_of(joint).values() for t in tensors.values()), None)
-
-
-def communication_device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device whose tensors a group passes on: the GPU with nccl, else the CPU."""
-    if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def flatten_state(joint: Joint, device: torch.device) -> Tensor:
-    """All numbers in one row, in the order that ``Header.shapes`` has."""
-    rows = [t.flatten() for tensors in state_of(joint).values() for t in tensors.values()]
-    return torch.cat(rows).to(device)
-
-
-def empty_state(header: Header, device: torch.device) -> Tensor:
-    """A row to receive what another process sends."""
-    return torch.empty(sum(sizes(header)), dtype=torch.float64, device=device)
-
-
-def sizes(header: Header) -> list[int]:
-    """How many numbers each tensor of a state has."""
-    return [math.prod(s) for shapes in header.shapes.values() for s in shapes.values()]
-
-
-def unflatten(flat: Tensor, header: Header) -> dict[str, dict[str, Tensor]]:
-    """The state that a process has sent; views of the row."""
-    pieces = iter(flat.split(sizes(header)))
-    return {
-        key: {name: next(pieces).view(shape) for name, shape in shapes.items()}
-        for key, shapes in header.shapes.items()
-    }
-
-
-def describe(family: Family) -> str:
-    """A family's type and settings, the same in every process; large ones by their digest."""
-
-    def value(setting: object) -> str:
-        if not isinstance(setting, Tensor):
-            return repr(setting)
-        data = setting.detach().cpu().contiguous().numpy().tobytes()
-        return f"{list(setting.shape)} tensor {hashlib.sha256(data).hexdigest()[:16]}"
-
-    settings = ", ".join(f"{key}={value(setting)}" for key, setting in vars(family).items())
-    return f"{type(family).__name__}({settings})"
-
-
-def check_headers(headers: list[Header]) -> None:
-    """Refuse accumulators that do not fit together, in the same words on every process."""
-    for rank, theirs in enumerate(headers):
-        if theirs.family != headers[0].family:
-            raise ValueError(
-                f"rank {rank} accumulated for {theirs.family}, rank 0 for {headers[0].family}: "
-                "give accumulate the same family on all processes."
-            )
-    seen = [(rank, theirs) for rank, theirs in enumerate(headers) if theirs.num_inputs]
-    for rank, theirs in seen[1:]:
-        first, expected = seen[0]
-        mine, others = (sorted(k for k, s in h.shapes.items() if s) for h in (theirs, expected))
-        if mine != others:
-            raise ValueError(
-                f"rank {rank} accumulated {', '.join(mine)}, rank {first} {', '.join(others)}: "
-                "give accumulate the same order, method and quantities on all processes, and data "
-                "labels to all Joints or to none."
-            )
-        if theirs.shapes != expected.shapes:
-            raise ValueError(
-                f"rank {rank} accumulated other parameters, {theirs.shapes['I']}, than rank "
-                f"{first}, {expected.shapes['I']}: give accumulate the same model and layers on "
-                "all processes."
-            )

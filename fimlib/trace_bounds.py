@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.bounds import eigenvalues_for
 from fimlib.derivatives import Block, Derivatives
-from fimlib.families.base import Family, check_num_samples
-from fimlib.spectra import Spectrum, symmetric_pairs
-
-MAX_ENTRIES = 2**27  # B·T⁴ float64 numbers, 1 GiB
+from fimlib.families.base import Family
+from fimlib.intervals import Bounds, Interval
+from fimlib.memory import TRACE_NUMBERS
+from fimlib.spectra.extreme import Spectrum
+from fimlib.spectra.sos import symmetric_pairs
 
 
 class TraceBound(NamedTuple):
@@ -38,21 +40,13 @@ class TraceBound(NamedTuple):
         return torch.minimum(self.spectral, self.norm)
 
 
-class TraceBounds(NamedTuple):
-    """Corollary 4.6: upper bounds of ΣI (Eq. 17), ΣV₁ (Eq. 18) and ΣV₂ (Eq. 19)."""
-
-    fisher: TraceBound
-    variance_i1: TraceBound
-    variance_i2: TraceBound
-
-
 def corollary_4_6(
     derivs: Derivatives,
     family: Family,
     *,
     num_samples: int = 1,
     eigenvalues: Spectrum | None = None,
-) -> TraceBounds:
+) -> Bounds[TraceBound]:
     r"""Upper bounds of I, V₁ and V₂ summed over all parameters (Corollary 4.6).
 
     ``ΣI ≤ min{s_max(∂h)² tr 𝓘, ‖∂h‖_F² λ_max(𝓘)}`` (17),
@@ -76,31 +70,16 @@ def corollary_4_6(
     def bound(squares: Tensor, moments: Tensor, largest: Tensor, n: int) -> TraceBound:
         return TraceBound(squares[:, 0] * moments.sum(1) / n, squares.sum(1) * largest / n)
 
-    return TraceBounds(
+    return Bounds(
         bound(first, cov, lam.max_cov, 1),
         bound(outer, M, lam.max_outer, n),
         bound(second, cov, lam.max_cov, n),
     )
 
 
-class TraceInterval(NamedTuple):
-    """A lower and an upper bound of a trace."""
-
-    lower: Tensor
-    upper: Tensor
-
-
-class TraceIntervals(NamedTuple):
-    """Theorem C.1: bounds of ΣI (Eq. 29), ΣV₁ (Eq. 30) and ΣV₂ (Eq. 31), each [B]."""
-
-    fisher: TraceInterval
-    variance_i1: TraceInterval
-    variance_i2: TraceInterval
-
-
 def theorem_c_1(
     derivs: Derivatives, family: Family, *, num_samples: int = 1, symmetric: bool = False
-) -> TraceIntervals:
+) -> Bounds[Interval[Tensor]]:
     r"""Bounds of I, V₁ and V₂ summed over all parameters, by full spectra (Theorem C.1).
 
     ``Σ_k s_k(∂h)² s_{T−k+1}(𝓘) ≤ ΣI ≤ Σ_k s_k(∂h)² s_k(𝓘)`` (29), the same for ΣV₁ with J̃ and M̃,
@@ -111,20 +90,23 @@ def theorem_c_1(
         symmetric: Count in (30) only the T(T + 1)/2 dimensions of symmetric arrays, which hold
             all of J̃ and M̃. The upper bound stays, the lower one rises: for the isotropic
             Gaussian to the upper.
+
+    Returns:
+        Bounds of ΣI, ΣV₁ and ΣV₂, each [B].
     """
     n = check_num_samples(num_samples)
     first, outer, second = squared_singular_values(derivs, family)
     cov, M = moment_eigenvalues(family, derivs.outputs)
     num_outputs = cov.shape[1]
     size = outer.shape[1] if symmetric else num_outputs**2
-    return TraceIntervals(
+    return Bounds(
         paired_sums(first, cov, num_outputs),
-        TraceInterval(*(bound / n for bound in paired_sums(outer, M, size))),
-        TraceInterval(*(bound / n for bound in paired_sums(second, cov, num_outputs))),
+        Interval(*(bound / n for bound in paired_sums(outer, M, size))),
+        Interval(*(bound / n for bound in paired_sums(second, cov, num_outputs))),
     )
 
 
-def theorem_c_2(A: Tensor, B: Tensor) -> TraceInterval:
+def theorem_c_2(A: Tensor, B: Tensor) -> Interval[Tensor]:
     r"""Ruhe's bounds of tr AB for positive semidefinite matrices (Theorem C.2).
 
     ``Σ_k λ_k(A) λ_{n−k+1}(B) ≤ tr AB ≤ Σ_k λ_k(A) λ_k(B)``, the eigenvalues in decreasing order.
@@ -163,7 +145,7 @@ def semidefinite_eigenvalues(A: Tensor) -> Tensor:
     return decreasing
 
 
-def paired_sums(a: Tensor, b: Tensor, size: int) -> TraceInterval:
+def paired_sums(a: Tensor, b: Tensor, size: int) -> Interval[Tensor]:
     """Σ_k a_k b_{size−k+1} and Σ_k a_k b_k for decreasing a and b, cut or filled up with zeros."""
 
     def resize(values: Tensor) -> Tensor:
@@ -171,7 +153,7 @@ def paired_sums(a: Tensor, b: Tensor, size: int) -> TraceInterval:
         return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
 
     a, b = resize(a), resize(b)
-    return TraceInterval((a * b.flip(-1)).sum(-1), (a * b).sum(-1))
+    return Interval((a * b.flip(-1)).sum(-1), (a * b).sum(-1))
 
 
 def moment_eigenvalues(family: Family, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +166,7 @@ def moment_eigenvalues(family: Family, h: Tensor) -> tuple[Tensor, Tensor]:
 def squared_singular_values(derivs: Derivatives, family: Family) -> tuple[Tensor, Tensor, Tensor]:
     """Those of ∂h, [B, T], J̃, [B, T(T + 1)/2], and ∂²h, [B, T]; decreasing."""
     size, num_outputs = family.natural(derivs.outputs).shape
-    if size * num_outputs**4 > MAX_ENTRIES:
+    if size * num_outputs**4 > TRACE_NUMBERS:
         raise ValueError(
             f"outer products of {num_outputs} outputs at {size} inputs would take "
             f"{size * num_outputs**4 / 2**27:.1f} GiB; at most 1 GiB is allowed: pass fewer inputs "

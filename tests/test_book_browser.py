@@ -142,8 +142,8 @@ def test_the_softmax_explorer_shows_what_fimlib_says(book):
             "lambda-max-m": exact.max_outer,
             "theorem-5-2-i": bound.max_cov,
             "theorem-5-2-m": bound.max_outer,
-            "certified-m": fimlib.lambda_max_certified(family, h),
-            "lower-m": fimlib.lambda_max_lower(family, h),
+            "certified-m": fimlib.lambda_max(family, h, method="certified"),
+            "lower-m": fimlib.lambda_max(family, h, method="lower"),
             "corollary-4-2": fimlib.corollary_4_2(family, h).upper,
         }
         for name, value in expected.items():

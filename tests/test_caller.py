@@ -53,7 +53,7 @@ CALLS = {
     ]
     + [
         lambda m, x, _: fimlib.accumulate(m, [(x[:1],), (x[1:],)], FAMILY),
-        lambda m, x, _: fimlib.accumulate(m, loader(x), FAMILY, order=1),
+        lambda m, x, _: fimlib.accumulate(m, loader(x), FAMILY, quantities=["V1"]),
     ],
     "data_fisher_covariance": [by_labels(fimlib.data_fisher_covariance)],
     "data_fisher_matrix": [by_labels(fimlib.data_fisher_matrix)],
@@ -338,7 +338,7 @@ def numbers_in(result):
     if isinstance(result, Tensor):
         return result.detach().clone()
     if isinstance(result, fimlib.Joint):
-        return numbers_in([result._means, result._scatter, result.count])
+        return numbers_in(result.state_dict())
     if isinstance(result, fimlib.Derivatives):
         names = [n for block in result.blocks for n in block.inputs]
         return numbers_in([result.outputs, list(result.blocks), list(map(result.jacobian, names))])

@@ -56,14 +56,14 @@ def network(name, dtype=torch.float64, batch=5):
     return net, x, engine, order
 
 
-def judge(net, x, engine, order, change=lambda d: d, rows=None):
+def judge(net, x, engine, order, change=lambda d: d):
     """Confirm what an engine finds, if it always made this change to it."""
     attempt = choose.ENGINES[engine].attempts(order)[0]
 
     def found(model, x):
-        return change(attempt(model, x, order, None, rows).derivatives())
+        return change(attempt(model, x, order, None).derivatives())
 
-    confirm(net, x, found(net, x), found, rows)
+    confirm(net, x, found(net, x), found)
 
 
 def blocks(change, at=-1):
@@ -215,20 +215,6 @@ def test_a_wrong_input_is_noticed_in_every_batch(batch):
 
     with pytest.raises(Unconfirmed):
         judge(net, x, "layerwise", 1, last_wrong)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("change", [None, *FIRST, *SECOND])
-def test_rows_that_were_carried_back_are_judged(change, dtype):
-    """J and S of the residuals' directions, as ``accumulate`` has them."""
-    net, x, engine, order = network("mlp", dtype)
-    rows = fimlib.Categorical().directions_of_labels
-    assert choose.attempt_layerwise(net, x, 2, None, rows).derivatives().projected
-    if change is None:
-        judge(net, x, engine, order, rows=rows)
-        return
-    with pytest.raises(Unconfirmed):
-        judge(net, x, engine, order, (FIRST | SECOND)[change], rows)
 
 
 # Networks that no engine may answer.

@@ -696,26 +696,6 @@ def test_prepared_derivatives_are_the_same_and_refuse_other_types():
         prepare(net)(x * torch.nan)
 
 
-def test_seeds_are_carried_back_in_the_place_of_the_outputs():
-    from fimlib.engines.choose import prepare
-
-    net, x = mlp([3, 5, 4, 3], nn.Sigmoid, scale=2.0), inputs(4, 3)
-    family = fimlib.Categorical()
-    again = prepare(net, seeds=family.directions_of_labels)
-    plain = differentiate(net, x)
-    assert not plain.projected
-    for batch in (again(x), again(x)):
-        derivs = batch.derivatives()
-        assert batch.projected
-        assert derivs.projected
-        for mine, block in zip(derivs.blocks, plain.blocks, strict=True):
-            for found, D in ((mine.J, block.J), (mine.second, block.second)):
-                expected = family.project(plain.outputs, D)
-                assert (found - expected).abs().max() <= 1e-12 * D.abs().max()
-    assert not prepare(net, engine="traced", seeds=family.directions_of_labels)(x).projected
-    assert not prepare(net, seeds=fimlib.Poisson().directions_of_labels)(x).projected
-
-
 def test_known_activations_are_differentiated_like_unknown_ones():
     """Closed forms against what is found out for a module of one's own.
 

@@ -67,7 +67,7 @@ def bounds(derivs, family, _observed):
         fimlib.corollary_4_6(derivs, family),
         fimlib.theorem_c_1(derivs, family),
         fimlib.corollary_4_2(family, h),
-        fimlib.lambda_max_lower(family, h),
+        fimlib.lambda_max(family, h, method="lower"),
         fimlib.theorem_b_1(pairs, pairs, pairs, family, h),
         fimlib.off_diagonal(pairs, pairs, pairs, family, h),
     )
@@ -88,12 +88,13 @@ def softmax(derivs, family, _observed):
 
 
 def joint(derivs, family, _observed):
-    total = fimlib.Joint(family)
+    total = fimlib.Joint(family, bounds="certified")
     total.update(derivs)
     total.update(derivs)
     return (
         total.variance_i1(2),
         total.variance_bounds(2),
+        total.variance_bounds(2, estimator=2),
         total.lemma_4_8(tight=True),
         fimlib.joint_covariance(derivs, family, parameters=NAMES, num_inputs=2),
         fimlib.num_samples_needed(derivs, family, relative_error=0.1, confidence=0.9),
@@ -161,15 +162,15 @@ def second_order(engine, net, x):
 
 
 def streamed(engine, net, x):
-    order = 1 if engine == "functional" else 2
-    options = {"engine": engine, "order": order}
+    quantities = ["Var_x I", "V1"] if engine == "functional" else None
+    options = {"engine": engine, "quantities": quantities}
     single = copy.deepcopy(net).float()
     return [
         joint.variance_i1(2)
         for joint in (
             fimlib.accumulate(net, x, fimlib.Categorical(), **options),
             fimlib.accumulate(
-                single, x.float(), fimlib.Categorical(), dtype=torch.float32, method=None, **options
+                single, x.float(), fimlib.Categorical(), dtype=torch.float32, **options
             ),
         )
     ]

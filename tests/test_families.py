@@ -11,7 +11,7 @@ from torch import nn
 import fimlib
 from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
 from fimlib.families.base import Family
-from fimlib.spectra import lambda_max_certified, lambda_max_multistart
+from fimlib.spectra import lambda_max
 
 H = inputs(3, 4)
 FAMILIES = [Categorical(), Gaussian()]
@@ -502,15 +502,15 @@ def test_extremes_of_m_bound_every_direction(case, scale):
     h = scale * h
     u = torch.nn.functional.normalize(inputs(20_000, h.shape[1], seed=6), dim=1)
     values = torch.cat([value_at(family, h, part) for part in u.split(2000)], dim=1)
-    found = lambda_max_multistart(family, h)
+    found = lambda_max(family, h)
     assert (family.outer_covariance_min(h)[:, None] <= values * (1 + 1e-12) + 1e-15).all()
     assert (values <= found[:, None] * (1 + 1e-12) + 1e-15).all()
     if h.shape[1] == 2:
         assert torch.allclose(values.amax(1), found, rtol=1e-6, atol=1e-15)  # nearly every angle
     starts = inputs(200, h.shape[1], seed=7)
-    rival = lambda_max_multistart(with_starts(family, starts), h)
+    rival = lambda_max(with_starts(family, starts), h)
     assert (rival <= found * (1 + 1e-9) + 1e-15).all()
-    assert (found <= lambda_max_certified(family, h) * (1 + 1e-12) + 1e-15).all()
+    assert (found <= lambda_max(family, h, method="certified") * (1 + 1e-12) + 1e-15).all()
 
 
 def with_starts(family, starts):
@@ -524,8 +524,8 @@ def with_starts(family, starts):
 def test_many_bernoulli_outputs_have_their_maximum_found(seed):
     """Several outputs share it where variances are large, one has it where they are small."""
     h = torch.tensor([[0.5], [1.0], [2.0], [4.0]]) * inputs(4, 5, seed=20 + seed)
-    found = lambda_max_multistart(Bernoulli(), h)
-    rival = lambda_max_multistart(with_starts(Bernoulli(), inputs(40, 5, seed=7)), h)
+    found = lambda_max(Bernoulli(), h)
+    rival = lambda_max(with_starts(Bernoulli(), inputs(40, 5, seed=7)), h)
     assert (rival <= found * (1 + 1e-9)).all()
 
 
@@ -537,20 +537,20 @@ def test_one_output_has_its_extremes_exactly():
         (Poisson(), rate + 2 * rate**2),
     ):
         assert torch.allclose(family.outer_covariance_min(h), expected[:, 0], rtol=1e-12)
-        assert torch.allclose(lambda_max_multistart(family, h), expected[:, 0], rtol=1e-12)
+        assert torch.allclose(lambda_max(family, h), expected[:, 0], rtol=1e-12)
 
 
 def test_extremes_with_closed_forms():
     """Poisson: the largest rate alone. Known Σ: 2λ(Σ⁻¹)². Head: 2 and 56."""
     rates = SMALL.exp().amax(1)
-    assert torch.allclose(lambda_max_multistart(Poisson(), SMALL), rates + 2 * rates**2, rtol=1e-12)
+    assert torch.allclose(lambda_max(Poisson(), SMALL), rates + 2 * rates**2, rtol=1e-12)
     precise = torch.linalg.eigvalsh(COVARIANCE.inverse())
     family, h = Gaussian(COVARIANCE), SMALL[:, :3]
     for found, expected in (
         (family.outer_covariance_min(h), 2 * precise[0] ** 2),
-        (lambda_max_multistart(family, h), 2 * precise[-1] ** 2),
+        (lambda_max(family, h), 2 * precise[-1] ** 2),
         (GaussianHead().outer_covariance_min(SMALL), torch.tensor(2.0).double()),
-        (lambda_max_multistart(GaussianHead(), SMALL), torch.tensor(56.0).double()),
+        (lambda_max(GaussianHead(), SMALL), torch.tensor(56.0).double()),
     ):
         assert torch.allclose(found, expected.expand(2), rtol=1e-12)
     head = value_at(GaussianHead(), SMALL, torch.eye(4).double())

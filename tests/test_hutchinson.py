@@ -209,7 +209,7 @@ def enumerated(monkeypatch, net, x, family, num_probes, **options):
     outcomes = torch.cartesian_prod(*[torch.arange(2**size)] * num_probes)
     draws = iter(outcomes.T)
     monkeypatch.setattr(hutchinson, "draw_signs", lambda *_: {"w": patterns[next(draws)]})
-    monkeypatch.setattr(hutchinson, "NUMBERS_AT_A_TIME", 10**12)  # all inputs at once
+    monkeypatch.setattr(hutchinson, "PROBE_NUMBERS", 10**12)  # all inputs at once
     return hutchinson_variance_i2(
         net, x.expand(len(outcomes), -1), family, num_probes=num_probes, **options
     )
@@ -293,7 +293,7 @@ def test_inputs_have_their_own_probes_however_they_are_grouped(monkeypatch):
     net, x, family = mlp([3, 4, 3], nn.Tanh), inputs(1, 3).expand(4, -1), fimlib.Categorical()
     together = hutchinson_variance_i2(net, x, family, num_probes=8, generator=seeded())
     assert together.value["0.weight"].flatten(1).std(0).min() > 0
-    monkeypatch.setattr(hutchinson, "NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr(hutchinson, "PROBE_NUMBERS", 1)
     expected = exact(net, x, family)
     check(hutchinson_variance_i2(net, x, family, num_probes=64, generator=seeded()), expected)
 

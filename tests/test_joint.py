@@ -1,3 +1,5 @@
+import copy
+import io
 from functools import partial
 from itertools import combinations, permutations, product
 
@@ -123,8 +125,8 @@ def small(family, num_inputs=3):
     return net, inputs(num_inputs, 2)
 
 
-def accumulate(derivs, family, **options):
-    joint = Joint(family, **options)
+def accumulate(derivs, family, *, bounds="certified", **options):
+    joint = Joint(family, bounds=bounds, **options)
     joint.update(derivs)
     return joint
 
@@ -295,7 +297,7 @@ def test_a_single_input_is_a_full_pass():
 
 def everything(joint):
     """All that a Joint can say, as one dict of vectors."""
-    bounds = joint.variance_bounds(3, 2)
+    bounds = [joint.variance_bounds(3, 2, estimator) for estimator in (1, 2)]
     return {
         "I": flat(joint.fisher_information()),
         "Var_x I": flat(joint.input_variance()),
@@ -326,7 +328,7 @@ SPLITS = [[12], [1, 11], [11, 1], [3, 4, 5], [6, 6], [1] * 12]
 def test_any_split_into_batches_gives_the_same(family, split):
     net, x = mlp([3, 4, 3], nn.Sigmoid, scale=3.0), inputs(12, 3)
     whole = accumulate(differentiate(net, x), family)
-    streamed = Joint(family)
+    streamed = Joint(family, bounds="certified")
     for batch in x.split(split):
         streamed.update(differentiate(net, batch))
     agree_to_rounding(streamed, whole)
@@ -339,7 +341,7 @@ def test_merging_in_any_order_gives_the_same(order):
     parts = [accumulate(differentiate(net, b), Categorical()) for b in x.split([2, 7, 3])]
     a, b, c = (parts[k] for k in order)
     before = everything(c)
-    left, right, empty = Joint(Categorical()), Joint(Categorical()), Joint(Categorical())
+    left, right, empty = (Joint(Categorical(), bounds="certified") for _ in range(3))
     for part in (a, empty, b, c):
         left.merge(part)
     b.merge(c)
@@ -494,7 +496,6 @@ def test_tight_lemma_4_8_is_an_equality_for_one_gaussian_output():
 def test_variance_bounds(net, family, num_inputs, num_labels):
     derivs = differentiate(net, inputs(7, 3))
     joint = accumulate(derivs, family)
-    bounds = joint.variance_bounds(num_inputs, num_labels)
     forms = {
         "lower1": lambda J, S, lo, hi, m, M: m * J**4 / num_labels,  # noqa: ARG005
         "upper1": lambda J, S, lo, hi, m, M: hi**2 * J**4 + M * J**4 / num_labels,  # noqa: ARG005
@@ -502,10 +503,11 @@ def test_variance_bounds(net, family, num_inputs, num_labels):
         "upper2": lambda J, S, lo, hi, m, M: hi**2 * J**4 + hi * S**2 / num_labels,  # noqa: ARG005
     }
     expected = {key: by_loops(derivs, family, form) / num_inputs for key, form in forms.items()}
-    for j, interval, variance in (
-        (1, bounds.variance_i1, joint.variance_i1(num_inputs, num_labels)),
-        (2, bounds.variance_i2, joint.variance_i2(num_inputs, num_labels)),
+    for j, variance in (
+        (1, joint.variance_i1(num_inputs, num_labels)),
+        (2, joint.variance_i2(num_inputs, num_labels)),
     ):
+        interval = joint.variance_bounds(num_inputs, num_labels, estimator=j)
         close(flat(interval.lower), expected[f"lower{j}"])
         close(flat(interval.upper), expected[f"upper{j}"])
         rounding = 1e-12 * expected[f"upper{j}"].max()
@@ -516,7 +518,8 @@ def test_variance_bounds(net, family, num_inputs, num_labels):
 def test_gaussian_bounds_of_section_5_1():
     """N pairs: (3/N) E‖J‖⁴ and (1/N) (E‖J‖⁴ + E‖S‖²)."""
     derivs = differentiate(mlp([3, 4, 2], nn.Tanh), inputs(6, 3))
-    upper1, upper2 = (b.upper for b in accumulate(derivs, Gaussian()).variance_bounds(5))
+    joint = accumulate(derivs, Gaussian())
+    upper1, upper2 = (joint.variance_bounds(5, estimator=j).upper for j in (1, 2))
     J4 = by_loops(derivs, Gaussian(), lambda J, *_: J**4)
     S2 = by_loops(derivs, Gaussian(), lambda J, S, *_: S**2)  # noqa: ARG005
     close(flat(upper1), 3 / 5 * J4)
@@ -524,26 +527,21 @@ def test_gaussian_bounds_of_section_5_1():
 
 
 def test_the_method_of_the_bounds():
-    """ "certified" is the default and never below the others; None keeps no bounds."""
+    """ "certified" is never below the others; None, the default, keeps no bounds."""
     derivs = differentiate(mlp([3, 4, 5], nn.Tanh, scale=2.0), inputs(4, 3))
     upper = {
-        method: flat(accumulate(derivs, Categorical(), **options).variance_bounds(1)[0].upper)
-        for method, options in {
-            "default": {},
-            "certified": {"method": "certified"},
-            "multistart": {"method": "multistart"},
-        }.items()
+        bounds: flat(accumulate(derivs, Categorical(), bounds=bounds).variance_bounds(1).upper)
+        for bounds in ("certified", "multistart")
     }
-    assert torch.equal(upper["default"], upper["certified"])
     assert (upper["multistart"] <= upper["certified"] * (1 + 1e-12)).all()
     assert (upper["multistart"] < upper["certified"] * (1 - 1e-4)).any()
-    without = accumulate(derivs, Categorical(), method=None)
+    without = accumulate(derivs, Categorical(), bounds=Joint(Categorical()).bounds)
     close(flat(without.variance_i1(2)), flat(accumulate(derivs, Categorical()).variance_i1(2)))
     for bound in (without.lemma_4_8, lambda: without.variance_bounds(1)):
-        with pytest.raises(ValueError, match="method=None there are no bounds"):
+        with pytest.raises(ValueError, match="bounds=None there are no bounds"):
             bound()
     with pytest.raises(ValueError, match="unknown method 'x'"):
-        accumulate(derivs, Categorical(), method="x")
+        accumulate(derivs, Categorical(), bounds="x")
 
 
 # Sample complexity. ------------------------------------------------------------------------------
@@ -690,9 +688,9 @@ def test_accumulators_that_do_not_fit_each_other():
     Joint(known[0]).merge(Joint(known[2]))
     with pytest.raises(ValueError, match="other parameters than before: .*4.* instead of .*2.*"):
         joint.update(differentiate(other_net, x))
-    with pytest.raises(ValueError, match=r"different settings: .'certified'.*and .None"):
-        joint.merge(accumulate(derivs, Categorical(), method=None))
-    for settings in ({"dtype": torch.float32}, {"quantities": ["V1"]}, {"method": "multistart"}):
+    with pytest.raises(ValueError, match=r"different settings: .*'certified'.*and .*None"):
+        joint.merge(accumulate(derivs, Categorical(), bounds=None))
+    for settings in ({"dtype": torch.float32}, {"quantities": ["V1"]}, {"bounds": "multistart"}):
         with pytest.raises(ValueError, match="different settings"):
             Joint(Categorical()).merge(Joint(Categorical(), **settings))
     labels = Categorical().sample(derivs.outputs, 2, torch.Generator().manual_seed(0))
@@ -737,7 +735,7 @@ def test_families_without_settings_are_told_apart():
 
 def test_first_order_accumulates_what_it_can():
     net, x = mlp([3, 5, 4], nn.Sigmoid, scale=2.0), inputs(6, 3)
-    first, both = Joint(Categorical()), Joint(Categorical())
+    first, both = (Joint(Categorical(), bounds="certified") for _ in range(2))
     first.update(differentiate(net, x, order=1))
     both.update(differentiate(net, x))
     for quantity in ("fisher_information", "input_variance"):
@@ -745,7 +743,7 @@ def test_first_order_accumulates_what_it_can():
             assert torch.equal(getattr(first, quantity)()[name], value)
     assert torch.equal(first.variance_i1(5)["0.bias"], both.variance_i1(5)["0.bias"])
     assert torch.equal(first.lemma_4_8().upper["0.bias"], both.lemma_4_8().upper["0.bias"])
-    with pytest.raises(ValueError, match="with order=1 there is no V₂"):
+    with pytest.raises(ValueError, match="with first derivatives alone there is no V₂"):
         first.variance_i2(5)
     with pytest.raises(ValueError, match="on one side only"):
         first.merge(both)
@@ -757,14 +755,12 @@ def test_first_order_accumulates_what_it_can():
 )
 def test_only_what_is_asked_for_is_kept(quantities, numbers):
     net, x = mlp([3, 5, 4], nn.Sigmoid), inputs(6, 3)
-    joint = Joint(Categorical(), method=None, quantities=quantities)
+    joint = Joint(Categorical(), quantities=quantities)
     joint.update(differentiate(net, x))
-    kept = [*(t for m in joint._means.values() for t in m.values()), *joint._scatter.values()]
+    state = joint.state_dict()
+    kept = [*(t for m in state["means"].values() for t in m.values()), *state["scatter"].values()]
     assert sum(t.numel() for t in kept) == numbers * sum(p.numel() for p in net.parameters())
     assert all(t.dtype == torch.float64 for t in kept)
-    named = Joint(Categorical(), quantities=quantities)
-    assert named.method == ("certified" if quantities is None else None)
-    assert Joint(Categorical(), quantities=["V1", "bounds"]).method == "certified"
     if quantities == ["I"]:
         with pytest.raises(ValueError, match='"Var_x I" is not among the quantities'):
             joint.input_variance()
@@ -787,12 +783,13 @@ def test_bad_choices_of_what_to_keep_are_refused(arguments, message):
 
 def test_float32_contractions_are_close_and_kept_in_float64():
     net, x = mlp([3, 5, 4, 4], nn.Sigmoid, scale=2.0), inputs(50, 3)
-    exact, single = Joint(Categorical()), Joint(Categorical(), dtype=torch.float32)
+    exact = Joint(Categorical(), bounds="certified")
+    single = Joint(Categorical(), bounds="certified", dtype=torch.float32)
     exact.update(differentiate(net, x))
     single.update(differentiate(net.float(), x.float()))
-    for key, means in exact._means.items():
+    for key, means in exact.state_dict()["means"].items():
         for name, value in means.items():
-            found = single._means[key][name]
+            found = single.state_dict()["means"][key][name]
             assert found.dtype == torch.float64
             scale = value.abs().max()
             assert (found - value).abs().max() <= 1e-5 * scale, (key, name)
@@ -828,23 +825,28 @@ def test_float32_reaches_far_or_says_that_it_does_not(gap, shrink):
         net[4].bias[0] += gap
         net[4].weight *= shrink
     net, x = net.float(), (x * shrink).float()
-    exact = Joint(Categorical(), method=None)
+    exact = Joint(Categorical())
     exact.update(differentiate(net, x))
-    single = Joint(Categorical(), method=None, dtype=torch.float32)
+    single = Joint(Categorical(), dtype=torch.float32)
     try:
         single.update(differentiate(net, x))
     except ValueError as error:
         assert "float32 is too narrow" in str(error)  # noqa: PT017
-        assert min(float(t.max()) for t in exact._means["V2"].values() if t.any()) < 1e-25
+        assert (
+            min(float(t.max()) for t in exact.state_dict()["means"]["V2"].values() if t.any())
+            < 1e-25
+        )
         return
     spread = exact.input_variance()
     for name, value in spread.items():
-        mean_square = value + exact._means["I"][name].square()
+        mean_square = value + exact.state_dict()["means"]["I"][name].square()
         gap = (single.input_variance()[name] - value).abs()
         assert gap.max() <= 1e-5 * mean_square.max(), name
     for key in ("I", "V1", "V2"):
-        for name, value in exact._means[key].items():
-            assert (single._means[key][name] - value).abs().max() <= 1e-4 * value.abs().max(), name
+        for name, value in exact.state_dict()["means"][key].items():
+            assert (
+                single.state_dict()["means"][key][name] - value
+            ).abs().max() <= 1e-4 * value.abs().max(), name
 
 
 def test_float32_that_is_too_narrow_is_refused():
@@ -862,9 +864,7 @@ def test_float32_that_is_too_narrow_is_refused():
     assert not joint.fisher_information()["0.weight"].any()
 
 
-def test_projected_derivatives_are_for_moments_only():
-    from fimlib.engines.choose import prepare
-
+def test_a_family_with_a_link_of_its_own_is_streamed():
     class Capped(Categorical):
         def link(self, h, at):  # noqa: ARG002
             return 2 * torch.tanh(h / 2)
@@ -873,22 +873,51 @@ def test_projected_derivatives_are_for_moments_only():
             return torch.softmax(2 * torch.tanh(h.double() / 2), dim=1)
 
     net, x = mlp([3, 4, 3], nn.Sigmoid, scale=2.0), inputs(5, 3)
-    projected = prepare(net, seeds=Categorical().directions_of_labels)(x).derivatives()
-    plain = Joint(Categorical(), method=None)
-    plain.update(differentiate(net, x))
-    joint = Joint(Categorical(), method=None)
-    joint.update(projected)
-    for key, means in plain._means.items():
-        for name, value in means.items():
-            assert (joint._means[key][name] - value).abs().max() <= 1e-12 * value.abs().max()
-    with pytest.raises(ValueError, match="serve no bounds"):
-        Joint(Categorical()).update(projected)
-    with pytest.raises(ValueError, match="Capped has a link"):
-        Joint(Capped(), method=None).update(projected)
-    capped = [Joint(Capped(), method=None), fimlib.accumulate(net, x, Capped(), method=None)]
+    capped = [Joint(Capped()), fimlib.accumulate(net, x, Capped())]
     capped[0].update(differentiate(net, x))
     for name, value in capped[0].fisher_information().items():
         assert torch.allclose(capped[1].fisher_information()[name], value, rtol=1e-12)
+
+
+def test_a_state_goes_into_another_accumulator_and_on_from_there():
+    net, x = mlp([3, 4, 3], nn.Sigmoid), inputs(5, 3)
+    whole, part = (Joint(Categorical(), bounds="certified") for _ in range(2))
+    assert part.device == torch.device("cpu")
+    for derivs in (differentiate(net, x[:2]), differentiate(net, x[2:])):
+        whole.update(derivs)
+    part.update(differentiate(net, x[:2]))
+    buffer = io.BytesIO()
+    torch.save(part.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = Joint(Categorical(), bounds="certified")
+    resumed.load_state_dict(torch.load(buffer))
+    resumed.update(differentiate(net, x[2:]))
+    for key, tensor in everything(resumed).items():
+        assert torch.equal(tensor, everything(whole)[key]), key
+    elsewhere = part.to("meta")
+    assert elsewhere.device == torch.device("meta")
+    assert part.device == torch.device("cpu")
+    assert (
+        elsewhere.layers
+        == part.layers
+        == {"0": ["0.weight", "0.bias"], "2": ["2.weight", "2.bias"]}
+    )
+
+
+def test_settings_of_a_family_are_compared_by_value():
+    class Weighted(Categorical):
+        def __init__(self, *values):
+            self.values = values
+
+    for same in (1.5, "a", (1, 2), [1], np.ones(3), torch.ones(2), None, torch.float32):
+        twin = copy.deepcopy(same) if not isinstance(same, float) else float("1.5")
+        Joint(Weighted(same)).merge(Joint(Weighted(twin)))
+    for one, other in (
+        (1.5, 2.5), ("a", "b"), (np.ones(3), np.zeros(3)), (np.ones(3), np.ones(2)),
+        (torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.ones(3)), (None, 0), (1, [1, 2]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="the same with other settings"):
+            Joint(Weighted(one)).merge(Joint(Weighted(other)))
 
 
 @pytest.mark.parametrize(("size", "is_lost"), [(1e-6, True), (1.0, False)])
@@ -897,7 +926,7 @@ def test_float32_is_too_narrow_for_v2_unless_that_is_rounding(size, is_lost):
     generator = torch.Generator().manual_seed(0)
     J, S = (torch.randn(2, 3, 4, generator=generator) for _ in "JS")
     block = fimlib.Block("layer", size * J, 1e-18 * S, {"p": None})
-    joint = Joint(Categorical(), method=None, dtype=torch.float32)
+    joint = Joint(Categorical(), dtype=torch.float32)
     derivs = fimlib.Derivatives(inputs(2, 3).float(), (block,))
     if is_lost:
         with pytest.raises(ValueError, match="layer 'layer': float32 is too narrow"):

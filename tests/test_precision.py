@@ -7,7 +7,8 @@ from torch import nn
 
 import fimlib
 from fimlib import Categorical, Gaussian, differentiate
-from fimlib.precision import check_estimator, compare_estimators, num_samples_needed
+from fimlib._checks import check_estimator
+from fimlib.precision import compare_estimators, num_samples_needed
 
 ESTIMATORS = {1: fimlib.estimate_i1, 2: fimlib.estimate_i2}
 VARIANCES = {1: fimlib.variance_i1, 2: fimlib.variance_i2}

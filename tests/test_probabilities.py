@@ -40,8 +40,10 @@ def told(call):
 
 
 CALLS = {
-    "accumulate": lambda net, x: fimlib.accumulate(net, x, Categorical(), batch_size=2, order=1),
-    "batches": lambda net, x: fimlib.accumulate(net, x.split(4), Categorical(), order=1),
+    "accumulate": lambda net, x: fimlib.accumulate(
+        net, x, Categorical(), batch_size=2, quantities=["I"]
+    ),
+    "batches": lambda net, x: fimlib.accumulate(net, x.split(4), Categorical(), quantities=["I"]),
     "summarise": lambda net, x: fimlib.summarise(net, x, Categorical(), num_probes=4),
     "matrix": lambda net, x: fimlib.fisher_matrix(
         net, x, Categorical(), parameters=[next(iter(dict(net.named_parameters())))]
@@ -85,7 +87,10 @@ def test_logits_are_taken_in_silence(end, call):
 
 def test_other_families_take_what_sums_to_1():
     for family in (Gaussian(), Bernoulli()):
-        assert told(lambda family=family: fimlib.accumulate(SOFTMAX, X, family, order=1)) == []
+        assert (
+            told(lambda family=family: fimlib.accumulate(SOFTMAX, X, family, quantities=["I"]))
+            == []
+        )
 
 
 @pytest.mark.parametrize("call", [fimlib.accumulate, fimlib.summarise])

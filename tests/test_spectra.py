@@ -7,25 +7,12 @@ import torch
 from hypothesis import given, settings
 from strategies import ADVERSARIAL, inputs, logits, logits_of
 
-from fimlib import (
-    Categorical,
-    Gaussian,
-    lambda_max,
-    lambda_max_certified,
-    lambda_max_minimize,
-    lambda_max_multistart,
-    spectrum,
-)
+from fimlib import Categorical, Gaussian, lambda_max, spectrum
 from fimlib.families import Bernoulli, GaussianHead, Poisson
-from fimlib.spectra import (
-    fourth_moment_spectrum,
-    lambda_max_lower,
-    lambda_max_pairs,
-    lambda_max_sos,
-    lambda_min_centred,
-    shifted_power_method,
-    symmetric_pairs,
-)
+from fimlib.spectra import fourth_moment_spectrum, shifted_power_method
+from fimlib.spectra.extreme import METHODS, lambda_min_centred
+from fimlib.spectra.search import minimize
+from fimlib.spectra.sos import symmetric_pairs
 
 FAMILY = Categorical()
 
@@ -41,7 +28,7 @@ def directions_value(h, u):
 @given(logits())
 def test_multistart_lies_between_certified_bounds_and_above_any_direction(h):
     sigma, num_classes = torch.softmax(h[0], 0), h.shape[1]
-    found, upper = lambda_max_multistart(FAMILY, h).item(), lambda_max_certified(FAMILY, h).item()
+    found, upper = lambda_max(FAMILY, h).item(), lambda_max(FAMILY, h, method="certified").item()
     spread = (1 - sigma.square().sum()).item()
     rounding = 1e-15 + 1e-10 * upper
     lower = (num_classes / (num_classes - 1)) ** 2 * sigma * (1 - sigma) * (1 - 2 * sigma) ** 2
@@ -53,7 +40,7 @@ def test_multistart_lies_between_certified_bounds_and_above_any_direction(h):
 
 @pytest.mark.parametrize("num_classes", [3, 4, 5, 10, 20])
 def test_uniform_softmax_has_a_closed_form(num_classes):
-    found = lambda_max_multistart(FAMILY, torch.zeros(1, num_classes)).item()
+    found = lambda_max(FAMILY, torch.zeros(1, num_classes)).item()
     assert found == pytest.approx((1 - 2 / num_classes) ** 2 / (num_classes - 1), rel=1e-10)
 
 
@@ -65,8 +52,8 @@ def test_three_classes_against_every_direction(noise):
     basis = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64)
     basis = torch.nn.functional.normalize(basis, dim=1)
     on_grid = directions_value(h, angle.cos() * basis[0] + angle.sin() * basis[1]).max().item()
-    assert lambda_max_multistart(FAMILY, h).item() == pytest.approx(on_grid, rel=1e-9)
-    assert lambda_max_multistart(FAMILY, h).item() >= on_grid * (1 - 1e-13)
+    assert lambda_max(FAMILY, h).item() == pytest.approx(on_grid, rel=1e-9)
+    assert lambda_max(FAMILY, h).item() >= on_grid * (1 - 1e-13)
 
 
 def test_pairs_of_classes_are_needed_among_the_starts():
@@ -77,9 +64,9 @@ def test_pairs_of_classes_are_needed_among_the_starts():
             return super().directions(h)[:, : h.shape[1]]
 
     h = logits_of([0.5098156487818316, 0.4599938260263043, *[0.005031754198684074] * 6])
-    found = lambda_max_multistart(FAMILY, h).item()
-    assert lambda_max_multistart(Singles(), h).item() < found * (1 - 5e-4)
-    assert lambda_max_minimize(FAMILY, h, num_starts=40).item() == pytest.approx(found, rel=1e-6)
+    found = lambda_max(FAMILY, h).item()
+    assert lambda_max(Singles(), h).item() < found * (1 - 5e-4)
+    assert minimize(FAMILY, h, num_starts=40).item() == pytest.approx(found, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -93,8 +80,8 @@ def test_no_random_start_climbs_higher(seed, scale):
         def directions(self, h):
             return torch.randn(1, 300, h.shape[1], generator=generator, dtype=torch.float64)
 
-    rival = lambda_max_multistart(RandomStarts(), h).item()
-    assert rival <= lambda_max_multistart(FAMILY, h).item() * (1 + 1e-9)
+    rival = lambda_max(RandomStarts(), h).item()
+    assert rival <= lambda_max(FAMILY, h).item() * (1 + 1e-9)
 
 
 def test_one_local_optimisation_can_make_the_upper_bound_false():
@@ -104,11 +91,11 @@ def test_one_local_optimisation_can_make_the_upper_bound_false():
     """
     h = 0.5 * inputs(1, 10, seed=3)
     real = FAMILY.variance1(h, torch.eye(10, dtype=torch.float64)[None])[0]  # all ‖J‖ = 1
-    single = [lambda_max_minimize(FAMILY, h, num_starts=1, seed=s).item() for s in range(12)]
-    ours = lambda_max_multistart(FAMILY, h).item()
+    single = [minimize(FAMILY, h, num_starts=1, seed=s).item() for s in range(12)]
+    ours = lambda_max(FAMILY, h).item()
     assert min(single) < 0.999 * real.max().item()  # a false upper bound
     assert real.max().item() <= ours * (1 + 1e-12)
-    many = lambda_max_minimize(FAMILY, h, num_starts=60).item()
+    many = minimize(FAMILY, h, num_starts=60).item()
     assert many == pytest.approx(ours, rel=1e-6)
 
 
@@ -136,8 +123,8 @@ def test_gaussian_eigenvalues_are_one_and_two(num_outputs):
 def test_minimize_reaches_confident_softmax():
     """The objective is rescaled: otherwise the solver stops at once for σ_max near 1."""
     h = logits_of(ADVERSARIAL["certain 1 - 1e-12"])
-    ours = lambda_max_multistart(FAMILY, h).item()
-    assert lambda_max_minimize(FAMILY, h).item() == pytest.approx(ours, rel=1e-4, abs=0)
+    ours = lambda_max(FAMILY, h).item()
+    assert lambda_max(FAMILY, h, method="minimize").item() == pytest.approx(ours, rel=1e-4, abs=0)
 
 
 def test_spectrum_uses_the_method_that_it_is_given():
@@ -151,15 +138,17 @@ def test_spectrum_uses_the_method_that_it_is_given():
 
 def test_bad_arguments(monkeypatch):
     h = inputs(1, 3)
-    for search in (lambda_max_multistart, lambda_max_certified, lambda_max_minimize):
+    for method in METHODS:
         with pytest.raises(ValueError, match=r"T ≥ 2"):
-            search(FAMILY, h[:, :1])
-        assert search(FAMILY, h.float()).dtype == torch.float64
-    with pytest.raises(ValueError, match="multistart, certified, minimize, sos"):
+            lambda_max(FAMILY, h[:, :1], method=method)
+        assert lambda_max(FAMILY, h.float(), method=method).dtype == torch.float64
+    with pytest.raises(ValueError, match="multistart, certified, minimize, sos, lower"):
         lambda_max(FAMILY, h, method="guess")
     with pytest.raises(ValueError, match="num_starts must be ≥ 1"):
-        lambda_max_minimize(FAMILY, h, num_starts=0)
+        minimize(FAMILY, h, num_starts=0)
     monkeypatch.setitem(sys.modules, "torchmin", None)
+    with pytest.raises(ValueError, match="'lower' is below λ_max.*use 'multistart' or 'certified'"):
+        spectrum(FAMILY, h, method="lower")
     with pytest.raises(ImportError, match="pip install pytorch-minimize"):
         lambda_max(FAMILY, h, method="minimize")
 
@@ -176,41 +165,43 @@ def normals(*shape, seed=0):
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0, 10.0])
 def test_sos_is_an_upper_bound_and_tight(num_classes, scale):
     h = scale * normals(1, num_classes, seed=num_classes)
-    found, bound = lambda_max_multistart(FAMILY, h).item(), lambda_max_sos(FAMILY, h).item()
+    found, bound = lambda_max(FAMILY, h).item(), lambda_max(FAMILY, h, method="sos").item()
     assert found * (1 - 1e-11) <= bound <= found * (1 + 4e-7 if num_classes <= 4 else 1 + 1e-6)
 
 
 def test_sos_has_closed_forms():
-    ours = lambda_max_sos(FAMILY, torch.stack([torch.zeros(2), torch.tensor([0.0, 1.0])]))
+    ours = lambda_max(FAMILY, torch.stack([torch.zeros(2), torch.tensor([0.0, 1.0])]), method="sos")
     s = torch.sigmoid(torch.tensor(1.0, dtype=torch.float64)).item()
     assert ours.dtype == torch.float64
     assert ours.tolist() == [
         pytest.approx(0, abs=1e-15),
         pytest.approx(4 * s * (1 - s) * (1 - 2 * s) ** 2, rel=1e-9),
     ]
-    uniform = lambda_max_sos(FAMILY, torch.zeros(1, 5)).item()
+    uniform = lambda_max(FAMILY, torch.zeros(1, 5), method="sos").item()
     assert uniform == pytest.approx((1 - 2 / 5) ** 2 / 4, rel=1e-7)
-    assert lambda_max_sos(GaussianHead(), torch.zeros(1, 4)).item() == pytest.approx(56, rel=1e-7)
+    assert lambda_max(GaussianHead(), torch.zeros(1, 4), method="sos").item() == pytest.approx(
+        56, rel=1e-7
+    )
 
 
 def test_sos_sees_directions_along_ones_where_the_family_does():
     """Two equal Poisson counts: Var of (δ₁ + δ₂)²/2 is 2μ² + μ/2, less than 2μ² + μ of one."""
-    found = lambda_max_sos(Poisson(), torch.zeros(1, 2)).item()
+    found = lambda_max(Poisson(), torch.zeros(1, 2), method="sos").item()
     assert found == pytest.approx(3, rel=1e-7)
     biased = torch.tensor([[0.2, 0.3]])  # near p = ½ products dominate: the maximum is near 1
     along_ones = Bernoulli().variance1(biased, torch.full((1, 2), 0.5**0.5)).item()
-    best = lambda_max_multistart(Bernoulli(), biased).item()
+    best = lambda_max(Bernoulli(), biased).item()
     assert (
         along_ones * (1 - 1e-12)
         <= best
-        == pytest.approx(lambda_max_sos(Bernoulli(), biased).item(), rel=1e-7)
+        == pytest.approx(lambda_max(Bernoulli(), biased, method="sos").item(), rel=1e-7)
     )
     assert along_ones > 0.9 * best
 
 
 def test_sos_refuses_many_outputs_and_a_missing_solver(monkeypatch):
     with pytest.raises(ValueError, match=r"at most 16 outputs, got 17.*certified"):
-        lambda_max_sos(FAMILY, torch.zeros(1, 17))
+        lambda_max(FAMILY, torch.zeros(1, 17), method="sos")
     for package in ("cvxpy", "clarabel"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
@@ -233,16 +224,16 @@ def test_symmetric_pairs_keep_inner_products():
 def test_the_lower_bound_is_the_best_proposed_direction(h):
     u = torch.nn.functional.normalize(FAMILY.directions(h)[0], dim=1)
     sigma, c = torch.softmax(h[0], 0), h.shape[1]
-    lower, found = lambda_max_lower(FAMILY, h).item(), lambda_max_multistart(FAMILY, h).item()
+    lower, found = lambda_max(FAMILY, h, method="lower").item(), lambda_max(FAMILY, h).item()
     assert lower == pytest.approx(directions_value(h, u).max().item(), rel=1e-9, abs=1e-15)
     formula = (c / (c - 1)) ** 2 * (sigma * (1 - sigma) * (1 - 2 * sigma) ** 2).max().item()
     assert formula - 1e-15 <= lower <= found * (1 + 1e-10) + 1e-15
 
 
 def test_the_lower_bound_is_exact_for_gaussians_and_uniform_softmax():
-    assert lambda_max_lower(Gaussian(), inputs(2, 3)).tolist() == [pytest.approx(2)] * 2
-    assert lambda_max_lower(GaussianHead(), torch.zeros(1, 2)).item() == pytest.approx(56)
-    assert lambda_max_lower(FAMILY, torch.zeros(1, 5)).item() == pytest.approx(0.36 / 4)
+    assert lambda_max(Gaussian(), inputs(2, 3), method="lower").tolist() == [pytest.approx(2)] * 2
+    assert lambda_max(GaussianHead(), torch.zeros(1, 2), method="lower").item() == pytest.approx(56)
+    assert lambda_max(FAMILY, torch.zeros(1, 5), method="lower").item() == pytest.approx(0.36 / 4)
 
 
 def alternating_ascent(h, num_starts=60, num_steps=100):
@@ -260,11 +251,7 @@ def alternating_ascent(h, num_starts=60, num_steps=100):
 @pytest.mark.parametrize("scale", [0.3, 2.0, 6.0])
 def test_two_directions_reach_no_further_than_one(num_classes, scale):
     h = scale * normals(1, num_classes, seed=num_classes)
-    pairs = lambda_max_pairs(FAMILY, h)
-    assert alternating_ascent(h) == pytest.approx(pairs.item(), rel=1e-7)
-    assert torch.equal(pairs, lambda_max(FAMILY, h))
-    certified = lambda_max_pairs(FAMILY, h, method="certified")
-    assert torch.equal(certified, lambda_max_certified(FAMILY, h))
+    assert alternating_ascent(h) == pytest.approx(lambda_max(FAMILY, h).item(), rel=1e-7)
 
 
 @settings(deadline=None, max_examples=60)
@@ -502,7 +489,7 @@ def test_the_power_method_does_not_depend_on_the_scale_of_the_tensor(scale):
 def test_corollary_4_2_holds_however_sure_the_softmax_is(rest):
     h = logits_of([1.0, 0.5 * rest, 0.3 * rest])
     largest = fourth_moment_spectrum(FAMILY, h)[1]
-    assert (lambda_max_multistart(FAMILY, h) <= largest * (1 + 1e-10)).all()
+    assert (lambda_max(FAMILY, h) <= largest * (1 + 1e-10)).all()
     wide = Gaussian(1e8 * torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
     smallest = torch.linalg.eigvalsh(wide.covariance(h[:, :2]))[:, 0]
     found = fourth_moment_spectrum(wide, h[:, :2])[0]

@@ -244,7 +244,7 @@ def test_large_networks_without_an_exact_s_are_estimated(monkeypatch):
     assert [row.layer for row in found.layers] == [
         "attention", "attention.out_proj", "norm", "head",
     ]  # fmt: skip
-    V1 = fimlib.accumulate(attends(), x, FAMILIES["categorical"], order=1)
+    V1 = fimlib.accumulate(attends(), x, FAMILIES["categorical"], quantities=["V1"])
     total = sum(V1.label_variance(1)[f"head.{k}"].sum() for k in ("weight", "bias")) / 4
     norm = sum(V1.fisher_information()[f"head.{k}"].square().sum() for k in ("weight", "bias"))
     assert found.layers[-1].relative_sd_i1 == pytest.approx(float((total / norm) ** 0.5))

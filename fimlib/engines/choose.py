@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Batch, Derivatives, Seeds, all_finite
+from fimlib.derivatives import Batch, Derivatives, all_finite
 from fimlib.engines import backpack, first_order, forward_mode, functional, layerwise
 from fimlib.engines.checks import (
     ForwardError,
@@ -37,7 +37,7 @@ from fimlib.engines.confirm import (
 from fimlib.engines.model import kept_random_state, selected, tied
 from fimlib.engines.traced import second_order as traced
 
-Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None, Seeds | None], Batch]
+Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None], Batch]
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,17 @@ class Engine:
 def plain_engine(name: str, function: Callable[..., Derivatives]) -> Engine:
     """An engine with one attempt, which carries back the rows of the outputs only."""
 
-    def attempt(
-        model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, _: Seeds | None
-    ) -> Batch:
+    def attempt(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None) -> Batch:
         return Batch.of(function(model, x.clone(), order=order, wanted=wanted))
 
     return Engine(name, lambda _: (attempt,))
 
 
 def attempt_layerwise(
-    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None, seeds: Seeds | None
+    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
 ) -> Batch:
     """The layerwise engine, which writes to nothing that it is given."""
-    return layerwise.differentiate(model, x, order=order, wanted=wanted, seeds=seeds)
+    return layerwise.differentiate(model, x, order=order, wanted=wanted)
 
 
 def attempts_functional(order: int) -> tuple[Attempt, ...]:
@@ -83,11 +81,11 @@ def attempts_functional(order: int) -> tuple[Attempt, ...]:
 
 
 def attempt_first_order(
-    model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None, seeds: Seeds | None
+    model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None
 ) -> Batch:
     """J by one backward pass for each output."""
     try:
-        return first_order.differentiate(model, x.clone(), wanted=wanted, seeds=seeds)
+        return first_order.differentiate(model, x.clone(), wanted=wanted)
     except first_order.NeedsTheBatchError:
         check_inputs_apart(model, x)
         raise
@@ -96,9 +94,7 @@ def attempt_first_order(
 def functional_attempt(way: functional.Way) -> Attempt:
     """One of these ways."""
 
-    def attempt(
-        model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None, _: Seeds | None
-    ) -> Batch:
+    def attempt(model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None) -> Batch:
         found = functional.differentiate(model, x.clone(), wanted=wanted, way=way)
         return Batch.of(found)
 
@@ -166,9 +162,8 @@ def checked(
     engine: str,
     order: int,
     wanted: frozenset[str] | None = None,
-    seeds: Seeds | None = None,
 ) -> Chosen:
-    """Confirmed derivatives in the named parameters; for ``seeds`` see ``prepare``.
+    """Confirmed derivatives in the named parameters.
 
     Raises:
         NotImplementedError: no engine supports the network; with the cause and a remedy.
@@ -178,9 +173,7 @@ def checked(
         check_plain(model)
         names = candidates(model, engine, order)
         try:
-            chosen = choose(
-                names, model, x.detach(), order, wanted, seeds, unasked=engine == "auto"
-            )
+            chosen = choose(names, model, x.detach(), order, wanted, unasked=engine == "auto")
         except ForwardError:
             check_forward(model, x.detach())
             raise
@@ -274,7 +267,6 @@ def prepare(
     engine: str = "auto",
     order: int = 2,
     layers: Sequence[str] | None = None,
-    seeds: Seeds | None = None,
 ) -> Callable[[Tensor], Batch]:
     """``differentiate`` for many similar batches; the first is checked in full.
 
@@ -283,9 +275,7 @@ def prepare(
     The others go to the engine that supports the first. The caller checks for finite values, so
     that a GPU is synchronised once.
 
-    Args, Raises: as ``differentiate``, and
-        seeds: From the outputs [B, T], rows [B, A, T] that an engine may carry back in the place of
-            the outputs themselves, or None. The result is then ``projected``.
+    Args, Raises: as ``differentiate``.
     """
     model = check_module(model)
     wanted = selected(model, layers)
@@ -304,11 +294,11 @@ def prepare(
             if seen >= enough(model):
                 try:
                     with torch.inference_mode(False), kept_random_state(x):
-                        found = attempt(model, x.detach(), order, wanted, seeds)
+                        found = attempt(model, x.detach(), order, wanted)
                     return replace(found, engine=name)
                 except NotImplementedError:  # these inputs take another path through the network
                     pass
-        chosen = checked(model, x, engine, order, wanted, seeds)
+        chosen = checked(model, x, engine, order, wanted)
         seen += len(x)
         first[:] = [(chosen.attempt, chosen.batch.engine, x.dtype, x.device)]
         return chosen.batch
@@ -322,7 +312,6 @@ def choose(
     x: Tensor,
     order: int,
     wanted: frozenset[str] | None,
-    seeds: Seeds | None,
     *,
     unasked: bool,
 ) -> Chosen | dict[str, Exception]:
@@ -339,7 +328,7 @@ def choose(
                 continue
         for attempt in ENGINES[name].attempts(order):
             try:
-                batch = tried(name, attempt, model, x, order, wanted, seeds)
+                batch = tried(name, attempt, model, x, order, wanted)
             except (NotImplementedError, ImportError) as refusal:
                 if not isinstance(refusals.get(name), Unconfirmed):
                     refusals[name] = refusal
@@ -355,7 +344,6 @@ def tried(
     x: Tensor,
     order: int,
     wanted: frozenset[str] | None,
-    seeds: Seeds | None,
 ) -> Batch:
     """The derivatives of one attempt, confirmed.
 
@@ -370,15 +358,15 @@ def tried(
             "derivatives of tied parameters."
         )
     try:
-        batch = replace(attempt(model, x, order, wanted, seeds), engine=name)
+        batch = replace(attempt(model, x, order, wanted), engine=name)
         at = few(len(x), model).to(x.device)
         sample = batch.at(at)
 
         def again(moved: nn.Module, inputs: Tensor) -> Derivatives:
-            return attempt(moved, inputs, order, wanted, seeds).derivatives()
+            return attempt(moved, inputs, order, wanted).derivatives()
 
         most = ENTRIES if name != "functional" else ENTRIES_OF_THE_SLOW
-        confirm(model, x[at], sample, again, seeds, most)
+        confirm(model, x[at], sample, again, most)
     except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a forward pass may hold anything
@@ -396,7 +384,7 @@ def check_first_order(model: nn.Module, x: Tensor, wanted: frozenset[str] | None
         Unconfirmed: they are.
     """
     at = few(len(x), model).to(x.device)
-    first = choose(("functional",), model, x[at], 1, wanted, None, unasked=False)
+    first = choose(("functional",), model, x[at], 1, wanted, unasked=False)
     if isinstance(first, dict) and isinstance(first["functional"], Unconfirmed):
         raise first["functional"]
 
@@ -480,7 +468,7 @@ def works(model: nn.Module, x: Tensor, trial: Remedy) -> bool:
     names = candidates(model, engine, order)
     try:
         with torch.inference_mode(False), kept_random_state(x):
-            chosen = choose(names, model, x.detach(), order, wanted, None, unasked=engine == "auto")
+            chosen = choose(names, model, x.detach(), order, wanted, unasked=engine == "auto")
     except (ValueError, NotImplementedError):
         return False
     return isinstance(chosen, Chosen)

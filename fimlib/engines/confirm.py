@@ -58,7 +58,6 @@ SMOOTH = 1e-5  # a kink, in units of that error, that is none
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 Again = Callable[[nn.Module, Tensor], Derivatives]
-Rows = Callable[[Tensor], Tensor | None]
 
 
 def enough(model: nn.Module) -> int:
@@ -79,7 +78,6 @@ def confirm(
     x: Tensor,
     found: Derivatives,
     again: Again,
-    rows: Rows | None = None,
     most: int = ENTRIES,
 ) -> None:
     """Raise an error unless J and S are the derivatives of the outputs at these inputs.
@@ -89,22 +87,21 @@ def confirm(
         x: [k, ...], some of its inputs.
         found: J and S at these inputs, to be checked.
         again: The engine, for other weights.
-        rows: From outputs to the rows that were carried back, where these are not the outputs.
         most: Entries of S to compare, or one of every block.
 
     Raises:
         Unconfirmed: they are not, or an input's outputs depend on the others.
     """
     check_finite(found)
-    claim = Claim(Truth.of(model, x), found, rows)
+    claim = Claim(Truth.of(model, x), found)
     check_values(claim)
     doubt = doubts(claim, most)
     if doubt.any() and len(x) > 2:  # the first and a neighbour: where numbers are wrong, enough
         first = int(doubt.nonzero()[0])
         pair = torch.tensor([first, first - 1 if first else 1], device=x.device)
-        confirm_nearby(model, x[pair], doubt[pair], again, rows, most)
+        confirm_nearby(model, x[pair], doubt[pair], again, most)
     if doubt.any():
-        confirm_nearby(model, x, doubt, again, rows, most)
+        confirm_nearby(model, x, doubt, again, most)
         check_kinks(claim)
 
 
@@ -115,12 +112,10 @@ class Claim:
     Attributes:
         truth: The network.
         found: J and S, to be checked.
-        rows: As in ``confirm``.
     """
 
     truth: Truth
     found: Derivatives
-    rows: Rows | None
 
     @property
     def eps(self) -> float:
@@ -128,27 +123,18 @@ class Claim:
         return torch.finfo(self.found.blocks[0].J.dtype).eps
 
     @cached_property
-    def carried(self) -> Tensor | None:
-        """The rows that were carried back, [k, A, T], where these are not the outputs."""
-        if not self.found.projected or self.rows is None:
-            return None
-        carried = self.rows(self.found.outputs)
-        return None if carried is None else carried.double()
-
-    @cached_property
     def noise(self) -> Tensor:
-        """Rounding errors to expect in the outputs, or in these rows: [k, A]."""
-        noise = self.truth.noise.double().expand(self.truth.outputs.shape)
-        return noise if self.carried is None else (self.carried.abs() @ noise[..., None])[..., 0]
+        """Rounding errors to expect in the outputs, [k, T]."""
+        return self.truth.noise.double().expand(self.truth.outputs.shape)
 
     @cached_property
     def products(self) -> PerParameter:
-        """J·v of every parameter by itself, [k, A]."""
+        """J·v of every parameter by itself, [k, T]."""
         return self.sums(1)
 
     @cached_property
     def squares(self) -> PerParameter:
-        """The sum of the squares of its terms, [k, A]."""
+        """The sum of the squares of its terms, [k, T]."""
         return self.sums(2)
 
     def sums(self, power: int) -> PerParameter:
@@ -177,21 +163,19 @@ def check_finite(found: Derivatives) -> None:
                 )
 
 
-def confirm_nearby(
-    model: nn.Module, x: Tensor, doubt: Tensor, again: Again, rows: Rows | None, most: int
-) -> None:
+def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, most: int) -> None:
     """Raise an error unless the inputs in doubt are confirmed at other weights, close by."""
     for strength in STRENGTHS:
         nearby = separate(model)
         perturb(nearby, strength)
-        claim = Claim(Truth.of(nearby, x), again(nearby, x), rows)
+        claim = Claim(Truth.of(nearby, x), again(nearby, x))
         doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
             return
     if claim.eps > torch.finfo(torch.float64).eps and x.is_floating_point():
         wide, z = nearby.double(), x.double()
         try:
-            exact = Claim(Truth.of(wide, z), again(wide, z), rows)
+            exact = Claim(Truth.of(wide, z), again(wide, z))
             is_rounding = not (doubt & doubts(exact, most, doubt)).any()
         except (RuntimeError, ValueError):  # a network that insists on its type
             is_rounding = False
@@ -200,7 +184,7 @@ def confirm_nearby(
                 "float32 rounds the derivatives of this network too much: take .double() of the "
                 "model and the inputs."
             )
-        claim = Claim(Truth.of(nearby.float(), x), claim.found, rows)
+        claim = Claim(Truth.of(nearby.float(), x), claim.found)
     raise Unconfirmed(explanation(claim))
 
 
@@ -272,8 +256,6 @@ def check_values(claim: Claim) -> None:
 def sizes(claim: Claim) -> Tensor:
     """The size of every output [k, T]: its value, and how far it moves with its parameters."""
     h = claim.truth.outputs.abs()
-    if claim.found.projected:
-        return h + claim.truth.outputs.std(1, keepdim=True, correction=0)
     return h + torch.stack(list(claim.squares.values())).sum(0).sqrt().to(h)
 
 
@@ -355,8 +337,8 @@ def first_order_doubts(claim: Claim) -> Tensor:
         left = torch.ones_like(found, dtype=torch.bool)
         for factor in STEPS:
             step = factor * step_of(truth.dtype)
-            plus, minus = (carried_outputs(claim, w, sign * step) for sign in (1, -1))
-            quotient = (plus - minus) / (2 * step)
+            plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
+            quotient = (plus - minus).double() / (2 * step)
             slack = eps**0.35 * scale + rounding + bounded(noise, step, scale, truth.dtype)
             left &= ~((found - quotient).abs() <= slack)  # NaN is in doubt
             if not left.any():
@@ -366,7 +348,7 @@ def first_order_doubts(claim: Claim) -> Tensor:
 
 
 def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
-    """Directions, with J·v along each and the size of its terms: [k, A]."""
+    """Directions, with J·v along each and the size of its terms: [k, T]."""
     names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
     products = torch.stack(list(claim.products.values()))
     influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
@@ -375,12 +357,6 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
         scale = torch.tensordot(weights.square(), squares, 1).sqrt()
         w = {n: share * claim.truth.v[n] for n, share in shares.items()}
         yield w, torch.tensordot(weights, products, 1), scale
-
-
-def carried_outputs(claim: Claim, v: PerParameter, step: float) -> Tensor:
-    """The outputs at θ + step · v, or their products with the carried rows: [k, A], float64."""
-    h = outputs_at(claim.truth, v, step).double()
-    return h if claim.carried is None else (claim.carried @ h[..., None])[..., 0]
 
 
 def check_kinks(claim: Claim) -> None:
@@ -394,7 +370,7 @@ def check_kinks(claim: Claim) -> None:
     """
     step = step_of(claim.truth.dtype)
     for w, found, scale in along(claim):
-        h = {k: carried_outputs(claim, w, k * step) for k in (-2, -1, 0, 1, 2)}
+        h = {k: outputs_at(claim.truth, w, k * step).double() for k in (-2, -1, 0, 1, 2)}
         quotient, longer = (h[1] - h[-1]) / (2 * step), (h[2] - h[-2]) / (4 * step)
         error = (found - quotient).abs()
         kink = (h[1] - 2 * h[0] + h[-1]).abs() / step + (longer - quotient).abs()
@@ -516,7 +492,7 @@ class Entry:
         unit: In which they are measured, [T].
         size: Of the parameter's entries.
         precision: Of the numbers that J and S were computed in.
-        noise: Rounding errors to expect in the outputs, or in their rows, [T].
+        noise: Rounding errors to expect in the outputs, [T].
     """
 
     name: str
@@ -538,16 +514,15 @@ def second_order_doubts(claim: Claim, most: int, among: Sequence[int]) -> Tensor
     for entry in entries(claim, most, among):
         r = torch.randn(entry.S.shape, generator=generator, device="cpu", dtype=torch.float64)
         r = r.to(entry.S.device) / entry.unit
-        row = None if claim.carried is None else claim.carried[entry.b]
-        if not doubt[entry.b] and not is_second_derivative(truth, entry, r, row):
+        if not doubt[entry.b] and not is_second_derivative(truth, entry, r):
             doubt[entry.b] = True
     return doubt
 
 
-def is_second_derivative(truth: Truth, entry: Entry, r: Tensor, carried: Tensor | None) -> bool:
+def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
     """Whether Σ_a r_a S_a of one entry is the derivative of Σ_a r_a J_a along it."""
     parameter = truth.own.get_parameter(entry.name)
-    weights = (r if carried is None else r @ carried).to(truth.dtype)
+    weights = r.to(truth.dtype)
     claim, terms = r @ entry.S, (r * entry.S).square().sum().sqrt()
     eps = torch.finfo(truth.dtype).eps
     floor = r.abs() @ entry.noise / entry.size  # of saturated units autograd rounds slopes to 0

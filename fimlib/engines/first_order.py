@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib.derivatives import Batch, Block, Seeds, Share
+from fimlib.derivatives import Batch, Block, Share
 from fimlib.engines import functional
 from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
@@ -422,10 +422,8 @@ def entrances(h: Tensor, rows: Tensor, places: Mapping[Place, Layout]) -> dict[P
 Planned = tuple[str, list[Entrance] | None, dict[str, Tensor | None]]
 
 
-def differentiate(
-    model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None, seeds: Seeds | None = None
-) -> Batch:
-    """J of any network; see ``fimlib.differentiate``, and ``prepare`` for ``seeds``.
+def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None) -> Batch:
+    """J of any network; see ``fimlib.differentiate``.
 
     Raises:
         NotImplementedError: autograd cannot differentiate the network.
@@ -433,8 +431,7 @@ def differentiate(
     own, h = functional.recorded(model, x, wanted)
     names = [n for n, _ in own.named_parameters() if wanted is None or n in wanted]
     outputs = h.detach()
-    directions = None if seeds is None else seeds(outputs)
-    rows = identity(outputs) if directions is None else directions.to(outputs)
+    rows = identity(outputs)
     located = locate(h, {n: made_by(own.get_parameter(n)) for n in names})
     places = {p: layout for of in located.values() if of for p, layout in of.items()}
     found = entrances(h, rows, places)
@@ -447,7 +444,6 @@ def differentiate(
         with torch.inference_mode(False):
             if entered is None:
                 J = input_by_input(own, x[at], next(iter(inputs)))
-                J = J if directions is None else torch.einsum("bat,bt...->ba...", rows[at], J)
             else:
                 parameter = own.get_parameter(next(iter(inputs)))
                 J = derivatives(entered, parameter, rows[at], at, part)
@@ -459,8 +455,7 @@ def differentiate(
 
     inputs = tuple((layer, factors) for layer, _, factors in plan)
     return Batch.block_by_block(
-        outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional",
-        projected=directions is not None,
+        outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional"
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Batch, Block, Derivatives, Seeds, all_finite
+from fimlib.derivatives import Batch, Block, Derivatives, all_finite
 from fimlib.engines import activations as curves
 from fimlib.engines.activations import Curve
 from fimlib.engines.checks import check_no_global_hooks
@@ -98,16 +98,10 @@ def differentiate(
     *,
     order: int = 2,
     wanted: frozenset[str] | None = None,
-    seeds: Seeds | None = None,
 ) -> Batch:
-    """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``.
-
-    All rows at the outputs are as good as those of the outputs themselves: see ``prepare`` for
-    ``seeds``.
-    """
+    """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``."""
     outputs, steps = record(model, x)
-    directions = None if seeds is None else seeds(outputs)
-    rows = identity(outputs) if directions is None else directions.to(outputs)
+    rows = identity(outputs)
     factors = [(s.name, right_factors(s, wanted)) for s in steps if isinstance(s, LinearStep)]
 
     def sweep(at: slice | Tensor) -> Derivatives:
@@ -119,12 +113,12 @@ def differentiate(
             for name, own in factors
             if own
         )
-        return Derivatives(outputs[at], blocks, "layerwise", projected=directions is not None)
+        return Derivatives(outputs[at], blocks, "layerwise")
 
     inputs = tuple((name, own) for name, own in factors if own)
     on_cpu = outputs.device.type == "cpu"
     size = piece_size(steps, rows, order) if on_cpu else max(1, len(outputs))
-    return Batch(outputs, inputs, sweep, size, "layerwise", directions is not None)
+    return Batch(outputs, inputs, sweep, size, "layerwise")
 
 
 PIECE_BYTES = 4 * 2**20  # of the largest array that a piece carries

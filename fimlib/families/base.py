@@ -11,7 +11,6 @@ Shapes: h is [B, T] (B inputs, T outputs). A derivative array D, be it J = ∂h 
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Block, Derivatives
 
 # What ``moments`` knows: I and, of one label, N V₁, N V₂ and the covariance of Î₁ and Î₂.
@@ -138,11 +138,6 @@ class Family(ABC):
         """
         if type(self).link is Family.link:
             return derivs
-        if derivs.projected:
-            raise ValueError(
-                f"{type(self).__name__} has a link, which must come before the projection on its "
-                "labels: differentiate without seeds."
-            )
         h = self.natural(derivs.outputs)
 
         def through_link(block: Block) -> Block:
@@ -290,21 +285,12 @@ class Family(ABC):
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """C₁₂, the covariance of Î₁ and Î₂ on one and the same label: → [B, ...]."""
 
-    def directions_of_labels(self, h: Tensor) -> Tensor | None:  # noqa: ARG002
-        """The matrix [B, T, T] that takes J to the J·δ_k of all labels k; None: too many labels.
-
-        Derivatives may be carried back in this form (``Derivatives.projected``), where the outputs
-        are the natural parameters: ``moments`` need nothing else.
-        """
-        return None
-
     def moments(
         self,
         h: Tensor,
         *,
         quantities: Collection[str] = QUANTITIES,
         dtype: torch.dtype = torch.float64,  # noqa: ARG002
-        projected: bool = False,  # noqa: ARG002
     ) -> Moments:
         """Several contractions of one label at once; a family may share work between them.
 
@@ -312,7 +298,6 @@ class Family(ABC):
             h: The natural parameters, [B, T].
             quantities: Which of "I", "V1", "V2", "C12"; I always comes.
             dtype: Of the contractions, where the family has a choice.
-            projected: Whether J and S went through ``directions_of_labels`` already.
 
         Returns:
             A function of J and S, [B, T, ...]: quantity → [B, ...]. Without S, V₂ and C₁₂ are
@@ -392,11 +377,3 @@ def pairings(cov: Tensor) -> Tensor:
     """𝓘_ab 𝓘_cd + 𝓘_ac 𝓘_bd + 𝓘_ad 𝓘_bc: 𝓚 less the fourth cumulant ∇⁴F. [B, T, T] → [B, T⁴]."""
     ab_cd = torch.einsum("bij,bkl->bijkl", cov, cov)
     return ab_cd + ab_cd.transpose(2, 3) + ab_cd.transpose(2, 4)
-
-
-def check_num_samples(num_samples: int, at_least: int = 1) -> int:
-    """Return N if it is an integer ≥ ``at_least``, else raise a ValueError that says so."""
-    is_integer = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
-    if not is_integer or num_samples < at_least:
-        raise ValueError(f"num_samples (N) must be an integer ≥ {at_least}, got {num_samples!r}.")
-    return int(num_samples)

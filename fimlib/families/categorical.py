@@ -146,30 +146,23 @@ class Categorical(Family):
         """−Σσ_k c_k² s_k, with s = ``project(S)``."""
         return -weighted_mean(self.mean(h), self.project(h, J).square() * self.project(h, S))
 
-    def directions_of_labels(self, h: Tensor) -> Tensor:
-        """Rows e_k − σ; 1 − σ_k is summed up from the others, with all its digits."""
-        sigma = self.mean(h)
-        off_diagonal = 1 - torch.eye(h.shape[1], dtype=sigma.dtype, device=sigma.device)
-        return torch.diag_embed(sigma @ off_diagonal) - sigma[:, None] * off_diagonal
-
     def moments(
         self,
         h: Tensor,
         *,
         quantities: Collection[str] = QUANTITIES,
         dtype: torch.dtype = torch.float64,
-        projected: bool = False,
     ) -> Moments:
         """As for every family, from one c and one s; Σσ_k s_k = 0 centres C₁₂."""
         sigma = self.mean(h).to(dtype)
 
         def centre(D: Tensor) -> Tensor:
             D = D.to(dtype)
-            return D if projected else D - weighted_mean(sigma, D).unsqueeze(1)
+            return D - weighted_mean(sigma, D).unsqueeze(1)
 
         def contract(J: Tensor, S: Tensor | None = None) -> dict[str, Tensor]:
             c = centre(J)
-            deviations = c.square() if projected else c.square_()  # J itself is not ours
+            deviations = c.square_()
             found = {"I": weighted_mean(sigma, deviations)}
             if not {"V1", "V2", "C12"} & set(quantities):
                 return found

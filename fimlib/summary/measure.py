@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fimlib._checks import check_num_samples
 from fimlib.derivatives import Derivatives
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate
-from fimlib.families.base import Family, check_family, check_num_samples
+from fimlib.families.base import Family, check_family
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
+from fimlib.memory import JACOBIAN_NUMBERS
 from fimlib.precision import chebyshev
 from fimlib.streaming import Pick, accumulate, batches, check_shape
 from fimlib.summary.findings import Findings, LayerSummary
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_PROBES = 128
+FIRST_ORDER = ("I", "Var_x I", "V1")
 MOST_ESTIMATED = 32  # inputs at which V₂ is estimated, where S is not known
 MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube of their number
-NUMBERS_AT_A_TIME = 2**23  # of J, where V₂ is estimated: 64 MB
 
 
 class Summary(Findings):
@@ -133,20 +135,20 @@ def summarise(
     num_outputs = found.outputs.shape[1]
     sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
     joint = accumulate(
-        model, sample.of(stream), family, order=order, layers=layers, engine=engine,
-        method=_method(num_outputs, family),
+        model, sample.of(stream), family, quantities=FIRST_ORDER if order == 1 else None,
+        bounds=_method(num_outputs, family), layers=layers, engine=engine,
     )  # fmt: skip
-    norms = _sums(joint, {n: I.square() for n, I in joint.fisher_information().items()})
-    variances = [_sums(joint, joint.label_variance(j)) for j in range(1, order + 1)]
+    norms = joint.layer_sums({n: I.square() for n, I in joint.fisher_information().items()})
+    variances = [joint.layer_sums(joint.label_variance(j)) for j in range(1, order + 1)]
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
     if order == 1:
         of_one = num_outputs * sum(t.numel() for t in joint.fisher_information().values())
-        at_once = max(1, NUMBERS_AT_A_TIME // of_one)
+        at_once = max(1, JACOBIAN_NUMBERS // of_one)
         value, errors = _estimate(model, sample, family, joint, num_probes, layers, at_once)
         variances.append(value)
-    spread = _sums(joint, joint.input_variance())
-    means, bounds = _sums(joint, joint.fisher_information()), _bounds(joint)
-    sizes = {layer: _size(joint, layer) for layer in norms}
+    spread = joint.layer_sums(joint.input_variance())
+    means, bounds = joint.layer_sums(joint.fisher_information()), _bounds(joint, order)
+    sizes = _sizes(joint)
 
     def row(layer: str) -> LayerSummary:
         v = [variance[layer] for variance in variances]
@@ -248,23 +250,20 @@ class _Sample:
 # From one number per parameter to one per layer.
 
 
-def _sums(joint: Joint, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over each layer's parameters."""
-    return {
-        layer: torch.stack([values[name].sum() for name in names]).sum()
-        for layer, names in joint._layers.items()
-    }
-
-
-def _size(joint: Joint, layer: str) -> int:
+def _sizes(joint: Joint) -> dict[str, int]:
+    """How many parameters each layer has."""
     fisher = joint.fisher_information()
-    return sum(fisher[name].numel() for name in joint._layers[layer])
+    return {layer: sum(fisher[n].numel() for n in names) for layer, names in joint.layers.items()}
 
 
-def _bounds(joint: Joint) -> list[dict[str, Tensor] | None]:
+def _bounds(joint: Joint, order: int) -> list[dict[str, Tensor] | None]:
     """Upper bounds of both label variances by Theorem 4.1, where they were accumulated."""
-    keys = ("V1_upper", "V2_upper")
-    return [_sums(joint, joint._mean(k)) if k in joint._means else None for k in keys]
+    return [
+        joint.layer_sums(joint.label_variance_bounds(j).upper)
+        if joint.bounds is not None and j <= order
+        else None
+        for j in (1, 2)
+    ]
 
 
 def _estimate(
@@ -293,11 +292,10 @@ def _estimate(
         for part in x.split(at_once)
     ]
     sums, errors = {}, {}
-    for layer in joint._layers:
+    for layer, size in _sizes(joint).items():
         means, of_probes = (torch.cat([part[layer][i] for part in found]) for i in (0, 1))
         is_all = len(x) == joint.count
         error = of_probes.square().sum().sqrt() / len(x) if is_all else means.std() / len(x) ** 0.5
-        size = _size(joint, layer)
         sums[layer], errors[layer] = size * means.mean(), size * error
     return sums, errors
 

@@ -35,7 +35,7 @@ def quantities(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     family, derivs = fimlib.Categorical(), fimlib.differentiate(net, x)
     lam = fimlib.spectrum(family, derivs.outputs)
     yield from zip(lam._fields, lam, strict=True)
-    yield "certified", fimlib.lambda_max_certified(family, derivs.outputs)
+    yield "certified", fimlib.lambda_max(family, derivs.outputs, method="certified")
     bounds = fimlib.theorem_4_1(derivs, family, eigenvalues=lam)
     # The same labels on both devices: each device's own generator would draw others.
     weights = torch.arange(1.0, 11.0, dtype=torch.float64, device=x.device).expand(len(x), -1) / 55
@@ -86,7 +86,7 @@ def by_engine(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         found = {"I": fimlib.fisher_information, "V1": fimlib.variance_i1}
         found |= {"V2": fimlib.variance_i2} if order == 2 else {}
         joint = fimlib.accumulate(
-            net, x, family, engine=engine, order=order, dtype=dtype, method=None, batch_size=3
+            net, x, family, quantities=["Var_x I", *found], engine=engine, dtype=dtype, batch_size=3
         )
         streamed = joint.variance_i1(num_inputs=2)
         for parameter in streamed:

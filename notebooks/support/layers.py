@@ -28,7 +28,7 @@ def sums(by_parameter: Mapping[str, Tensor | float]) -> dict[str, float]:
     return {str(k): number for k, number in enumerate(layers.values(), start=1)}
 
 
-def violations(value: Diagonal, interval: Interval) -> dict[str, float]:
+def violations(value: Diagonal, interval: Interval[Diagonal]) -> dict[str, float]:
     """At how many parameters and inputs of each layer the value is not between its bounds.
 
     A violation is a value beyond its bound by more than `ROUNDING` of the bound, which is what

@@ -8,7 +8,7 @@ from support import layers
 VACUOUS = 1000  # an upper bound above so many times the value says next to nothing
 
 
-def counts(value: Diagonal, interval: Interval) -> dict[str, dict[str, float]]:
+def counts(value: Diagonal, interval: Interval[Diagonal]) -> dict[str, dict[str, float]]:
     """At how many parameters and inputs of each layer something is the case.
 
     Returns:

@@ -53,7 +53,7 @@ def reference(model: nn.Module, x: Tensor, y: Tensor) -> Values:
     """All quantities, exactly and in float64, by the library's ways that are tested for that."""
     family = fimlib.Categorical()
     derivs = fimlib.differentiate(copy.deepcopy(model).double(), x.double())
-    joint = fimlib.Joint(family, method=None)
+    joint = fimlib.Joint(family)
     joint.update(derivs)
     exact = {quantity: READ[quantity](joint) for quantity in ALL}
     labels = family.observed(derivs.outputs, y)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import fimlib
 from fimlib.engines.confirm import INPUTS
-from fimlib.streaming import accumulate, default_batch_size
+from fimlib.memory import default_batch_size
+from fimlib.streaming import accumulate
 from support.bench import approximate
 from support.bench.networks import Network
 
@@ -73,7 +74,6 @@ def unit(model: nn.Module, _: Network | None = None) -> Call:
 
 def ours(*quantities: str) -> Prepare:
     """Averages over the inputs, streamed: everything that ``quantities`` name."""
-    order = 2 if {"V2", "C12"} & set(quantities) else 1
 
     def prepare(model: nn.Module, _: Network) -> Call:
         def joint(x: Tensor, size: int) -> fimlib.Joint:
@@ -81,11 +81,9 @@ def ours(*quantities: str) -> Prepare:
                 model,
                 x,
                 fimlib.Categorical(),
-                batch_size=size,
-                order=order,
-                dtype=torch.float32,
-                method=None,
                 quantities=quantities,
+                batch_size=size,
+                dtype=torch.float32,
             )
 
         size = chosen_once(lambda x: joint(x, len(x)))
@@ -105,9 +103,7 @@ def diagonal_recursion(method: str) -> Prepare:
 
     def prepare(model: nn.Module, _: Network) -> Call:
         def joint(x: Tensor, size: int) -> fimlib.Joint:
-            total = fimlib.Joint(
-                fimlib.Categorical(), method=None, quantities=quantities, dtype=torch.float32
-            )
+            total = fimlib.Joint(fimlib.Categorical(), quantities=quantities, dtype=torch.float32)
             approximate.confirmed(model, x[:INPUTS], order=2)  # as ``accumulate`` does, once
             for part in x.split(size):
                 total.update(approximate.carried_back(model, part, method=method))
@@ -243,7 +239,7 @@ def backpack_everything(model: nn.Module, _: Network) -> Call:
             J = torch.stack(rows, dim=1)
             S = torch.stack(hessians[name], dim=1) - 2 * J.square().sum(1, keepdim=True)
             blocks.append(fimlib.Block(name.rpartition(".")[0], J, S, {name: None}))
-        joint = fimlib.Joint(fimlib.Categorical(), method=None, dtype=torch.float32)
+        joint = fimlib.Joint(fimlib.Categorical(), dtype=torch.float32)
         joint.update(fimlib.Derivatives(outputs, tuple(blocks)))
         # Var_x I does not add up over streamed parts, and is left out
         return {

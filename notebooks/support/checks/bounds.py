@@ -122,8 +122,8 @@ def eq_13(cases: int) -> Check:
         largest, size = group.eigenvalues.max_outer, group.eigenvalues.max_cov.square()
         parts += [
             at_most(M, largest[:, None].expand_as(M), M + I.square() + size[:, None]),
-            at_most(fimlib.lambda_max_lower(CATEGORICAL, group.h), largest, size),
-            at_most(largest, fimlib.lambda_max_certified(CATEGORICAL, group.h), size),
+            at_most(fimlib.lambda_max(CATEGORICAL, group.h, method="lower"), largest, size),
+            at_most(largest, fimlib.lambda_max(CATEGORICAL, group.h, method="certified"), size),
         ]
     return together(*parts)
 
@@ -407,7 +407,7 @@ def theorem_5_2_outer(cases: int) -> Check:
     """λ_max(M) ≤ 2 min{σ_max, 1 − ‖σ‖²} (Table 1), even for its certified upper bound."""
     parts = []
     for h in softmax_vectors(cases):
-        certified = fimlib.lambda_max_certified(CATEGORICAL, h)
+        certified = fimlib.lambda_max(CATEGORICAL, h, method="certified")
         parts.append(at_most(certified, fimlib.theorem_5_2(CATEGORICAL.mean(h)).max_outer, 0.0))
     return together(*parts)
 

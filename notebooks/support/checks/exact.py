@@ -362,7 +362,7 @@ def lemma_4_8(cases: int, *, tight: bool) -> Check:
         for inputs in (1, 2, 9):
             h = make.logits(num_outputs, inputs, seed=inputs)
             J = make.vectors(h, -(-cases // 18), seed=inputs)
-            joint = fimlib.Joint(family)
+            joint = fimlib.Joint(family, bounds="certified")
             joint.update(make.as_derivatives(h, J, J))
             value, bound = joint.input_variance(), joint.lemma_4_8(tight=tight)
             size = J.square().sum(1).square().mean(0)
