@@ -48,6 +48,9 @@ from fimlib.empirical import (
 )
 from fimlib.engines.choose import differentiate
 
+# Any network, any number of outputs: an estimate with its standard error.
+from fimlib.estimate import Estimate, LayerEstimate, estimate, variance_importance, variance_signs
+
 # Sections 1 and 5: output families.
 from fimlib.families import Bernoulli, Categorical, Independent, Poisson
 from fimlib.families.base import Family, Labels
@@ -119,6 +122,7 @@ __all__ = [
     "Comparison",
     "Derivatives",
     "Diagonal",
+    "Estimate",
     "Family",
     "Gaussian",
     "GaussianHead",
@@ -129,6 +133,7 @@ __all__ = [
     "JointBounds",
     "JointInterval",
     "Labels",
+    "LayerEstimate",
     "LayerSummary",
     "OffDiagonalBounds",
     "OuterBounds",
@@ -154,6 +159,7 @@ __all__ = [
     "data_fisher_matrix",
     "data_fisher_variance",
     "differentiate",
+    "estimate",
     "estimate_i1",
     "estimate_i1_matrix",
     "estimate_i2",
@@ -190,4 +196,6 @@ __all__ = [
     "theorem_c_2",
     "variance_i1",
     "variance_i2",
+    "variance_importance",
+    "variance_signs",
 ]
