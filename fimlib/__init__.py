@@ -45,6 +45,9 @@ from fimlib.empirical import (
 )
 from fimlib.engines.choose import differentiate
 
+# Any network, any number of outputs: an estimate with its standard error.
+from fimlib.estimate import Estimate, LayerEstimate, estimate, variance_importance, variance_signs
+
 # Sections 1 and 5: output families.
 from fimlib.families import Bernoulli, Categorical, Independent, Poisson
 from fimlib.families.base import Family, Labels
@@ -108,6 +111,7 @@ __all__ = [
     "Comparison",
     "Derivatives",
     "Diagonal",
+    "Estimate",
     "Family",
     "Gaussian",
     "GaussianHead",
@@ -116,6 +120,7 @@ __all__ = [
     "Interval",
     "Joint",
     "Labels",
+    "LayerEstimate",
     "LayerSummary",
     "Plan",
     "Poisson",
@@ -136,6 +141,7 @@ __all__ = [
     "data_fisher_matrix",
     "data_fisher_variance",
     "differentiate",
+    "estimate",
     "estimate_i1",
     "estimate_i1_matrix",
     "estimate_i2",
@@ -166,4 +172,6 @@ __all__ = [
     "theorem_c_2",
     "variance_i1",
     "variance_i2",
+    "variance_importance",
+    "variance_signs",
 ]

@@ -58,6 +58,10 @@ CALLS = {
     "data_fisher_covariance": [by_labels(fimlib.data_fisher_covariance)],
     "data_fisher_matrix": [by_labels(fimlib.data_fisher_matrix)],
     "differentiate": [lambda m, x, _, c=c: fimlib.differentiate(m, x, **c) for c in choices()],
+    "estimate": [
+        lambda m, x, _, s=s: fimlib.estimate(m, x, FAMILY, squares=s, passes=2, batch_size=3)
+        for s in ("batch", "input")
+    ],
     "estimate_i1_matrix": [by_labels(fimlib.estimate_i1_matrix)],
     "estimate_i2_matrix": [by_labels(fimlib.estimate_i2_matrix)],
     "fisher_matrix": [

@@ -422,8 +422,21 @@ def entrances(h: Tensor, rows: Tensor, places: Mapping[Place, Layout]) -> dict[P
 Planned = tuple[str, list[Entrance] | None, dict[str, Tensor | None]]
 
 
-def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None) -> Batch:
+def differentiate(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    wanted: frozenset[str] | None,
+    combine: Callable[[Tensor], Tensor] | None = None,
+) -> Batch:
     """J of any network; see ``fimlib.differentiate``.
+
+    Args:
+        model: The network.
+        x: [B, ...].
+        wanted: Names of parameters; None: all.
+        combine: From the outputs [B, T] to rows [B, A, T]. Then J is that of A combinations of the
+            outputs, by a backward pass for each.
 
     Raises:
         NotImplementedError: autograd cannot differentiate the network.
@@ -431,7 +444,7 @@ def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None)
     own, h = functional.recorded(model, x, wanted)
     names = [n for n, _ in own.named_parameters() if wanted is None or n in wanted]
     outputs = h.detach()
-    rows = identity(outputs)
+    rows = identity(outputs) if combine is None else combine(outputs).to(outputs)
     located = locate(h, {n: made_by(own.get_parameter(n)) for n in names})
     places = {p: layout for of in located.values() if of for p, layout in of.items()}
     found = entrances(h, rows, places)
@@ -444,6 +457,7 @@ def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None)
         with torch.inference_mode(False):
             if entered is None:
                 J = input_by_input(own, x[at], next(iter(inputs)))
+                J = J if combine is None else torch.einsum("bat,bt...->ba...", rows[at], J)
             else:
                 parameter = own.get_parameter(next(iter(inputs)))
                 J = derivatives(entered, parameter, rows[at], at, part)

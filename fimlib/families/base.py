@@ -316,6 +316,41 @@ class Family(ABC):
 
         return contract
 
+    # Random vectors w with E w = 0 and E wwᵀ = 𝓘, for ``estimate``.
+
+    def factor(self, h: Tensor) -> Tensor:
+        """L with 𝓘 = LLᵀ, [B, T, R]."""
+        values, vectors = torch.linalg.eigh(self.covariance(h))
+        factor: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+        return factor
+
+    def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Lξ with a random sign ξ_r for every column of L, [B, T]."""
+        factor = self.factor(h)
+        return torch.einsum("btr,br->bt", factor, random_signs(factor[:, 0], generator))
+
+    def draw_residual(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """δ = t(y) − η of one label, [B, T]."""
+        labels = self.draw(h, 1, generator)
+        if labels.values is None:
+            return labels.mean_residual()
+        return self.residuals(h, labels.values)[:, 0]
+
+    def draw_important(
+        self,
+        h: Tensor,  # noqa: ARG002
+        generator: torch.Generator | None,  # noqa: ARG002
+    ) -> Tensor:
+        """ξ δ_k √(p_k/q_k) of one label k ~ q, which weighs rare labels more, [B, T].
+
+        Raises:
+            ValueError: the labels of this family cannot be enumerated.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: importance sampling needs classes (Categorical). Take "
+            "estimator='signs', which needs no labels."
+        )
+
     # What the spectra need of M (Eq. 13), and Proposition 4.3 of δ.
 
     @abstractmethod
@@ -361,6 +396,13 @@ def check_family(family: object) -> None:
     elif hasattr(family, "__iter__"):  # a tensor, a loader
         remedy = "the order is model, inputs, family"
     raise TypeError(f"{name} is no output family: {remedy}.")
+
+
+def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """±1 with equal chances, float64."""
+    shape, device = like.shape, like.device
+    bits = torch.randint(2, shape, generator=generator, device=device, dtype=torch.float64)
+    return 2 * bits - 1
 
 
 def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fimlib.families.base import (
     Family,
     Labels,
     Moments,
+    random_signs,
     weighted_mean,
     weighted_variance,
 )
@@ -179,6 +180,45 @@ class Categorical(Family):
 
         return contract
 
+    def factor(self, h: Tensor) -> Tensor:
+        """Columns √σ_k (e_k − σ)."""
+        sigma = self.mean(h)
+        off_diagonal = 1 - torch.eye(h.shape[1], dtype=sigma.dtype, device=sigma.device)
+        residuals = torch.diag_embed(sigma @ off_diagonal) - sigma[:, :, None] * off_diagonal
+        return residuals * sigma.sqrt().unsqueeze(1)
+
+    def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Σ_k ξ_k √σ_k (e_k − σ), without the columns."""
+        sigma = self.mean(h)
+        signed = random_signs(sigma, generator) * sigma.sqrt()
+        return signed - sigma * signed.sum(1, keepdim=True)
+
+    def draw_residual(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """e_k − σ for one class k."""
+        sigma = self.mean(h)
+        return residual_of(sigma, torch.multinomial(sigma, 1, generator=generator))
+
+    def draw_important(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """As for every family, with q_k ∝ σ_k ‖e_k − σ‖."""
+        sigma, q = self.mean(h), self.importance(h)
+        k = torch.multinomial(q, 1, generator=generator)
+        weight = (sigma.gather(1, k) / q.gather(1, k)).sqrt()
+        return residual_of(sigma, k) * weight * random_signs(weight, generator)
+
+    def importance(self, h: Tensor) -> Tensor:
+        """q_k ∝ σ_k ‖e_k − σ‖, [B, C]; σ where the likeliest class has probability 1."""
+        sigma = self.mean(h)
+        top = sigma.argmax(1, keepdim=True)
+        others = sigma.scatter(1, top, 0)  # 1 − σ_top and ‖σ‖² − σ_top² would cancel
+        squares = sigma.square().sum(1, keepdim=True)
+        norms = ((1 - sigma).square() + squares - sigma.square()).clamp_min(0)
+        norms = norms.scatter(
+            1, top, others.sum(1, keepdim=True).square() + others.square().sum(1, keepdim=True)
+        )
+        q = sigma * norms.sqrt()
+        total = q.sum(1, keepdim=True)
+        return torch.where(total > 0, q / total, sigma)
+
     def outer_covariance_min(self, h: Tensor) -> Tensor:
         """0, reached along u ∝ 1: the softmax does not see a common shift of the logits."""
         return h.new_zeros(len(h), dtype=torch.float64)
@@ -216,6 +256,12 @@ class Categorical(Family):
         sigma = self.mean(h)
         residual = torch.zeros_like(sigma).scatter_(1, sigma.argmin(1, keepdim=True), 1) - sigma
         return residual.square().sum(1)
+
+
+def residual_of(sigma: Tensor, k: Tensor) -> Tensor:
+    """e_k − σ for classes k, [B, 1]; 1 − σ_k is summed up from the others: [B, C]."""
+    others = sigma.scatter(1, k, 0)
+    return (-others).scatter(1, k, others.sum(1, keepdim=True))
 
 
 def looks_one_hot(y: Tensor, num_classes: int) -> bool:

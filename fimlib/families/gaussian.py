@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fimlib.families.base import Family, Labels, pairings
+from fimlib.families.base import Family, Labels, pairings, random_signs
 
 
 class Gaussian(Family):
@@ -91,6 +91,19 @@ class Gaussian(Family):
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:  # noqa: ARG002
         """0: third moments of a Gaussian vanish."""
         return torch.zeros_like(J[:, 0], dtype=torch.float64)
+
+    def factor(self, h: Tensor) -> Tensor:
+        """L⁻ᵀ."""
+        eye = torch.eye(h.shape[1], dtype=torch.float64, device=h.device)
+        return self.whiten(eye.expand(len(h), -1, -1)).mT
+
+    def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """L⁻ᵀξ."""
+        signs = random_signs(h, generator)
+        if self.root is None:
+            return signs
+        found: Tensor = torch.linalg.solve_triangular(self.scale(h), signs, upper=False, left=False)
+        return found
 
     def outer_covariance_min(self, h: Tensor) -> Tensor:
         """2λ_min(𝓘)²; for Σ = identity every bound of Theorem 4.1 is an equality (Prop. 5.1)."""
@@ -219,6 +232,15 @@ class GaussianHead(Family):
         """−Σ(2a² + 8b²)d + 4abc, with J = (a, b) and S = (c, d)."""
         (a, b), (c, d) = J.double().chunk(2, dim=1), S.double().chunk(2, dim=1)
         return -((2 * a.square() + 8 * b.square()) * d + 4 * a * b * c).sum(1)
+
+    def factor(self, h: Tensor) -> Tensor:
+        """Diag(1, …, 1, √2, …, √2)."""
+        return self.covariance(h).sqrt()
+
+    def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(ξ, √2 ξ')."""
+        means, spreads = random_signs(h, generator).chunk(2, dim=1)
+        return torch.cat([means, 2**0.5 * spreads], dim=1)
 
     def outer_covariance_min(self, h: Tensor) -> Tensor:
         """2, along a mean; λ_max(M) = 56, along a log s."""

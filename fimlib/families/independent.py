@@ -15,6 +15,7 @@ from fimlib.families.base import (
     Family,
     Labels,
     pairings,
+    random_signs,
     weighted_mean,
 )
 
@@ -76,6 +77,15 @@ class Independent(Family):
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """−Σκ₃J²S."""
         return -weighted_mean(self.cumulants(h)[1], J.double().square() * S.double())
+
+    def factor(self, h: Tensor) -> Tensor:
+        """Diag √κ₂."""
+        return torch.diag_embed(self.cumulants(h)[0].sqrt())
+
+    def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """√κ₂ ξ."""
+        scale = self.cumulants(h)[0].sqrt()
+        return scale * random_signs(scale, generator)
 
     def outer_covariance_min(self, h: Tensor) -> Tensor:
         """A certified lower bound 1 / Σ_a 1/Var(δ_a²) on λ_min(M); exact for T = 1.

@@ -1,0 +1,576 @@
+r"""I of any network and any number of outputs, by random projections, with its standard error.
+
+Take independent random vectors w_x with E w_x = 0 and E w_x w_xᵀ = 𝓘(x). One backward pass of
+Σ_x w_x·h(x) through a batch gives g_i = Σ_x w_x·J_i(x) for every parameter of any network, and
+
+    E g_i² = Σ_x I(θᵢ|x),    Var g_i² = 2 (Σ_x I(θᵢ|x))² + Σ_x κ₄(w_x·J_i(x)).
+
+κ₄ is a fourth cumulant. Each input may be squared by itself, too; then no cross terms scatter:
+Var = Σ_x [2 I(θᵢ|x)² + κ₄]. The vectors are
+
+* "signs": w = Lξ, 𝓘 = LLᵀ, ξ random signs. κ₄ ≤ 0, so one pass has a relative standard deviation
+  of √2 at most, for every parameter of every network (Martens et al., arXiv:1206.6464;
+  Sun, arXiv:2505.13614);
+* "labels": w = δ, the residual of one label drawn from the model, as in Î₁ (Eq. 5);
+* "importance": w = ξ δ_k √(p_k/q_k) with a class k ~ q ∝ p_k ‖δ_k‖ and a random sign ξ, which draws
+  the rare labels of a confident classifier more often (ours).
+
+The passes are independent, so their spread is the standard error.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fimlib._checks import check_integer
+from fimlib.derivatives import Block, Derivatives
+from fimlib.diagonal import Diagonal
+from fimlib.engines import first_order
+from fimlib.engines.checks import check_forward, check_model, check_module, check_outputs
+from fimlib.engines.choose import checked
+from fimlib.engines.confirm import few
+from fimlib.engines.model import call, kept_random_state, selected, separate
+from fimlib.families.base import Family, check_family, random_signs, weighted_variance
+from fimlib.families.categorical import Categorical
+from fimlib.families.probabilities import warn_of_probabilities
+from fimlib.fisher import natural
+from fimlib.streaming import Pick, batches, check_finite, check_shape, named
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+PerParameter = dict[str, Tensor]
+Draw = Callable[[Family, Tensor, torch.Generator], Tensor]
+
+DRAWS: dict[str, Draw] = {
+    "signs": lambda family, h, generator: family.draw_signs(h, generator),
+    "labels": lambda family, h, generator: family.draw_residual(h, generator),
+    "importance": lambda family, h, generator: family.draw_important(h, generator),
+}
+SQUARES = ("batch", "input")
+PASSES = 32
+PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
+MOST_PASSES = 10_000
+SECONDS_BEFORE_PROGRESS = 2.0
+
+
+class LayerEstimate(NamedTuple):
+    """The sum of I over a layer's parameters, in nat/θ².
+
+    Attributes:
+        total: ΣÎ.
+        standard_error: Of that sum; the entries share their passes, so it is no sum of errors.
+        relative_error: √(Σ SE² / Σ I²) over the layer's parameters, as in ``num_samples_needed``.
+    """
+
+    total: float
+    standard_error: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An unbiased estimate of E_x I(θᵢ|x), with its standard error.
+
+    Attributes:
+        value: Parameter name → its shape, float64, in nat/θ²; never negative.
+        standard_error: The same, of the passes' spread.
+        layers: Layer → ``LayerEstimate``.
+        relative_error: √(Σ SE² / Σ I²) over all parameters: the typical ‖Î − I‖ in units of ‖I‖.
+        passes: Backward passes through the data.
+        num_inputs: m, the inputs.
+        estimator: "signs", "labels" or "importance".
+        squares: "batch" or "input".
+    """
+
+    value: PerParameter
+    standard_error: PerParameter
+    layers: Mapping[str, LayerEstimate]
+    relative_error: float
+    passes: int
+    num_inputs: int
+    estimator: str
+    squares: str
+
+
+def estimate(
+    model: nn.Module,
+    inputs: Tensor | Iterable[Any],
+    family: Family,
+    *,
+    estimator: str = "signs",
+    squares: str = "batch",
+    passes: int | None = None,
+    relative_error: float | None = None,
+    batch_size: int = 256,
+    layers: Sequence[str] | None = None,
+    pick: Pick = None,
+    seed: int = 0,
+) -> Estimate:
+    r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated, with error bars.
+
+    Every pass goes through all inputs with fresh random vectors; see ``fimlib.estimate`` (the
+    module) for the mathematics. It costs one forward and one backward pass, for any number of
+    outputs, where the exact I takes a backward pass for each output.
+
+    Args:
+        model: Maps inputs to natural parameters [B, T]; in eval mode, float32 or float64.
+        inputs: [M, ...], or an iterable of batches that can be used again, as ``accumulate`` takes.
+        family: The output family.
+        estimator: "signs" (default), "labels" or "importance" (``Categorical`` alone).
+        squares: "batch" squares the gradient of a whole batch, for the price of a training step.
+            "input" squares those of each input, which takes more memory and scatters less.
+        passes: How many, at least 2; 32 by default, where the relative error of "signs" is at most
+            25 %. With ``relative_error`` the most that it may take.
+        relative_error: ε. Stop once √(Σ SE² / Σ I²) over all parameters is at most ε. "signs" take
+            2/ε² passes at most. Stopping by the measured error makes it look smaller than it is, by
+            a few per cent.
+        batch_size: Of a tensor ``inputs``, how many at a time.
+        layers: Names of the modules to report, all by default; see ``differentiate``.
+        pick: Which part of every batch is x; see ``accumulate``.
+        seed: Of the random vectors. Equal seeds give equal numbers on one machine.
+
+    Returns:
+        The estimate. Ctrl-C after two passes or more ends it early, with a warning.
+
+    Raises:
+        ValueError: an argument out of its range; no batches, or an iterator, which can be used only
+            once; other inputs in a later pass; and what ``accumulate`` refuses, with the batch.
+        NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of an
+            input depend on the others of the batch: looked at in the first batch, for up to 8
+            inputs, as in ``differentiate``.
+
+    Memory: that of a training step, a copy of the weights, and three float64 numbers per parameter.
+
+    Example: h = w·x with a Gaussian label has I = E x² = 5. Signs are exact where T = 1 and each
+    input is squared by itself.
+        >>> from fimlib import Gaussian
+        >>> net = torch.nn.Linear(1, 1, bias=False).double()
+        >>> x = torch.tensor([[1.0], [3.0]]).double()
+        >>> found = estimate(net, x, Gaussian(), squares="input", passes=2)
+        >>> float(found.value["weight"]), float(found.standard_error["weight"])
+        (5.0, 0.0)
+    """
+    check_family(family)
+    draw = DRAWS[one_of("estimator", estimator, tuple(DRAWS))]
+    most = passes_to_take(estimator, passes, relative_error)
+    model = check_module(model)
+    if isinstance(inputs, Tensor):
+        inputs = list(inputs.split(check_integer(batch_size, "batch_size")))
+    elif hasattr(inputs, "__next__"):
+        raise ValueError(
+            "inputs is an iterator, which can be used only once, and every pass goes through all "
+            "of them: pass a list, a DataLoader or a tensor."
+        )
+    source = Source(model, inputs, family, pick, draw, seed)
+    square = (SquaredBatches if one_of("squares", squares, SQUARES) == "batch" else SquaredInputs)(
+        model, layers, source
+    )
+    record = Record.of(square.shapes)
+    try:
+        with progress(most) as bar:
+            while record.passes < most:
+                record.add(*source.run(record.passes, square))
+                if bar.update() and record.passes > 1:  # it was drawn
+                    bar.set_postfix_str(f"relative error {record.relative_error():.2g}")
+                if relative_error is None or record.passes < PASSES_BEFORE_STOP:
+                    continue
+                if record.relative_error() <= relative_error:
+                    break
+    except KeyboardInterrupt:
+        if record.passes < 2:
+            raise
+        warnings.warn(
+            f"interrupted after {record.passes} of {most} passes, which this estimate rests on.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return record.estimate(estimator, squares)
+
+
+def passes_to_take(estimator: str, passes: int | None, relative_error: float | None) -> int:
+    """The most passes; for signs 2/ε² are enough for a relative error ε, and 16 at least."""
+    if relative_error is not None and not 0 < relative_error < math.inf:
+        raise ValueError(f"relative_error must be a positive number, got {relative_error!r}.")
+    if passes is not None:
+        return check_integer(passes, "passes", 2, remedy="one pass has no standard error.")
+    if relative_error is None:
+        return PASSES
+    if estimator == "signs":
+        return max(PASSES_BEFORE_STOP, math.ceil(2 / relative_error**2 * (1 - 1e-12)))
+    return MOST_PASSES
+
+
+def one_of(what: str, value: str, known: tuple[str, ...]) -> str:
+    """The value, if it is known."""
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+    return value
+
+
+def progress(total: int) -> tqdm[NoReturn]:
+    """A bar that appears when it takes long."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without widgets gets a bar of characters
+        from tqdm.auto import tqdm
+    return tqdm(
+        total=total, desc="estimate", unit=" passes", delay=SECONDS_BEFORE_PROGRESS, leave=False
+    )
+
+
+# One pass.
+
+
+@dataclass
+class Source:
+    """Batches with random rows, the same for every equal (seed, pass, batch).
+
+    Attributes:
+        place: The pass and the batch, from 0 and 1.
+        num_inputs: m, once a pass is through.
+    """
+
+    model: nn.Module
+    inputs: Iterable[Any]
+    family: Family
+    pick: Pick
+    draw: Draw
+    seed: int
+    place: tuple[int, int] = (0, 1)
+    num_inputs: int = 0
+
+    def run(self, number: int, square: Square) -> tuple[PerParameter, int]:
+        """Σ_x of one pass, and how many inputs there are."""
+        total = {n: torch.zeros(s, dtype=torch.float64, device=d) for n, s, d in square.shapes}
+        shape, count = None, 0
+        device = next(self.model.parameters()).device
+        for at, x in batches(self.model, self.inputs, self.pick):
+            self.place = (number, at)
+            with named(f"batch {at}"):
+                shape = check_shape(x, shape)
+                check_finite(x)
+                square.add(x.to(device), total)
+            count += len(x)
+        if count == 0:
+            raise ValueError("there are no inputs: pass M ≥ 1.")
+        if number and count != self.num_inputs:
+            raise ValueError(
+                f"pass {number + 1} went through {count} inputs, the first through "
+                f"{self.num_inputs}: every pass needs the same."
+            )
+        self.num_inputs = count
+        return total, count
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Random rows w of every input at the outputs, [B, 1, T], float64."""
+        h = self.family.natural(outputs)
+        generator = torch.Generator(h.device)
+        generator.manual_seed(random.Random(f"{self.seed}/{self.place}").getrandbits(63))
+        w = self.draw(self.family, h, generator)
+        if type(self.family).link is not Family.link:
+            with torch.enable_grad():
+                z = h.clone().requires_grad_()
+                (w,) = torch.autograd.grad(self.family.link(z, at=h), z, w)
+        return w[:, None]
+
+
+class Square:
+    """Adds the squares of one batch to a total, after a check at the first.
+
+    Attributes:
+        shapes: Name, shape and device of every parameter that is reported.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str] | None, source: Source) -> None:
+        wanted = selected(model, layers)
+        self.model, self.source, self.wanted = model, source, wanted
+        self.shapes = [
+            (n, p.shape, p.device)
+            for n, p in model.named_parameters()
+            if wanted is None or n in wanted
+        ]
+        self.is_checked = False
+
+    def check(self, x: Tensor) -> None:
+        """Compare autograd with difference quotients at a few inputs, as every engine must.
+
+        One random combination of the outputs is looked at, each in units of its size, so that
+        thousands of outputs cost no more than one.
+
+        Raises:
+            NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of
+                an input depend on the others.
+        """
+        some = x[few(len(x), self.model).to(x.device)]
+        h = call(separate(self.model), some, grad=True)
+        if h is None or h.ndim != 2:
+            check_model(self.model, some)
+            check_forward(self.model, some)
+        assert h is not None
+        warn_of_probabilities(self.source.family, h, self.model)
+        wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
+        try:
+            checked(Combined(self.model, h), some, "functional", 1, wanted)
+        except (ValueError, NotImplementedError) as error:
+            kind = ValueError if isinstance(error, ValueError) else NotImplementedError
+            raise kind(str(error).replace("'network.", "'").replace("'network'", "''")) from error
+
+    def add(self, x: Tensor, total: PerParameter) -> None:
+        """Add this batch's squares to the total; nothing if one of them is not finite."""
+        if not self.is_checked:
+            self.check(x)
+            self.is_checked = True
+        found = self.squares(x)
+        for name, square in found.items():
+            if not torch.isfinite(square.sum()):
+                raise ValueError(
+                    f"the derivative in parameter {name!r} is NaN, infinite or too large to be "
+                    "squared: check the weights and the inputs."
+                )
+        for name, square in found.items():
+            total[name] += square
+
+    def squares(self, x: Tensor) -> PerParameter:
+        """(Σ_x w_x·J)², or Σ_x (w_x·J)²; parameters without a part in the outputs may lack."""
+        raise NotImplementedError
+
+
+class Combined(nn.Module):
+    """A random combination of a network's outputs, each in units of its size at some inputs.
+
+    Attributes:
+        network: It.
+        weights: [T].
+    """
+
+    weights: Tensor
+
+    def __init__(self, network: nn.Module, h: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        size = h.abs().amax(0)
+        signs = random_signs(size, torch.Generator(h.device).manual_seed(0)).to(h)
+        self.register_buffer("weights", signs / torch.where(size > 0, size, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 1]."""
+        combined: Tensor = self.network(x) @ self.weights
+        return combined[:, None]
+
+
+class SquaredBatches(Square):
+    """The square of a batch's gradient, by one plain backward pass."""
+
+    @cached_property
+    def own(self) -> nn.Module:
+        """A copy of the model that may be differentiated."""
+        own = separate(self.model)
+        for name, parameter in own.named_parameters():
+            parameter.requires_grad_(self.wanted is None or name in self.wanted)
+        return own
+
+    def squares(self, x: Tensor) -> PerParameter:
+        """(Σ_x w_x·J)²."""
+        parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
+        with torch.inference_mode(False), torch.enable_grad(), kept_random_state(x):
+            h = self.own(x.clone())
+            check_outputs(h, len(x))
+            rows = self.source.rows(h.detach())[:, 0].to(h.dtype)
+            if not h.requires_grad:
+                return {}
+            gradients = torch.autograd.grad(h, parameters, rows, allow_unused=True)
+        return {
+            n: g.double().square()
+            for (n, _, _), g in zip(self.shapes, gradients, strict=True)
+            if g is not None
+        }
+
+
+class SquaredInputs(Square):
+    """The sum of the squares of every input, by the engine for first derivatives."""
+
+    def squares(self, x: Tensor) -> PerParameter:
+        """Σ_x (w_x·J)²."""
+        with torch.inference_mode(False), kept_random_state(x):
+            batch = first_order.differentiate(
+                self.model, x.detach().clone(), wanted=self.wanted, combine=self.source.rows
+            )
+        found: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
+        for _, _, part, derivs, _ in batch.pieces():
+            (block,) = derivs.blocks
+            left = block.J[:, 0].double().square()
+            for name, z in block.inputs.items():
+                here = weighted_sum(left, z)
+                parts = found[name]
+                parts[part.start] = parts[part.start] + here if part.start in parts else here
+        return {
+            n: torch.cat(list(p.values())) if len(p) > 1 else p.popitem()[1]
+            for n, p in found.items()
+        }
+
+
+def weighted_sum(left: Tensor, z: Tensor | None) -> Tensor:
+    """Σ_b of left ⊗ z²."""
+    return left.sum(0) if z is None else torch.einsum("b...,bn->...n", left, z.double().square())
+
+
+# All passes.
+
+
+@dataclass
+class Record:
+    """Means and spreads over the passes, by Welford's formula.
+
+    Attributes:
+        mean: Of the passes' estimates, by parameter.
+        scatter: Σ (estimate − mean)², by parameter.
+        sums: For every pass, the sum of its estimate over every layer.
+        num_inputs: m.
+    """
+
+    mean: PerParameter
+    scatter: PerParameter
+    sums: list[dict[str, Tensor]] = field(default_factory=list)
+    num_inputs: int = 0
+
+    @classmethod
+    def of(cls, shapes: list[tuple[str, torch.Size, torch.device]]) -> Record:
+        """No pass yet."""
+        mean, scatter = (
+            {n: torch.zeros(s, dtype=torch.float64, device=d) for n, s, d in shapes}
+            for _ in range(2)
+        )
+        return cls(mean, scatter)
+
+    @property
+    def passes(self) -> int:
+        """K, the passes so far."""
+        return len(self.sums)
+
+    def add(self, total: PerParameter, num_inputs: int) -> None:
+        """Take in Σ_x of one pass; the total is used up."""
+        sums: dict[str, Tensor] = {}
+        for name, here in total.items():
+            here /= num_inputs
+            layer = layer_of(name)
+            sums[layer] = sums.get(layer, 0) + here.sum()
+            off = here - self.mean[name]
+            self.mean[name] += off / (self.passes + 1)
+            self.scatter[name] += off.mul_(here.sub_(self.mean[name]))
+        self.sums.append(sums)
+        self.num_inputs = num_inputs
+
+    def squared_errors(self) -> dict[str, tuple[float, float]]:
+        """Layer → Σ SE² and Σ Î² over its parameters."""
+        found: dict[str, tuple[float, float]] = {}
+        for name, mean in self.mean.items():
+            error, size = found.get(layer_of(name), (0.0, 0.0))
+            variance = float(self.scatter[name].sum()) / (self.passes * (self.passes - 1))
+            found[layer_of(name)] = error + variance, size + float(mean.square().sum())
+        return found
+
+    def relative_error(self) -> float:
+        """√(Σ SE² / Σ I²) over all parameters."""
+        errors, sizes = zip(*self.squared_errors().values(), strict=True)
+        return relative(sum(errors), sum(sizes))
+
+    def estimate(self, estimator: str, squares: str) -> Estimate:
+        """The result."""
+        k = self.passes
+        layers = {}
+        for layer, (error, size) in self.squared_errors().items():
+            sums = torch.stack([s[layer] for s in self.sums])
+            spread = float(sums.std() / k**0.5)
+            layers[layer] = LayerEstimate(float(sums.mean()), spread, relative(error, size))
+        errors = {n: (t / (k * (k - 1))).sqrt() for n, t in self.scatter.items()}
+        reached = self.relative_error()
+        return Estimate(self.mean, errors, layers, reached, k, self.num_inputs, estimator, squares)
+
+
+def layer_of(name: str) -> str:
+    """The module that holds a parameter."""
+    return name.rpartition(".")[0]
+
+
+def relative(error: float, size: float) -> float:
+    """√(error / I²), where ``size`` = Î² is too large by the error on average; 0/0 is 0."""
+    if error == 0:
+        return 0.0
+    return math.sqrt(error / (size - error)) if size > error else math.inf
+
+
+# Exact variances of one label or projection, at one input.
+
+
+def variance_signs(derivs: Derivatives, family: Family) -> Diagonal:
+    r"""Variance of (w·J)² with random signs, at one input; never above 2 I².
+
+    ``Var = 2 (I² − Σ_r a_r⁴)`` with a = LᵀJ, as 4 Σ_{r<s} a_r² a_s², where nothing cancels. It
+    depends on the L that the family chooses: columns √σ_k (e_k − σ) for classes, diag √κ₂ for
+    independent labels, L⁻ᵀ for Gaussian ones. Not in the paper.
+
+    Args:
+        derivs: J and the outputs at B inputs.
+        family: The output family.
+
+    Returns:
+        [B, *shape] per parameter, in nat²/θ⁴.
+
+    Raises:
+        ValueError: the outputs do not fit the family.
+
+    Example: two independent Gaussian labels with J = 1 each: I = 2, and 4·1·1 = 2 I² − 4.
+        >>> from fimlib import Gaussian, differentiate
+        >>> class Twice(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = nn.Parameter(torch.ones(1).double())
+        ...     def forward(self, x):
+        ...         return torch.cat([self.w * x, self.w * x], 1)
+        >>> derivs = differentiate(Twice(), torch.ones(1, 1).double(), order=1)
+        >>> float(variance_signs(derivs, Gaussian())["w"])
+        4.0
+    """
+    derivs, h = natural(derivs, family)
+    factor = family.factor(h)
+
+    def form(block: Block) -> Tensor:
+        squares = torch.einsum("btr,bt...->br...", factor, block.J.double()).square()
+        before = torch.cat([torch.zeros_like(squares[:, :1]), squares[:, :-1]], dim=1).cumsum(1)
+        return 4 * (before * squares).sum(1)
+
+    return derivs.contract(form, degree=4)
+
+
+def variance_importance(derivs: Derivatives, family: Categorical) -> Diagonal:
+    r"""Variance of (p_k/q_k) c_k² with a class k ~ q, at one input: Î₁ on an important label.
+
+    ``Var = Σ_k q_k (p_k c_k²/q_k − I)²``, c_k = ∂ log p(k|x), q_k ∝ p_k ‖e_k − p‖. Not in the
+    paper.
+
+    Args, Returns, Raises: as ``variance_signs``; and ValueError for another family.
+    """
+    if not isinstance(family, Categorical):
+        raise ValueError(
+            f"importance sampling needs classes, Categorical(); got {type(family).__name__}."
+        )
+    derivs, h = natural(derivs, family)
+    sigma, q = family.mean(h), family.importance(h)
+    ratio = torch.where(q > 0, sigma / q, 0)
+
+    def form(block: Block) -> Tensor:
+        squares = family.project(h, block.J).square()
+        squares = squares * ratio.reshape(*ratio.shape, *[1] * (squares.ndim - 2))
+        return weighted_variance(q, squares)
+
+    return derivs.contract(form, degree=4)
