@@ -166,7 +166,8 @@ def estimate(
     most = passes_to_take(estimator, passes, relative_error)
     model = check_module(model)
     if isinstance(inputs, Tensor):
-        inputs = list(inputs.split(check_integer(batch_size, "batch_size")))
+        size = check_integer(batch_size, "batch_size")
+        inputs = list(inputs.split(size)) if len(inputs) else []
     elif hasattr(inputs, "__next__"):
         raise ValueError(
             "inputs is an iterator, which can be used only once, and every pass goes through all "
