@@ -22,6 +22,20 @@ from fimlib.intervals import Bounds, Interval
 from fimlib.spectra.extreme import Spectrum, lambda_min_centred, spectrum
 from fimlib.spectra.z_eigenvalues import fourth_moment_spectrum
 
+__all__ = [
+    "SoftmaxBounds",
+    "corollary_4_2",
+    "corollary_b_3",
+    "corollary_q_1",
+    "lemma_b_2",
+    "off_diagonal",
+    "proposition_4_3",
+    "table_1",
+    "theorem_4_1",
+    "theorem_5_2",
+    "theorem_b_1",
+]
+
 
 def theorem_4_1(
     derivs: Derivatives,

@@ -21,6 +21,15 @@ from fimlib.families.base import Labels, weighted_variance
 from fimlib.fisher import check_labels, estimate_i1, family_of
 from fimlib.matrices import estimate_i1_matrix, jacobian
 
+__all__ = [
+    "data_fisher",
+    "data_fisher_covariance",
+    "data_fisher_matrix",
+    "data_fisher_variance",
+    "kl_gradient",
+    "reparameterise",
+]
+
 
 def data_fisher(derivs: Derivatives, labels: Labels) -> Diagonal:
     r"""Diagonal of the data Fisher information, Ĩ(θᵢ|x) = J^a J^b Ĩ_ab (Eq. 21).

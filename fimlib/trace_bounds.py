@@ -22,6 +22,13 @@ from fimlib.memory import TRACE_NUMBERS
 from fimlib.spectra.extreme import Spectrum
 from fimlib.spectra.sos import symmetric_pairs
 
+__all__ = [
+    "TraceBound",
+    "corollary_4_6",
+    "theorem_c_1",
+    "theorem_c_2",
+]
+
 
 class TraceBound(NamedTuple):
     """Corollary 4.6's two bounds of one sum over all parameters, each [B].

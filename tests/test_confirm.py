@@ -382,8 +382,8 @@ NAMES = {"parameters": ["0.bias"]}
 MATRICES = {
     "i1": fimlib.estimate_i1_matrix,
     "i2": fimlib.estimate_i2_matrix,
-    "data": fimlib.data_fisher_matrix,
-    "data covariance": fimlib.data_fisher_covariance,
+    "data": fimlib.empirical.data_fisher_matrix,
+    "data covariance": fimlib.empirical.data_fisher_covariance,
 }
 
 

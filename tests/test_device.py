@@ -65,11 +65,11 @@ def bounds(derivs, family, _observed):
     return (
         fimlib.theorem_4_1(derivs, family),
         fimlib.corollary_4_6(derivs, family),
-        fimlib.theorem_c_1(derivs, family),
+        fimlib.trace_bounds.theorem_c_1(derivs, family),
         fimlib.corollary_4_2(family, h),
         fimlib.lambda_max(family, h, method="lower"),
-        fimlib.theorem_b_1(pairs, pairs, pairs, family, h),
-        fimlib.off_diagonal(pairs, pairs, pairs, family, h),
+        fimlib.bounds.theorem_b_1(pairs, pairs, pairs, family, h),
+        fimlib.bounds.off_diagonal(pairs, pairs, pairs, family, h),
     )
 
 
@@ -81,7 +81,7 @@ def softmax(derivs, family, _observed):
     return (
         fimlib.theorem_4_1(derivs, family, centred=True),
         fimlib.theorem_5_2(sigma),
-        fimlib.corollary_q_1(sigma),
+        fimlib.bounds.corollary_q_1(sigma),
         fimlib.estimate_i1(derivs, family.expected(h, sigma)),
         family.residual_bound(h),
     )
@@ -108,8 +108,8 @@ def matrices(derivs, family, observed):
         fimlib.fisher_matrix(NETWORK, X, family, parameters=NAMES),
         fimlib.estimate_i1_matrix(NETWORK, X, labels, parameters=NAMES),
         fimlib.estimate_i2_matrix(NETWORK, X, labels, parameters=NAMES),
-        fimlib.data_fisher_matrix(NETWORK, X, labels, parameters=NAMES),
-        fimlib.data_fisher_covariance(NETWORK, X, labels, parameters=NAMES),
+        fimlib.empirical.data_fisher_matrix(NETWORK, X, labels, parameters=NAMES),
+        fimlib.empirical.data_fisher_covariance(NETWORK, X, labels, parameters=NAMES),
     )
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
-from fimlib.estimate import DRAWS, MOST_PASSES, passes_to_take
+from fimlib import projections
 from fimlib.families.categorical import residual_of
+from fimlib.projections import DRAWS, MOST_PASSES, passes_to_take
 
 COVARIANCE = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 0.7]])
 FAMILIES = {
@@ -37,9 +38,9 @@ def exact(net, x, family):
     """I of the data set, and the variance of one pass over its inputs, squared one by one."""
     derivs = fimlib.differentiate(net, x)
     fisher = fimlib.fisher_information(derivs, family)
-    kinds = {"signs": fimlib.variance_signs, "labels": fimlib.variance_i1}
+    kinds = {"signs": projections.variance_signs, "labels": fimlib.variance_i1}
     if isinstance(family, fimlib.Categorical):
-        kinds["importance"] = fimlib.variance_importance
+        kinds["importance"] = projections.variance_importance
     variances = {kind: function(derivs, family) for kind, function in kinds.items()}
     by_input = {kind: {n: v[n].sum(0) / len(x) ** 2 for n in v} for kind, v in variances.items()}
     return fisher, by_input
@@ -80,7 +81,7 @@ def test_signs_go_through_the_factor(name):
 def test_the_variance_with_signs_by_enumeration(name):
     net, x, family = problem(name)
     derivs = family.natural_derivatives(fimlib.differentiate(net, x))
-    variance = fimlib.variance_signs(fimlib.differentiate(net, x), family)
+    variance = projections.variance_signs(fimlib.differentiate(net, x), family)
     fisher = fimlib.fisher_information(fimlib.differentiate(net, x), family)
     h = family.natural(derivs.outputs)
     factor = family.factor(h)
@@ -103,7 +104,7 @@ def test_the_variance_with_important_labels_by_enumeration(name):
     mean = (q[0] * squares).sum()
     torch.testing.assert_close(mean, family.information(h, J)[0, 0])
     variance = (q[0] * (squares - mean).square()).sum()
-    torch.testing.assert_close(fimlib.variance_importance(derivs, family)["w"][0, 0], variance)
+    torch.testing.assert_close(projections.variance_importance(derivs, family)["w"][0, 0], variance)
     norms = torch.stack([residual_of(p, torch.tensor([[k]])).norm() for k in range(p.shape[1])])
     torch.testing.assert_close(q[0], p[0] * norms / (p[0] * norms).sum())
 
@@ -115,7 +116,7 @@ def test_important_labels_scatter_less_where_the_network_is_sure(name):
     I = fimlib.fisher_information(derivs, family)["w"].square()
     labels, important, signs = (
         float(v(derivs, family)["w"] / I)
-        for v in (fimlib.variance_i1, fimlib.variance_importance, fimlib.variance_signs)
+        for v in (fimlib.variance_i1, projections.variance_importance, projections.variance_signs)
     )
     assert labels > 500 * important
     assert important < 10
@@ -146,7 +147,7 @@ def test_other_families_say_that_importance_needs_classes():
     with pytest.raises(ValueError, match=r"importance sampling needs classes.*estimator='signs'"):
         fimlib.estimate(net, x, fimlib.Gaussian(), estimator="importance")
     with pytest.raises(ValueError, match="needs classes"):
-        fimlib.variance_importance(fimlib.differentiate(net, x), fimlib.Gaussian())
+        projections.variance_importance(fimlib.differentiate(net, x), fimlib.Gaussian())
 
 
 # Estimates.

@@ -40,7 +40,7 @@ def afresh(sigma):
         "certified-m": fimlib.lambda_max(family, h, method="certified"),
         "corollary-4-2": fimlib.corollary_4_2(family, h).upper,
         "proposition-4-3": fimlib.proposition_4_3(family, h),
-        "corollary-q-1": fimlib.corollary_q_1(sigma),
+        "corollary-q-1": fimlib.bounds.corollary_q_1(sigma),
         "theorem-5-2-m": fimlib.theorem_5_2(sigma).max_outer,
     }
 

@@ -294,8 +294,8 @@ def test_bad_arguments_are_refused_with_a_remedy():
         with pytest.raises(TypeError, match=made):
             function(derivs, [0, 1])
     for matrix in (
-        fimlib.estimate_i1_matrix, fimlib.estimate_i2_matrix, fimlib.data_fisher_matrix,
-        fimlib.data_fisher_covariance,
+        fimlib.estimate_i1_matrix, fimlib.estimate_i2_matrix, fimlib.empirical.data_fisher_matrix,
+        fimlib.empirical.data_fisher_covariance,
     ):  # fmt: skip
         with pytest.raises(TypeError, match=made):
             matrix(net, x, [0, 1], parameters=["0.weight"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import api_reference
 import paper_map
 import pytest
 from support import checks, listings, results, runs
@@ -119,10 +120,8 @@ def test_a_proof_is_there(number):
     ("number", "name"), [(n, name) for n in DONE for name in ITEMS[n].get("code", [])]
 )
 def test_code_is_public_and_names_the_number(number, name):
-    package, public, *_ = path = name.split(".")
-    assert package == "fimlib"
-    assert public in fimlib.__all__
-    assert not any(part.startswith("_") for part in path)
+    assert api_reference.has_entry(name)
+    assert name == api_reference.full(api_reference.short(name))
     documented = inspect.getdoc(pkgutil.resolve_name(name)) or ""
     assert number in mentioned(documented), f"the docstring of {name} does not name {number}"
 

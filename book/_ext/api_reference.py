@@ -1,7 +1,8 @@
 """Make the reference of ``fimlib`` from its docstrings, and link it to the paper's numbers.
 
 ``{api} fimlib.fisher fimlib.diagonal`` documents every public name that these modules define, and
-``{api-list}`` with the same modules lists them. Sphinx's autodoc and napoleon read the docstrings.
+``{api-list}`` with the same modules lists them. Public is what ``fimlib`` or one of its modules has
+in ``__all__``. Sphinx's autodoc and napoleon read the docstrings.
 Before they do, this extension turns into links what a docstring says anyway: a number of the
 paper ("Eq. 24", "Theorem 4.1", or an inequality's "(10)") to its place in the book by
 ``paper.yml``, a section to its page, and ````spectrum```` to its entry here. Names that other
@@ -11,6 +12,7 @@ libraries own are not linked: the book needs no network.
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -58,7 +60,7 @@ class Api(SphinxDirective):
         """The entries: functions, classes, named tuples, each in the order of the source."""
         lines = [".. currentmodule:: fimlib", ""]
         for name in of_modules(self.arguments[0].split()):
-            self.env.note_dependency(inspect.getfile(getattr(fimlib, name)))
+            self.env.note_dependency(inspect.getfile(public()[name]))
             lines += entry(name)
         return parse(self, lines)
 
@@ -70,7 +72,7 @@ class ApiList(Api):
         """A bullet list."""
         lines = []
         for name in of_modules(self.arguments[0].split()):
-            first = docstring(getattr(fimlib, name)).partition("\n")[0]
+            first = docstring(public()[name]).partition("\n")[0]
             lines.append(f"* {reference(name)}: {prose(first, anchors(self.env.srcdir))}")
         return parse(self, lines)
 
@@ -84,30 +86,58 @@ def parse(directive: SphinxDirective, lines: list[str]) -> list[nodes.Node]:
     return [container]
 
 
+@cache
+def homes() -> dict[str, str]:
+    """The module from which to import each public name: ``fimlib`` where that has it."""
+    modules = filter(re.compile(r"fimlib(\.\w+)?").fullmatch, sys.modules)
+    found: dict[str, str] = {}
+    for module in sorted(modules, reverse=True):
+        found |= dict.fromkeys(getattr(sys.modules[module], "__all__", ()), module)
+    return found
+
+
+@cache
+def public() -> dict[str, Any]:
+    """Functions and classes by their public names."""
+    return {name: getattr(sys.modules[home], name) for name, home in homes().items()}
+
+
+def full(name: str) -> str:
+    """A public name, or a member of one, with the module from which to import it."""
+    name = short(name)
+    return f"{homes()[name.partition('.')[0]]}.{name}"
+
+
+def short(name: str) -> str:
+    """A name without ``fimlib`` and modules before it."""
+    parts = name.split(".")
+    return ".".join(parts[next((i for i, p in enumerate(parts) if p in homes()), 0) :])
+
+
 def of_modules(modules: list[str]) -> list[str]:
     """Public names that modules define: functions, then classes, then what functions return."""
     found: list[str] = []
     for module in modules:
         importlib.import_module(module)
-        here = [n for n in fimlib.__all__ if getattr(fimlib, n).__module__ == module]
+        here = [n for n, target in public().items() if target.__module__ == module]
         if not here:
             raise ValueError(f"{module} defines no public name of fimlib: correct the page.")
-        found += sorted(here, key=lambda n: inspect.getsourcelines(getattr(fimlib, n))[1])
+        found += sorted(here, key=lambda n: inspect.getsourcelines(public()[n])[1])
     return sorted(found, key=kind)  # a stable sort
 
 
 def kind(name: str) -> int:
     """0 for a function, 1 for a class, 2 for a named tuple."""
-    target = getattr(fimlib, name)
+    target = public()[name]
     return inspect.isclass(target) + (inspect.isclass(target) and issubclass(target, tuple))
 
 
 def entry(name: str) -> list[str]:
     """The autodoc directive of a public name."""
-    target = getattr(fimlib, name)
+    target = public()[name]
     if not inspect.isclass(target):
-        return [f".. autofunction:: {name}", ""]
-    lines = [f".. autoclass:: {name}"]
+        return [f".. autofunction:: {full(name)}", ""]
+    lines = [f".. autoclass:: {full(name)}"]
     if own := members(target):
         lines.append(f"   :members: {', '.join(own)}")
     if is_a_family(target):
@@ -147,8 +177,7 @@ def process(
     app: Sphinx, what: str, name: str, target: object, _options: object, lines: list[str]
 ) -> None:
     """Rewrite a docstring from its own style into what napoleon reads, links included."""
-    public = name.split(".")[1]
-    lines[:] = rewritten(lines, anchors(app.srcdir), public)
+    lines[:] = rewritten(lines, anchors(app.srcdir), short(name).partition(".")[0])
     if what in ("function", "class"):
         lines += ["", source(target)]
 
@@ -223,19 +252,19 @@ def prose(text: str, known: dict[str, str], owner: str = "") -> str:
 def literal(code: str, owner: str = "") -> str:
     """Code in double backticks: a link if it is a name that has an entry."""
     name = code.strip("`")
-    target = name.removeprefix("fimlib.").removesuffix("()")
+    target = short(name.removesuffix("()"))
     for candidate in (f"{owner}.{target}", target):
         if has_entry(candidate):
-            return f":py:obj:`{name} <fimlib.{candidate}>`"
+            return f":py:obj:`{name} <{full(candidate)}>`"
     return code
 
 
 def has_entry(name: str) -> bool:
     """Whether the reference has an entry for a public name, or a member of one."""
-    public, _, member = name.partition(".")
-    if public not in fimlib.__all__ or not member:
-        return public in fimlib.__all__
-    target = getattr(fimlib, public)
+    owner, _, member = short(name).partition(".")
+    if owner not in public() or not member:
+        return owner in public()
+    target = public()[owner]
     return inspect.isclass(target) and member in members(target)
 
 

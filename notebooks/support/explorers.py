@@ -143,7 +143,7 @@ def eigenvalues_and_bounds(h: Tensor) -> Columns:
         "certified-m": fimlib.lambda_max(family, h, method="certified"),
         "corollary-4-2": fimlib.corollary_4_2(family, h).upper,
         "proposition-4-3": fimlib.proposition_4_3(family, h),
-        "corollary-q-1": fimlib.corollary_q_1(sigma),
+        "corollary-q-1": fimlib.bounds.corollary_q_1(sigma),
         "theorem-5-2-m": theorem.max_outer,
     }
     columns: Columns = {"sigma": sigma.tolist(), "eigenvalues": eigenvalues.flip(1).tolist()}

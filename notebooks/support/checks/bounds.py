@@ -250,7 +250,9 @@ def theorem_c_1(which: int, cases: int) -> Check:
     """The full-spectrum bounds, both sides: which = 0, 1, 2 for Eqs 29, 30, 31."""
     parts = []
     for derivs, _ in matrices(cases):
-        lower, upper = fimlib.theorem_c_1(derivs, CATEGORICAL, num_samples=NUM_SAMPLES)[which]
+        lower, upper = fimlib.trace_bounds.theorem_c_1(
+            derivs, CATEGORICAL, num_samples=NUM_SAMPLES
+        )[which]
         total, rounding = totals(derivs)[which], 10 * size(which, derivs)
         parts += [at_most(lower, total, rounding), at_most(total, upper, rounding)]
     return together(*parts)
@@ -276,7 +278,7 @@ def full_spectrum_is_tighter(cases: int) -> Check:
     parts = []
     for derivs, lam in matrices(cases):
         coarse = fimlib.corollary_4_6(derivs, CATEGORICAL, eigenvalues=lam)
-        fine = fimlib.theorem_c_1(derivs, CATEGORICAL)
+        fine = fimlib.trace_bounds.theorem_c_1(derivs, CATEGORICAL)
         for which in (0, 2):
             parts.append(at_most(fine[which][1], coarse[which].upper, 0.0))
     return together(*parts)
@@ -288,7 +290,7 @@ def theorem_c_2(cases: int) -> Check:
     for size, rank in ((1, 1), (2, 1), (3, 3), (6, 2), (10, 10)):
         factors = (make.normal(-(-cases // 5), size, rank, seed=seed) for seed in (3, 4))
         A, B = (factor @ factor.mT for factor in factors)
-        lower, upper = fimlib.theorem_c_2(A, B)
+        lower, upper = fimlib.trace_bounds.theorem_c_2(A, B)
         trace = torch.einsum("bij,bji->b", A, B)
         parts += [at_most(lower, trace, upper), at_most(trace, upper, upper)]
     return together(*parts)
@@ -315,9 +317,9 @@ def appendix_b(which: int, cases: int) -> Check:
     parts = []
     for h, J_i, J_j, S_ij in off_diagonal(cases):
         arguments = (J_i, J_j, S_ij, CATEGORICAL, h)
-        value = fimlib.off_diagonal(*arguments, num_samples=NUM_SAMPLES)[which].abs()
-        bound = fimlib.theorem_b_1(*arguments, num_samples=NUM_SAMPLES)[which]
-        scale = fimlib.corollary_b_3(J_i, J_j, CATEGORICAL, h).square()
+        value = fimlib.bounds.off_diagonal(*arguments, num_samples=NUM_SAMPLES)[which].abs()
+        bound = fimlib.bounds.theorem_b_1(*arguments, num_samples=NUM_SAMPLES)[which]
+        scale = fimlib.bounds.corollary_b_3(J_i, J_j, CATEGORICAL, h).square()
         parts.append(at_most(value, bound, (0.0, scale, 0.0)[which]))
     return together(*parts)
 
@@ -342,7 +344,7 @@ def lemma_b_2(cases: int) -> Check:
     parts = []
     for size in (1, 2, 5, 10):
         A = make.normal(20, size, size, seed=size)
-        bound = fimlib.lemma_b_2(A)
+        bound = fimlib.bounds.lemma_b_2(A)
         left, _, right = torch.linalg.svd(A)
         u = torch.cat([left, make.unit(make.normal(20, size, cases // 80, seed=1))], 2)
         v = torch.cat([right.mT, make.unit(make.normal(20, size, cases // 80, seed=2))], 2)
@@ -355,8 +357,8 @@ def eq_28(cases: int) -> Check:
     """|I_ij| ≤ s_max(𝓘)‖J_i‖‖J_j‖."""
     parts = []
     for h, J_i, J_j, S_ij in off_diagonal(cases):
-        value = fimlib.off_diagonal(J_i, J_j, S_ij, CATEGORICAL, h)[0].abs()
-        parts.append(at_most(value, fimlib.corollary_b_3(J_i, J_j, CATEGORICAL, h), 0.0))
+        value = fimlib.bounds.off_diagonal(J_i, J_j, S_ij, CATEGORICAL, h)[0].abs()
+        parts.append(at_most(value, fimlib.bounds.corollary_b_3(J_i, J_j, CATEGORICAL, h), 0.0))
     return together(*parts)
 
 
@@ -420,7 +422,9 @@ def eq_36(cases: int) -> Check:
         eye = torch.eye(h.shape[1], dtype=torch.float64)
         delta = eye - sigma[:, None]
         gram = (delta @ delta.mT).square() * (sigma[:, :, None] * sigma[:, None]).sqrt()
-        parts.append(at_most(torch.linalg.eigvalsh(gram)[:, -1], fimlib.corollary_q_1(sigma), 0.0))
+        parts.append(
+            at_most(torch.linalg.eigvalsh(gram)[:, -1], fimlib.bounds.corollary_q_1(sigma), 0.0)
+        )
     return together(*parts)
 
 
@@ -428,7 +432,7 @@ def fourth_moment_below_certified(cases: int) -> Check:
     """The Z-eigenvalue λ_max(𝓚) that the shifted power method finds obeys Eqs 16 and 36."""
     parts = []
     for h in softmax_vectors(cases // 20, largest=10):
-        largest = fimlib.fourth_moment_spectrum(CATEGORICAL, h)[1]
+        largest = fimlib.spectra.fourth_moment_spectrum(CATEGORICAL, h)[1]
         parts.append(at_most(largest, fimlib.proposition_4_3(CATEGORICAL, h), 0.0))
-        parts.append(at_most(largest, fimlib.corollary_q_1(CATEGORICAL.mean(h)), 0.0))
+        parts.append(at_most(largest, fimlib.bounds.corollary_q_1(CATEGORICAL.mean(h)), 0.0))
     return together(*parts)

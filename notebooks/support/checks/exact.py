@@ -394,7 +394,7 @@ def eq_21(_cases: int) -> Check:
     o = oracle()
     labels = expected_labels(o)
     slow = torch.einsum("xy,xyi,xyj->ij", o.q, o.gradients, o.gradients) / len(o.x)
-    ours = fimlib.data_fisher_matrix(o.net, o.x, labels, parameters=o.names)
+    ours = fimlib.empirical.data_fisher_matrix(o.net, o.x, labels, parameters=o.names)
     diagonal = flat(fimlib.data_fisher(o.derivs, labels), o.names)
     return together(equal(ours, slow), equal(diagonal, expectation(o.q, o.i1)))
 
@@ -421,7 +421,7 @@ def eq_22(_cases: int) -> Check:
     for a, b in sequences(2):
         gap = (outer[a] + outer[b]) / 2 - mean
         slow += o.q[0, a] * o.q[0, b] * torch.einsum("ij,kl->ijkl", gap, gap)
-    ours = fimlib.data_fisher_covariance(net, x, labels, parameters=names, num_samples=2)
+    ours = fimlib.empirical.data_fisher_covariance(net, x, labels, parameters=names, num_samples=2)
     return equal(ours, slow)
 
 
@@ -480,5 +480,5 @@ def reparameterisation(_cases: int) -> Check:
     jacobian = torch.diag(1 + 3 * xi.square())
     scores = torch.einsum("xyi,ij->xyj", o.gradients, jacobian)
     slow = torch.einsum("xy,xyi,xyj->ij", o.q, scores, scores) / len(o.x)
-    fisher = fimlib.data_fisher_matrix(o.net, o.x, expected_labels(o), parameters=o.names)
-    return equal(fimlib.reparameterise(fisher, jacobian), slow)
+    fisher = fimlib.empirical.data_fisher_matrix(o.net, o.x, expected_labels(o), parameters=o.names)
+    return equal(fimlib.empirical.reparameterise(fisher, jacobian), slow)

@@ -60,7 +60,7 @@ def eq_30_lower_is_zero(cases: int) -> Check:
     h = make.logits(4, -(-cases // 100))
     J = make.normal(len(h), 4, 12, seed=0)
     derivs = make.as_derivatives(h, J, J)
-    lower, upper = fimlib.theorem_c_1(derivs, FAMILY).variance_i1
+    lower, upper = fimlib.trace_bounds.theorem_c_1(derivs, FAMILY).variance_i1
     ratio = float((lower / upper.clamp_min(1e-300)).max())
     return finding(ratio <= 1e-12, ratio, len(h))
 
@@ -70,7 +70,7 @@ def eq_30_is_not_always_tighter(_cases: int) -> Check:
     h = make.logits(3, 500)
     J = make.normal(len(h), 3, 2, seed=1)
     derivs = make.as_derivatives(h, J, J)
-    fine = fimlib.theorem_c_1(derivs, FAMILY).variance_i1[1]
+    fine = fimlib.trace_bounds.theorem_c_1(derivs, FAMILY).variance_i1[1]
     coarse = fimlib.corollary_4_6(derivs, FAMILY).variance_i1.norm
     ratio = float((fine / coarse).nan_to_num(0).max())
     return finding(ratio > 1.001, ratio, len(h))
@@ -185,7 +185,7 @@ def off_diagonal_lower_bound(_cases: int) -> Check:
     u, v = (make.unit(make.normal(1, num_outputs, 2000, seed=s)) for s in (1, 2))
     v[:, :, 0] = torch.linalg.cross(u[:, :, 0], v[:, :, 0])
     v = make.unit(v)
-    values = fimlib.off_diagonal(u, v, u, family, h).variance_i1
+    values = fimlib.bounds.off_diagonal(u, v, u, family, h).variance_i1
     return finding(float(values.min()) > 1 - 1e-12, float(values.min()), values.numel())
 
 

@@ -49,6 +49,8 @@ from fimlib.streaming import Pick, batches, check_finite, check_shape, named
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+__all__ = ["Estimate", "LayerEstimate", "estimate", "variance_importance", "variance_signs"]
+
 PerParameter = dict[str, Tensor]
 Draw = Callable[[Family, Tensor, torch.Generator], Tensor]
 
@@ -119,9 +121,9 @@ def estimate(
 ) -> Estimate:
     r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated, with error bars.
 
-    Every pass goes through all inputs with fresh random vectors; see ``fimlib.estimate`` (the
-    module) for the mathematics. It costs one forward and one backward pass, for any number of
-    outputs, where the exact I takes a backward pass for each output.
+    Every pass goes through all inputs with fresh random vectors (the mathematics stands above, in
+    ``fimlib.projections``). It costs one forward and one backward pass, for any number of outputs,
+    where the exact I takes a backward pass for each output.
 
     Args:
         model: Maps inputs to natural parameters [B, T]; in eval mode, float32 or float64.
