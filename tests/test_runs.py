@@ -28,6 +28,7 @@ from support import results
 if out:
     record = results.record({}, {}, time.time(), torch.device("cpu"))
     results.save(out, results.Table(name).frame(), record)
+    results.write_text(f"{out}/figure.svg", "<svg/>")
 """
 
 
@@ -119,19 +120,28 @@ def test_docstrings_are_no_code_and_all_else_is(tmp_path):
 
 def test_a_damaged_run_is_none_and_made_again(made, capsys):
     folder, again = made
-    for file in ("record.json", "values.csv", "notebook.ipynb"):
+    for file in ("record.json", "values.csv", "notebook.ipynb", "figure.svg"):
         path = folder / "tiny" / file
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         assert results.load(folder) == {}, file
         path.unlink()
         assert results.load(folder) == {}, file
-        if file != "notebook.ipynb":
+        if file != "figure.svg":
             path.write_bytes(whole)
             assert set(results.load(folder)) == {"tiny"}
     assert [again(), again()] == [True, False]
     assert "missing or damaged" in capsys.readouterr().out
     assert set(results.load(folder)) == {"tiny"}
+
+
+@pytest.mark.parametrize("change", [{"counts": False}, {"seconds": 1.0}, {"more": 1}, {"digest": ""}])
+def test_a_record_that_was_edited_is_damaged(made, change):
+    folder, again = made
+    path = folder / "tiny" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert results.load(folder) == {}
+    assert [again(), again()] == [True, False]
 
 
 def test_a_record_that_vouches_for_no_files_is_none(tmp_path):
@@ -434,10 +444,24 @@ def test_digest_tells_parts_apart():
     assert results.digest([b"ab", b"c"]) != results.digest([b"a", b"bc"])
 
 
-def test_commit_is_unknown_without_git(monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+def test_the_commit_is_the_projects_own(monkeypatch, tmp_path):
+    """Unpacked inside another repository, or started from a hook of one, it has none."""
+
+    def repository(folder):
+        folder.mkdir(exist_ok=True)
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "a"]):
+            subprocess.run(["git", *command], cwd=folder, check=True)
+
+    repository(tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path / "project")
+    (tmp_path / "project").mkdir()
     assert results.commit() == "unknown"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert results.commit() == "unknown"
+    monkeypatch.delenv("GIT_DIR")
+    repository(tmp_path / "project")
+    assert re.fullmatch("[0-9a-f]{12}", results.commit())
 
 
 def test_a_record_is_dated_in_utc():
