@@ -190,7 +190,7 @@ def version(package: str) -> str:
 def commit() -> str:
     """The commit that is checked out, marked where files differ from it; "unknown" without git.
 
-    A repository around the project's folder is another one, and so is one that git's variables name.
+    A repository around the project's folder is another one, as is one that a variable of git names.
     """
     here = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
     here["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
