@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 from html import unescape
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 
 import launch_buttons
 import nbformat
@@ -91,7 +91,8 @@ def test_the_cell_installs_all_that_a_notebook_imports():
     }
     asked = list(map(Requirement, tables["dependencies"])) + extras["notebooks"]
     asked += [r for base in asked for extra in base.extras for r in extras[extra]]
-    names = {canonicalize_name(requirement.name) for requirement in asked} | {"setuptools"}
+    asked += [Requirement(text) for r in asked for text in requires(r.name) or ()]  # come along
+    names = {canonicalize_name(requirement.name) for requirement in asked}
     distributions = packages_distributions()
     for path in SOURCES:
         files = [f for f in runs.sources(path) if f.is_relative_to(runs.NOTEBOOKS)]

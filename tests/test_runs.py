@@ -154,9 +154,8 @@ def test_a_notebook_depends_on_the_files_that_it_imports(tmp_path):
     path = notebook(tmp_path, "import fimlib\nfrom support import validity\n")
     names = {p.relative_to(runs.results.ROOT).as_posix() for p in runs.sources(path)}
     support = {n for n in names if n.startswith("notebooks/")}
-    assert support == {f"notebooks/support/{n}.py" for n in ("__init__", "validity", "results")} | {
-        n for n in support if "layers" in n or "training" in n
-    }
+    expected = ("__init__", "layers", "validity")  # layers by way of validity
+    assert support == {f"notebooks/support/{name}.py" for name in expected}
     assert {"fimlib/fisher.py", "fimlib/__init__.py", "fimlib/engines/choose.py"} <= names
     assert "fimlib/__main__.py" not in names
 
@@ -186,9 +185,9 @@ def test_settings_of_the_user_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONSTARTUP", str(startup))
     monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
-    before = dict(os.environ)
     assert runs.execute(spec(notebook(tmp_path, SPOILED)), tmp_path / "results", "digits")
-    assert dict(os.environ) == before
+    assert os.environ["IPYTHONDIR"] == str(tmp_path / "ipython")  # for what comes after
+    assert os.environ["PYTHONSTARTUP"] == str(startup)
 
 
 def test_figures_drawn_here_ignore_a_matplotlibrc(tmp_path):
