@@ -3,10 +3,18 @@
 #   DATASET    auto (default): MNIST, else the stand-in; mnist: never the stand-in; digits
 #   PYTHON     the Python 3.11 to 3.13 that makes the environment (default: python3)
 #   PY         an environment's Python that has everything: none is made (only `make … PY=`)
+#   JOBS       runs at a time (default: as many as cores and memory allow; only `make … JOBS=`)
 #   RUN        a command put before every run, as RUN="srun -n1 --gres=gpu:1" (only `make … RUN=`)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+
+ifeq ($(wildcard notebooks/support/runs.py),)
+$(error run make in the project's own folder, or name it: make -C FOLDER)
+endif
+ifneq ($(findstring :,$(CURDIR)),)
+$(error Python cannot work in a folder with a colon in its path, $(CURDIR): rename or move it)
+endif
 
 DATASET ?= auto
 PYTHON ?= python3
@@ -30,30 +38,32 @@ endif
 ifneq ($(origin RUN),command line)
 RUN :=
 endif
+ifneq ($(origin JOBS),command line)
+JOBS :=
+endif
 ifneq ($(origin NAME),command line)
 NAME :=
 endif
 FROM ?= mnist
-export PARAMS
+export PARAMS RUN
 
 # Everything is the same at smoke size, in a folder of its own: `make smoke` sets SMOKE=1.
 RESULTS := results$(if $(SMOKE),/smoke)
-CHOICE := $(RESULTS)/.dataset
 SIZE := $(if $(SMOKE),--smoke)
 BOOK_OUTPUT := $(if $(SMOKE),$(RESULTS),book)
-# The data set in use, chosen by `make data`; read when a recipe runs.
-CHOSEN = $$(cat "$(CHOICE)" 2>/dev/null || echo mnist)
+# The data set whose results are meant: the one that is named, else the last one chosen.
+CHOICE := $(RESULTS)/.dataset
+CHOSEN = $(or $(filter mnist digits,$(DATASET)),$$(cat "$(CHOICE)" 2>/dev/null || echo mnist))
 RUNS = $(RESULTS)/$(CHOSEN)
-# A file for each make: $$PPID is its process, for every line of a recipe.
-TODO = $(RESULTS)/.todo-$$HOSTNAME-$$PPID
-RUNNER = "$(PY)" -m support.runs $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
+REPRODUCE = "$(PY)" -m support.reproduce $(SIZE) --dataset "$(DATASET)" --results "$(RESULTS)" \
+  --run "$$RUN" $(if $(JOBS),--jobs "$(JOBS)")
 
 .PHONY: help env data quote experiments report book pdf reproduce smoke fork run reference launch lint test test-fast test-full test-book mutants bench gpu-check clean
 
 help: ## show this list
 	@echo "Two commands: make reproduce, make test. All targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@sed -nE '2,6s/^# +/  /p' $(MAKEFILE_LIST)
+	@sed -nE '2,7s/^# +/  /p' $(MAKEFILE_LIST)
 
 env: $(ENV) ## make the environment in .venv (once; 2 GB, on Linux with CUDA 5.5 GB)
 
@@ -61,6 +71,7 @@ env: $(ENV) ## make the environment in .venv (once; 2 GB, on Linux with CUDA 5.5
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "error: $(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.12 …" >&2; exit 1; }
 	@echo "making the environment in .venv (a minute or two; 2 GB, on Linux with CUDA 5.5 GB) …"
+	@test -w . || { echo "error: this folder is read-only: make it writable, or copy it" >&2; exit 1; }
 	@"$(PYTHON)" -m venv .venv || \
 	  { echo "error: no virtual environment could be made; is python3-venv installed?" >&2; exit 1; }
 	@.venv/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt -e . || \
@@ -72,19 +83,11 @@ data: $(ENV) ## find or download MNIST, or fall back to the stand-in
 	@mkdir -p "$(RESULTS)"
 	@"$(PY)" -m support.data --dataset "$(DATASET)" --print-choice-to "$(CHOICE)"
 
-check-run:
-	@command -v $(firstword $(RUN) true) >/dev/null || \
-	  { echo "error: RUN starts with $(firstword $(RUN)), which is no command here." >&2; exit 1; }
-
-experiments: check-run data ## run all notebooks that are not finished yet (make -j2: two at a time)
-	@$(RUNNER) --todo "$(TODO)"
-	@todo=$$(sed 's/^/run-/' "$(TODO)") && rm -f "$(TODO)" && if [ -n "$$todo" ]; then $(MAKE) $$todo; fi
-
-run-%: $(ENV)
-	@SLURM_JOB_NAME=$* $(RUN) $(RUNNER) $*
+experiments: $(ENV) ## make all runs that are not finished yet, and no book
+	@$(REPRODUCE) --runs-only
 
 quote: $(ENV) ## say what `make reproduce` will take here, and what is done; runs nothing
-	@"$(PY)" -m support.quote --dataset "$(CHOSEN)" --results "$(RUNS)"
+	@"$(PY)" -m support.quote $(SIZE) --dataset "$(CHOSEN)" --results "$(RUNS)"
 
 book: $(ENV) ## build the book: from results on the last data set chosen, else data/reference
 	@"$(PY)" -m support.book $(SIZE) --results "$(RUNS)" --output "$(BOOK_OUTPUT)"
@@ -95,10 +98,8 @@ pdf: book ## print the book into book/_build/fimlib-book.pdf; needs Chromium (CH
 report: $(ENV) ## print what the runs on the last data set chosen say of the paper's statements
 	@"$(PY)" -m support.report $(SIZE) --results "$(RUNS)"
 
-reproduce: experiments ## the main command: data, experiments, book, and what reproduced
-	@$(MAKE) book
-	@$(MAKE) report
-	@echo "the book's first page: $(BOOK_OUTPUT)/_build/html/index.html"
+reproduce: $(ENV) ## the main command: data, runs, book, and what reproduced
+	@$(REPRODUCE) --output "$(BOOK_OUTPUT)"
 
 smoke: ## the whole path at a tiny size, in some minutes; it judges nothing
 	@$(MAKE) reproduce SMOKE=1
@@ -106,10 +107,8 @@ smoke: ## the whole path at a tiny size, in some minutes; it judges nothing
 fork: $(ENV) ## copy a notebook, to change it: make fork NAME=mynet FROM=mnist
 	@"$(PY)" -m support.forks new "$(NAME)" --source "$(FROM)"
 
-run: check-run data ## run a fork, or a run: make run NAME=mynet PARAMS="activation=tanh epochs=5"
-	@SLURM_JOB_NAME="$(NAME)" $(RUN) "$(PY)" -m support.forks run "$(NAME)" $(SIZE) \
-	  --parameters "$$PARAMS" --dataset "$(CHOSEN)" --results "$(RUNS)"
-	@$(MAKE) book
+run: $(ENV) ## run a fork, or a run: make run NAME=mynet PARAMS="activation=tanh epochs=5"
+	@$(REPRODUCE) --output "$(BOOK_OUTPUT)" --name "$(NAME)" --parameters "$$PARAMS"
 
 reference: $(ENV) ## replace data/reference by the results made here (real MNIST only)
 	@"$(PY)" -m support.reference --results "$(RESULTS)/mnist"

@@ -13,9 +13,11 @@ import importlib
 import io
 import json
 import math
+import os
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 # What fimlib, torch and the network itself raise at what a user passes.
 USERS = (
     ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, AttributeError,
-    IndexError, KeyError, OSError, pickle.UnpicklingError,
+    IndexError, KeyError, OSError, SyntaxError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -55,9 +57,16 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal may not know Î₁
     arguments = parser().parse_args(argv)
     try:
-        found = answer(arguments)
         if arguments.plot:
-            draw(found, arguments.plot)
+            check_plot(arguments.plot)
+        found = answer(arguments)
+        if arguments.weights is None and not Path(arguments.model).exists():
+            tell("note", f"without --weights, these are the weights that {arguments.model} gives.")
+        print(json.dumps(as_json(found), indent=1) if arguments.json else found, flush=True)
+        if arguments.plot:
+            found.plot().savefig(arguments.plot)
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, *USERS) as error:
         kind = "" if isinstance(error, UsageError | ValueError) else f"{type(error).__name__}: "
         tell("error", f"{kind}{error}")
@@ -65,9 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if arguments.weights is None and not Path(arguments.model).exists():
-        tell("note", f"without --weights, these are the weights that {arguments.model} gives.")
-    print(json.dumps(as_json(found), indent=1) if arguments.json else found)
     return 0
 
 
@@ -226,14 +232,10 @@ def load_inputs(path: Path, model: nn.Module) -> Tensor:
     """
     if path.suffix in (".npy", ".npz"):
         try:
-            found: Any = np.load(path, allow_pickle=False)
-        except ValueError as error:
+            with path.open("rb") as file:
+                found = one_array(np.load(file, allow_pickle=False), path)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UsageError(f"{path} holds no plain array of numbers: {error}") from error
-        if path.suffix == ".npz":
-            names = list(found)
-            if len(names) != 1 and "x" not in names:
-                raise UsageError(f"{path} holds {', '.join(names)}: keep one array, or name it x.")
-            found = found["x" if "x" in names else names[0]]
         try:
             x = torch.as_tensor(found)
         except TypeError as error:
@@ -248,15 +250,29 @@ def load_inputs(path: Path, model: nn.Module) -> Tensor:
     return x.to(like.device, like.dtype if x.is_floating_point() else None)
 
 
-def draw(found: Summary, path: Path) -> None:
-    """Save the figure."""
+def one_array(found: Any, path: Path) -> Any:
+    """The array of a .npy file, or the one of a .npz file."""
+    if isinstance(found, np.ndarray):
+        return found
+    names = list(found)
+    if len(names) != 1 and "x" not in names:
+        listed = ", ".join(names) or "nothing"
+        raise UsageError(f"{path} holds {listed}: keep one array, or name it x.")
+    return found["x" if "x" in names else names[0]]
+
+
+def check_plot(path: Path) -> None:
+    """Raise an error if no figure can be saved there, before anything is computed."""
     try:
         import matplotlib as mpl
-
-        mpl.use("agg")  # no window
-    except ImportError:
-        pass  # plot() says what to do
-    found.plot().savefig(path)
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib.") from error
+    mpl.use("agg")  # no window
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(f"--plot {path}: give it an ending such as .svg, .png or .pdf.")
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UsageError(f"--plot {path}: there is no such folder, or it cannot be written.")
 
 
 def as_json(s: Summary) -> dict[str, Any]:

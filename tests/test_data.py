@@ -174,6 +174,13 @@ def test_refuses_a_damaged_file_and_leaves_it(tmp_path, capsys, mirror, monkeypa
     assert "NOT MNIST" not in capsys.readouterr().out
 
 
+def test_files_with_each_others_names_are_recognised(folder):
+    first, last = (folder / f"{name}.gz" for name in (FIRST, LAST))
+    first.write_bytes(last.read_bytes())
+    with pytest.raises(data.DataError, match=f"{FIRST}.gz holds {LAST}: give the files their own"):
+        data.load("mnist", mnist_dir=folder)
+
+
 def test_refuses_a_damaged_file_among_missing_ones(mirror, monkeypatch):
     monkeypatch.setattr(data, "MIRRORS", [mirror()])
     data.DATA_DIR.mkdir()

@@ -126,17 +126,40 @@ def test_what_cannot_be_run(notebooks, tmp_path, capsys, name, parameters, messa
 
 
 @pytest.mark.usefixtures("notebooks")
-def test_a_failed_fork_names_the_parameters_that_it_keeps(tmp_path, monkeypatch):
-    def fail(spec, *_):
-        raise runs.RunError(f"{spec.name}: a cell failed")
+def test_parameters_that_fail_are_not_kept(tmp_path, monkeypatch):
+    made = []
+
+    def execute(spec, *_):
+        made.append(spec.parameters)
+        if spec.parameters.get("activation") == "Tanhh" or spec.name == "first":
+            raise runs.RunError(f"{spec.name}: a cell failed")
 
     forks.new("mynet", "mnist")
-    forks.set_parameters("mynet", "activation=Tanhh")
-    monkeypatch.setattr(runs, "execute", fail)
-    with pytest.raises(runs.RunError, match="failed\nmynet keeps .* them: activation=Tanhh"):
-        forks.run("mynet", tmp_path, "digits")
+    monkeypatch.setattr(runs, "execute", execute)
+    forks.run("mynet", tmp_path, "digits", given="epochs=5")
+    with pytest.raises(runs.RunError, match=r"failed\nThe values in PARAMS are not kept.\nmynet k"):
+        forks.run("mynet", tmp_path, "digits", given="activation=Tanhh")
+    assert made[-1] == {"epochs": 5, "activation": "Tanhh"}
+    forks.run("mynet", tmp_path, "digits")
+    assert made[-1] == {"epochs": 5}
+    forks.run("mynet", tmp_path, "digits", given="defaults seed=3")
+    assert made[-1] == {"seed": 3}
+    forks.run("mynet", tmp_path, "digits", given="defaults")
+    assert made[-1] == forks.read()["mynet"]["parameters"] == {}
     with pytest.raises(runs.RunError, match="failed$"):
         forks.run("first", tmp_path, "digits")
+
+
+@pytest.mark.usefixtures("notebooks")
+def test_kept_parameters_are_named_with_a_way_to_forget_them(tmp_path, monkeypatch):
+    def fail(*_):
+        raise runs.RunError("a cell failed")
+
+    forks.new("mynet", "mnist")
+    forks.set_parameters("mynet", "epochs=5")
+    monkeypatch.setattr(runs, "execute", fail)
+    with pytest.raises(runs.RunError, match=r"mynet keeps .* epochs=5. PARAMS=defaults forgets"):
+        forks.run("mynet", tmp_path, "digits")
 
 
 @pytest.mark.usefixtures("notebooks")
@@ -150,11 +173,56 @@ def test_parameters_are_kept():
     assert forks.specs()["mynet"].parameters == expected
 
 
-@pytest.mark.parametrize("text", ["[1]", "mynet: {notebook: a.ipynb}", "a: [", "mynet: 1"])
+ENTRY = "{notebook: a.ipynb, from: mnist.ipynb, title: A, parameters: {}}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "mynet: {notebook: a.ipynb}",
+        "a: [",
+        "mynet: 1",
+        f"5: {ENTRY}",
+        f"../../x: {ENTRY}",
+        f"mynet: {ENTRY.replace('a.ipynb', '../a.ipynb')}",
+        f"mynet: {ENTRY.replace('mnist.ipynb', '3')}",
+        f"mynet: {ENTRY.replace('title: A', 'title: 7')}",
+        f"mynet: {ENTRY.replace('{}', '[a]')}",
+    ],
+)
 def test_a_damaged_file_is_named(notebooks, text):
     (notebooks / "forks.yml").write_text(text)
     with pytest.raises(runs.RunError, match=r"forks.yml"):
         forks.specs()
+
+
+def test_parameters_may_be_empty(notebooks):
+    (notebooks / "forks.yml").write_text(f"mynet: {ENTRY.replace('{}', '')}")
+    assert forks.specs()["mynet"].parameters == {}
+
+
+def test_a_fork_of_a_fork_is_small_at_smoke_size_and_has_an_original(notebooks, monkeypatch):
+    small = {"smoke": {"parameters": {"mnist.ipynb": {"epochs": 1}}}}
+    monkeypatch.setattr(runs, "read_plan", lambda _path: small)
+    forks.new("child", "mnist")
+    forks.new("grandchild", "child")
+    assert forks.specs(smoke=True)["grandchild"].parameters == {"epochs": 1}
+    assert forks.origins("grandchild", forks.read()) == ["child.ipynb", "mnist.ipynb"]
+
+    def run(name, notebook):
+        return results.Run(name, notebooks / "none", {"notebook": notebook, "parameters": {}})
+
+    fork, first = run("grandchild", "grandchild.ipynb"), run("first", "mnist.ipynb")
+    assert comparison.original(fork, [first]) == first
+    parent = run("child", "child.ipynb")
+    assert comparison.original(fork, [first, parent]) == parent
+
+
+def test_a_circle_of_forks_ends():
+    circle = {name: {"notebook": f"{name}.ipynb", "from": f"{other}.ipynb"}
+              for name, other in ("ab", "ba")}  # fmt: skip
+    assert forks.origins("a", circle) == ["b.ipynb", "a.ipynb"]
 
 
 def test_an_unchanged_fork_shows_no_difference(found):

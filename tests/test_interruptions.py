@@ -36,7 +36,7 @@ results.save(out, table.frame(), results.record({}, {}, time.time(), torch.devic
 """
 
 
-VICTIMS = ("all", "all", "make", "support.runs", "support.runs", "ipykernel")
+VICTIMS = ("all", "all", "make", "support.reproduce", "support.runs", "support.runs", "ipykernel")
 
 
 def notebook(folder):
@@ -116,14 +116,14 @@ def test_a_killed_runner_and_the_kernel_that_it_leaves_change_nothing(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_is_killed_whenever_the_tables_are_those_of_an_uninterrupted_run(tmp_path, seed):
-    """`make -j2` with training runs; make, a runner, a kernel, or all of them are killed."""
+    """Two runs at a time; make, the scheduler, a runner, a kernel, or all of them are killed."""
     project, dice = copy(tmp_path), random.Random(seed)
     path = project / "notebooks/runs.yml"
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     few = {"title": "Run {seed}", "parameters": {"epochs": 12, "train_limit": 400}}
     plan["runs"] = {"run": few | {"notebook": "mnist.ipynb", "each": {"seed": [0, 1]}}}
     path.write_text(yaml.safe_dump(plan), encoding="utf-8")
-    command = ["-j2", "experiments", "DATASET=digits"]
+    command = ["experiments", "JOBS=2", "DATASET=digits"]
     folder, aside = project / "results/digits", tmp_path / "uninterrupted"
     assert make(project, *command).returncode == 0
     shutil.move(folder, aside)
@@ -139,7 +139,7 @@ def test_whatever_is_killed_whenever_the_tables_are_those_of_an_uninterrupted_ru
         match victim:
             case "make":  # its runs go on beside those of the next call, which waits for them
                 kill(process)
-            case "support.runs" | "ipykernel":
+            case "support.reproduce" | "support.runs" | "ipykernel":
                 kill(*below(process, victim)[:1])
                 time.sleep(dice.uniform(0, 2))
                 kill_all(process)

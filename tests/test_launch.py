@@ -6,12 +6,15 @@ import subprocess
 import sys
 import tomllib
 from html import unescape
+from importlib.metadata import packages_distributions, requires
 
 import launch_buttons
 import nbformat
 import pytest
 import yaml
-from support import cells, comparison, launch, results, runs
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import cells, comparison, imports, launch, results, runs
 
 SOURCES = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
 GITHUB = "https://github.com/example/fimlib"
@@ -78,6 +81,26 @@ def test_the_cell_comes_first_goes_again_and_costs_no_run(path, tmp_path):
         copy.write_text(version, encoding="utf-8")
         made_of.append(runs.fingerprint(runs.Spec("a", "A", copy), "digits", "digest"))
     assert made_of[0] == made_of[1]
+
+
+def test_the_cell_installs_all_that_a_notebook_imports():
+    """Elsewhere nothing is there but what the extra names."""
+    tables = tomllib.loads((results.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = {
+        name: list(map(Requirement, x)) for name, x in tables["optional-dependencies"].items()
+    }
+    asked = list(map(Requirement, tables["dependencies"])) + extras["notebooks"]
+    asked += [r for base in asked for extra in base.extras for r in extras[extra]]
+    asked += [Requirement(text) for r in asked for text in requires(r.name) or ()]  # come along
+    names = {canonicalize_name(requirement.name) for requirement in asked}
+    distributions = packages_distributions()
+    for path in SOURCES:
+        files = [f for f in runs.sources(path) if f.is_relative_to(runs.NOTEBOOKS)]
+        code = [cell.source for cell in runs.code_cells(path)] + [f.read_text() for f in files]
+        tops = {name.partition(".")[0] for text in code for name in imports.imported(text)}
+        for top in tops & distributions.keys():
+            found = {canonicalize_name(name) for name in distributions[top]}
+            assert found & (names | {"fimlib"}), f"{path.name} imports {top}"
 
 
 def test_make_launch_writes_and_takes_back(tmp_path, capsys):

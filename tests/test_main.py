@@ -48,6 +48,11 @@ def here(tmp_path, monkeypatch):
     np.savez("two.npz", a=x.numpy(), b=np.ones(4))
     np.save("objects.npy", np.array([{}]), allow_pickle=True)
     np.save("text.npy", np.array(["a"]))
+    Path("empty.npy").touch()
+    np.savez("empty.npz")
+    Path("broken.npz").write_bytes(Path("x.npz").read_bytes()[:100])
+    Path("wrong_code.py").write_text("def build(:\n")
+    Path("folder.svg").mkdir()
     torch.save({"x": x}, "dict.pt")
     Path("x.csv").write_text("1,2,3\n")
     Path("damaged.pt").write_bytes(b"nothing")
@@ -167,7 +172,13 @@ def test_it_draws(here, capsys):
         (["BUILD", "--inputs", "model.pt"], "may hold other objects, which would run code"),
         (["BUILD", "--inputs", "x.pt", "--layers", "9"], "no layer '9' with parameters"),
         (["BUILD", "--inputs", "x.pt", "--num-samples", "0"], "must be an integer ≥ 1"),
-        (["BUILD", "--inputs", "x.pt", "--plot", "no/such.svg"], "No such file"),
+        (["BUILD", "--inputs", "empty.npy"], "empty.npy holds no plain array of numbers: "),
+        (["BUILD", "--inputs", "empty.npz"], "empty.npz holds nothing: keep one array"),
+        (["BUILD", "--inputs", "broken.npz"], "broken.npz holds no plain array of numbers: "),
+        (["wrong_code:build", "--inputs", "x.pt"], "SyntaxError: invalid syntax (wrong_code.py, "),
+        (["BUILD", "--inputs", "x.pt", "--plot", "no/such.svg"], "there is no such folder"),
+        (["BUILD", "--inputs", "x.pt", "--plot", "folder.svg"], "cannot be written"),
+        (["BUILD", "--inputs", "x.pt", "--plot", "a.xyz"], "an ending such as .svg, .png or .pdf"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(here, capsys, arguments, message):
@@ -179,6 +190,22 @@ def test_a_mistake_is_one_line_and_status_2(here, capsys, arguments, message):
     assert err.startswith("python -m fimlib: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_a_plot_that_cannot_be_saved_is_noticed_before_anything_is_computed(here, monkeypatch):
+    monkeypatch.setattr("fimlib.__main__.summarise", None)
+    assert main([here[0], "--inputs", "x.pt", "--plot", "no/such.svg"]) == 2
+
+
+def test_the_table_survives_a_plot_that_fails(here, capsys, monkeypatch):
+    def fail(_summary):
+        raise RuntimeError("no figure today")
+
+    monkeypatch.setattr(fimlib.Summary, "plot", fail)
+    assert main([here[0], "--inputs", "x.pt", "--plot", "a.svg"]) == 2
+    out, err = capsys.readouterr()
+    assert "4 inputs, Categorical outputs" in out
+    assert "RuntimeError: no figure today" in err
 
 
 def test_a_file_without_trust_is_never_unpickled(here, capsys, tmp_path):
@@ -200,6 +227,18 @@ def test_a_file_without_trust_is_never_unpickled(here, capsys, tmp_path):
     assert main(["evil.pt", "--trust", "--inputs", "x.pt"]) == 2  # it is no module, and it ran
     assert (tmp_path / "ran").exists()
     capsys.readouterr()
+
+
+def test_a_reader_that_leaves_early_is_no_error(here):
+    command = [sys.executable, "-m", "fimlib", here[0], "--inputs", "x.pt"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0
+    assert "BrokenPipe" not in errors
 
 
 def test_as_a_command(here):

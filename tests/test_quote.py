@@ -20,7 +20,7 @@ def recorded(folder, name, parameters=None, **record):
     """A finished run of 1 kB, made up."""
     made = {"parameters": parameters or {}, "data": {"digest": "d"}, "files": {}} | record
     (folder / name).mkdir(parents=True)
-    (folder / name / "figure.svg").write_bytes(bytes(1000 - len(str(made))))
+    (folder / name / "more.svg").write_bytes(bytes(900 - len(str(made))))
     results.save(folder / name, None, made)
 
 
@@ -108,10 +108,12 @@ def test_the_sums_leave_out_what_is_done_and_name_what_is_unknown():
     text = quote.text(found, cores=2, runner=100.0)
     assert "done: 1 of 4 runs" in text
     assert (
-        "make -j1 reproduce: at least 8.0 min, the book's 60 s among them; memory: 600 MB" in text
+        "make reproduce JOBS=1: at least 8.0 min, the book's 60 s among them; memory: 600 MB"
+        in text
     )
     assert (
-        "make -j2 reproduce: at least 6.0 min, the book's 60 s among them; memory: 1.1 GB" in text
+        "make reproduce JOBS=2: at least 6.0 min, the book's 60 s among them; memory: 1.1 GB"
+        in text
     )
     assert "disk: 4.5 MB for results, about 328 MB for the book" in text
     assert "at least" not in quote.text(found[:3], cores=2, runner=100.0)

@@ -48,7 +48,7 @@ def test_another_reference_gives_another_picture(tmp_path):
     (run / "values.csv").write_text(values.replace(first[0], f"{first[1]}1.0"))
     made = json.loads((run / "record.json").read_text())
     made["files"] = results.file_digests(run)
-    (run / "record.json").write_text(json.dumps(made))
+    results.save(run, None, made)
     reference.draw(tmp_path / "drawn.svg", tmp_path / "reference")
     assert (tmp_path / "drawn.svg").read_bytes() != reference.PICTURE.read_bytes()
 

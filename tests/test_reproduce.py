@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -21,13 +22,13 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smoke(project):
-    """`make -j2 smoke` with MNIST where it lies here, else the stand-in, the network cut."""
+    """`make smoke` with MNIST where it lies here, else the stand-in, the network cut."""
     try:
         folder = data.find_mnist()
     except data.DataError:
         folder = None
     extra = [f"MNIST_DIR={folder}"] if folder else []
-    return make(project, "-j2", "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
+    return make(project, "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
 
 
 def html(project, page):
@@ -38,7 +39,8 @@ def test_the_whole_path(project, smoke):
     done, chosen = smoke
     assert done.returncode == 0, done.stdout + done.stderr
     planned = set(runs.specs(smoke=True))
-    assert f"notebooks done: {len(planned)} of {len(planned)}" in done.stdout
+    assert f"=== {len(planned)} of {len(planned)} runs done ===" in done.stdout
+    assert re.search(r"=== \d+ of \d+ runs done, \d under way, about .* left ===", done.stdout)
     assert "epoch  1/1  loss" in done.stdout
     assert "No claim is judged by this" in done.stdout
     assert "the book's first page: results/smoke/_build/html/index.html" in done.stdout
@@ -165,7 +167,9 @@ def test_a_second_call_keeps_what_is_finished(project, smoke):
         (["data", "DATASET=mnist"], "MNIST"),
         (["data", "MNIST_DIR=no/such/folder"], "no/such/folder"),
         (["data", "DATASET=cifar"], "cifar"),
-        (["run-nothing"], "no runs named nothing; there are: sigmoid-seed-0"),
+        (["run", "NAME=nothing"], "no run named 'nothing'. Forks: none yet"),
+        (["experiments", "RUN=srn -n1"], "RUN starts with srn, which is no command here"),
+        (["experiments", "JOBS=many"], "invalid int value: 'many'"),
         (["report", "RESULTS=nowhere"], "no finished runs"),
     ],
 )
@@ -174,6 +178,45 @@ def test_targets_fail_with_a_message_and_no_traceback(project, arguments, messag
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", ["reproduce", "smoke", "experiments", "run", "book", "data"])
+def test_a_dry_run_shows_the_commands_and_touches_nothing(project, target):
+    def files():
+        return {p: p.stat().st_mtime_ns for p in project.rglob("*") if "__pycache__" not in str(p)}
+
+    before = files()
+    done = make(project, "--dry-run", target, "DATASET=digits", "NAME=mynet")
+    assert done.returncode == 0, done.stderr
+    assert "-m support." in done.stdout
+    assert files() == before
+
+
+def test_make_works_in_its_own_folder_only(project, tmp_path):
+    done = make(tmp_path, "-f", str(project / "Makefile"), "help")
+    assert done.returncode != 0
+    assert "run make in the project's own folder" in done.stderr
+
+
+def test_a_colon_in_the_path_is_refused(project, tmp_path):
+    folder = tmp_path / "a:b"
+    (folder / "notebooks/support").mkdir(parents=True)
+    (folder / "notebooks/support/runs.py").touch()
+    (folder / "Makefile").write_text((project / "Makefile").read_text())
+    done = make(folder, "help")
+    assert done.returncode != 0
+    assert "a folder with a colon in its path" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_not_blamed_on_venv(project):
+    """`test -w` is true for root everywhere, but on a disk that is read-only."""
+    recipe = make(project, "--dry-run", "env", python=()).stdout
+    guard = next(line for line in recipe.splitlines() if line.startswith("test -w ."))
+    assert recipe.index(guard) < recipe.index("-m venv")
+    script = guard.replace("test -w .", "test -w no-such-folder")
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: this folder is read-only" in done.stderr
 
 
 def test_help_names_every_target(project):

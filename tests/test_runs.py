@@ -28,6 +28,7 @@ from support import results
 if out:
     record = results.record({}, {}, time.time(), torch.device("cpu"))
     results.save(out, results.Table(name).frame(), record)
+    results.write_text(f"{out}/figure.svg", "<svg/>")
 """
 
 
@@ -76,28 +77,126 @@ def made(tmp_path):
     return folder, lambda: runs.execute(wanted, folder, "digits")
 
 
-def test_other_code_or_data_make_the_run_again(made, tmp_path, monkeypatch):
-    """One byte of fimlib is enough, in whatever folder."""
+def test_other_data_make_the_run_again(made, monkeypatch):
     _, again = made
-    monkeypatch.setattr(runs, "FIMLIB", tmp_path)
-    source = tmp_path / "inner" / "most" / "source.py"
-    source.parent.mkdir(parents=True)
-    source.write_text("a = 1\n")
-    assert [again(), again()] == [True, False]
-    source.write_text("a = 2\n")
-    assert [again(), again()] == [True, False]
     monkeypatch.setattr(runs, "data_digest", lambda _name: "of other images")
     assert [again(), again()] == [True, False]
 
 
-def test_a_notebook_depends_on_fimlib_and_on_the_support_that_it_mentions(tmp_path):
-    path = notebook(tmp_path, "from support import figures\nfrom support.checks import cases\n")
+USES = """\
+%precision 3
+import helper
+def later():
+    from package import inner
+"""
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A notebook that calls modules beside it, and its fingerprint."""
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text("")
+    (tmp_path / "package/inner.py").write_text("from .most import y\n")
+    (tmp_path / "package/most.py").write_text('"""Most."""\ny = 1\n')
+    monkeypatch.setattr(runs, "NOTEBOOKS", tmp_path)
+    path = notebook(tmp_path, USES)
+    return path, lambda: runs.fingerprint(spec(path), "mnist", "digest")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("helper.py", "x = 2\n"),
+        ("package/__init__.py", "import helper\n"),
+        ("package/most.py", '"""Most."""\ny = 2\n'),
+    ],
+)
+def test_a_change_in_what_a_notebook_imports_is_noticed(fork, tmp_path, file, text):
+    before = fork[1]()
+    (tmp_path / file).write_text(text)
+    assert fork[1]() != before
+
+
+def test_a_new_library_is_noticed(fork, monkeypatch):
+    before, real = fork[1](), results.version
+    for library in ("torch", "numpy"):
+        monkeypatch.setattr(
+            results, "version", lambda name, library=library: "9" if name == library else real(name)
+        )
+        assert fork[1]() != before
+    monkeypatch.setattr(results, "version", real)
+    assert fork[1]() == before
+
+
+def test_of_a_notebook_code_and_tags_count_and_nothing_else(fork, tmp_path):
+    path, fingerprint = fork
+    before = fingerprint()
+    read = nbformat.read(path, as_version=4)
+    read.cells[0].source = "# Another title"
+    read.cells.append(nbformat.v4.new_markdown_cell("A word."))
+    read.metadata["language_info"] = {"name": "python", "version": "3.13.1"}
+    read.cells[2].update(execution_count=3, outputs=[nbformat.v4.new_output("stream", text="a")])
+    read.cells[2].metadata["collapsed"] = True
+    nbformat.write(read, path)
+    assert fingerprint() == before
+    (tmp_path / "package/most.py").write_text('"""Other words."""\ny = 1\n')
+    assert fingerprint() == before
+    read.cells[2].metadata["tags"] = ["picture:a"]
+    nbformat.write(read, path)
+    tagged = fingerprint()
+    read.cells[2].source += "# more"
+    nbformat.write(read, path)
+    assert len({before, tagged, fingerprint()}) == 3
+
+
+def test_a_notebook_depends_on_the_files_that_it_imports(tmp_path):
+    path = notebook(tmp_path, "import fimlib\nfrom support import validity\n")
     names = {p.relative_to(runs.results.ROOT).as_posix() for p in runs.sources(path)}
-    support = {"notebooks/support/figures.py"} | {
-        f"notebooks/support/checks/{p.name}" for p in (runs.SUPPORT / "checks").glob("*.py")
-    }
-    assert {n for n in names if n.startswith("notebooks/")} == support
+    support = {n for n in names if n.startswith("notebooks/")}
+    expected = ("__init__", "layers", "validity")  # layers by way of validity
+    assert support == {f"notebooks/support/{name}.py" for name in expected}
     assert {"fimlib/fisher.py", "fimlib/__init__.py", "fimlib/engines/choose.py"} <= names
+    assert "fimlib/__main__.py" not in names
+
+
+@pytest.mark.parametrize("path", sorted(runs.NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.name)
+def test_every_module_of_fimlib_that_a_notebook_loads_is_among_its_files(path):
+    """Also what is imported inside of functions."""
+    names = {p.relative_to(runs.results.ROOT).as_posix() for p in runs.sources(path)}
+    every = {f.relative_to(runs.results.ROOT).as_posix() for f in runs.FIMLIB.rglob("*.py")}
+    assert every - names <= {"fimlib/__main__.py"}
+
+
+SPOILED = """\
+import matplotlib, os, pathlib
+assert "spoiled" not in globals(), "IPython's start-up files ran"
+assert matplotlib.rcParams["font.size"] == 10.0
+from support import figures
+assert matplotlib.rcParams["lines.linewidth"] == 1.5
+"""
+
+
+def test_settings_of_the_user_change_nothing(tmp_path, monkeypatch):
+    startup = tmp_path / "ipython/profile_default/startup/a.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("spoiled = 1\n")
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\nlines.linewidth: 9\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("PYTHONSTARTUP", str(startup))
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
+    assert runs.execute(spec(notebook(tmp_path, SPOILED)), tmp_path / "results", "digits")
+    assert os.environ["IPYTHONDIR"] == str(tmp_path / "ipython")  # for what comes after
+    assert os.environ["PYTHONSTARTUP"] == str(startup)
+
+
+def test_figures_drawn_here_ignore_a_matplotlibrc(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\n")
+    code = "from support import figures; print(figures.mpl.rcParams['font.size'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "10.0\n"
 
 
 def test_docstrings_are_no_code_and_all_else_is(tmp_path):
@@ -119,19 +218,30 @@ def test_docstrings_are_no_code_and_all_else_is(tmp_path):
 
 def test_a_damaged_run_is_none_and_made_again(made, capsys):
     folder, again = made
-    for file in ("record.json", "values.csv", "notebook.ipynb"):
+    for file in ("record.json", "values.csv", "notebook.ipynb", "figure.svg"):
         path = folder / "tiny" / file
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         assert results.load(folder) == {}, file
         path.unlink()
         assert results.load(folder) == {}, file
-        if file != "notebook.ipynb":
+        if file != "figure.svg":
             path.write_bytes(whole)
             assert set(results.load(folder)) == {"tiny"}
     assert [again(), again()] == [True, False]
     assert "missing or damaged" in capsys.readouterr().out
     assert set(results.load(folder)) == {"tiny"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"counts": False}, {"seconds": 1.0}, {"more": 1}, {"digest": ""}]
+)
+def test_a_record_that_was_edited_is_damaged(made, change):
+    folder, again = made
+    path = folder / "tiny" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert results.load(folder) == {}
+    assert [again(), again()] == [True, False]
 
 
 def test_a_record_that_vouches_for_no_files_is_none(tmp_path):
@@ -147,6 +257,45 @@ def test_a_failing_cell_leaves_no_result_and_no_traceback(tmp_path):
     assert results.load(folder) == {}
     runs.execute(spec(notebook(tmp_path)), folder, "digits")  # mended: made as if nothing had been
     assert set(results.load(folder)) == {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("open('nothing.csv')", "failed with FileNotFoundError: [Errno 2] No such file"),
+        (
+            "raise PermissionError(13, 'Permission denied', 'secret')",
+            "with PermissionError: [Errno",
+        ),
+    ],
+)
+def test_an_error_of_the_cells_own_is_not_blamed_on_the_disk(tmp_path, code, message):
+    with pytest.raises(runs.RunError, match=re.escape(message)) as caught:
+        runs.execute(spec(notebook(tmp_path, code)), tmp_path / "results", "digits")
+    assert "Free some space" not in str(caught.value)
+    assert "Make the folder writable" not in str(caught.value)
+
+
+def test_a_record_of_the_notebooks_own_may_lack_what_the_runner_knows(tmp_path):
+    code = "import json, pathlib\npathlib.Path(out, 'record.json').write_text('{\"mine\": 1}')"
+    runs.execute(spec(notebook(tmp_path, code)), tmp_path, "digits")
+    record = results.load(tmp_path)["tiny"].record
+    assert record["mine"] == 1
+    assert {"parameters", "data", "counts", "versions", "machine", "seconds"} <= record.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "tiny.ipynb cannot be read as a notebook"),
+        ("[]", "tiny.ipynb cannot be read as a notebook"),
+        ('{"nbformat": 3, "nbformat_minor": 0, "worksheets": [], "metadata": {}}', "format 4"),
+    ],
+)
+def test_what_is_not_a_notebook_is_named(tmp_path, text, message):
+    (tmp_path / "tiny.ipynb").write_text(text)
+    with pytest.raises(runs.RunError, match=message):
+        runs.execute(spec(tmp_path / "tiny.ipynb"), tmp_path / "results", "digits")
 
 
 def test_attempts_are_counted_and_their_seconds_kept(tmp_path, monkeypatch):
@@ -318,27 +467,19 @@ def test_mistakes_in_the_plan_are_no_traceback(tmp_path, capsys, monkeypatch):
     plan = {"a": spec(path), "b": spec(path, numbr=3)}
     monkeypatch.setattr(runs, "specs", lambda smoke: plan)  # noqa: ARG005
     monkeypatch.setattr(runs, "execute", lambda *run: none.append(run))
-    for todo in ([], ["--todo", str(tmp_path / "todo")]):
-        assert runs.main([*todo, "--results", str(tmp_path / "results")]) == 1
-        assert "error: tiny.ipynb has no parameter numbr" in capsys.readouterr().err
+    assert runs.main(["a", "b", "--results", str(tmp_path / "results")]) == 1
+    assert "error: tiny.ipynb has no parameter numbr" in capsys.readouterr().err
     assert none == []
-    assert not (tmp_path / "todo").exists()
 
     def broken(smoke):  # noqa: ARG001
         raise runs.RunError("runs.yml, run a: …")
 
     monkeypatch.setattr(runs, "specs", broken)
-    assert runs.main([]) == 1
+    assert runs.main(["a"]) == 1
     assert capsys.readouterr().err == "error: runs.yml, run a: …\n"
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    todo = tmp_path / "todo"
-    assert runs.main(["--todo", str(todo), "--results", str(tmp_path), "--dataset", "digits"]) == 0
-    planned = todo.read_text().split()
-    assert planned == list(runs.specs())
-    assert planned[:5] == [f"sigmoid-seed-{seed}" for seed in range(5)]  # Figure 1 comes first
-    assert f"notebooks done: 0 of {len(planned)}" in capsys.readouterr().out
     assert runs.main(["sigmoid-seed-9", "--results", str(tmp_path)]) == 1
     assert "no runs named sigmoid-seed-9; there are: sigmoid-seed-0" in capsys.readouterr().err
 
@@ -370,7 +511,7 @@ for i in range(100):
 """
 
 
-def tried(path, folder, *limits):
+def tried(path, folder, *limits, status=1, **environment):
     """What `python -m support.runs` says of the run, in a process of its own."""
     code = (
         "import resource, sys; from pathlib import Path; from support import runs\n"
@@ -380,11 +521,16 @@ def tried(path, folder, *limits):
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=runs.NOTEBOOKS, capture_output=True, text=True,
-        check=False,
+        check=False, env=os.environ | environment,
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    return done.stderr
+    return done.stderr if status else done.stdout
+
+
+def test_a_terminal_that_knows_ascii_only_ends_no_run(tmp_path):
+    path = notebook(tmp_path, "print('λ is', 3)")
+    assert "[tiny] ? is 3" in tried(path, tmp_path, status=0, PYTHONIOENCODING="ascii")
 
 
 def test_a_full_disk_ends_with_a_message(tmp_path, small_disk):
@@ -398,7 +544,7 @@ def test_a_full_disk_ends_with_a_message(tmp_path, small_disk):
 def test_a_file_that_may_not_grow_ends_with_a_message(tmp_path):
     """A quota, where no small disk can be mounted."""
     text = tried(notebook(tmp_path, FILLS), tmp_path / "results", 9000)
-    assert "error: tiny: the disk is full: [Errno 27] File too large" in text
+    assert "error: tiny: the disk is full: File too large" in text
 
 
 def test_read_only_folder_is_named(small_disk, capsys):
@@ -434,10 +580,24 @@ def test_digest_tells_parts_apart():
     assert results.digest([b"ab", b"c"]) != results.digest([b"a", b"bc"])
 
 
-def test_commit_is_unknown_without_git(monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+def test_the_commit_is_the_projects_own(monkeypatch, tmp_path):
+    """Unpacked inside another repository, or started from a hook of one, it has none."""
+
+    def repository(folder):
+        folder.mkdir(exist_ok=True)
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "a"]):
+            subprocess.run(["git", *command], cwd=folder, check=True)
+
+    repository(tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path / "project")
+    (tmp_path / "project").mkdir()
     assert results.commit() == "unknown"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert results.commit() == "unknown"
+    monkeypatch.delenv("GIT_DIR")
+    repository(tmp_path / "project")
+    assert re.fullmatch("[0-9a-f]{12}", results.commit())
 
 
 def test_a_record_is_dated_in_utc():

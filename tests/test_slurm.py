@@ -58,9 +58,9 @@ def tables(folder):
 
 
 def test_every_run_is_a_job_with_its_name(cluster, project):
-    done = make(project, "-j4", "experiments", *DIGITS, SRUN, **cluster.environment)
+    done = make(project, "experiments", "JOBS=4", *DIGITS, SRUN, **cluster.environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "notebooks done: 2 of 2" in done.stdout
+    assert "=== 2 of 2 runs done ===" in done.stdout
     ended = [job for job in cluster.ended() if job.name in ("one", "two")]
     assert sorted((job.name, job.state) for job in ended) == [
         ("one", "COMPLETED"), ("two", "COMPLETED"),
@@ -74,7 +74,7 @@ def test_a_scheduler_that_is_none_is_named(project):
     assert done.returncode != 0
     assert "error: RUN starts with srn, which is no command here" in done.stderr
     assert "starts" not in done.stdout
-    assert make(project, "--dry-run", "run-one", RUN="nobody's wish").stderr == ""
+    assert make(project, "--dry-run", "experiments", RUN="nobody's wish").stderr == ""
 
 
 @pytest.mark.full
@@ -108,7 +108,7 @@ def test_results_are_those_of_a_run_without_a_scheduler(cluster, project):
     assert len(wanted) == 2
     shutil.rmtree(folder)
 
-    asked = ["make", f"PY={sys.executable}", "-j4", "experiments", *DIGITS, SRUN]
+    asked = ["make", f"PY={sys.executable}", "experiments", "JOBS=4", *DIGITS, SRUN]
     process = subprocess.Popen(
         asked, cwd=project, env=environment(**cluster.environment), stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -127,7 +127,7 @@ def test_results_are_those_of_a_run_without_a_scheduler(cluster, project):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert name in errors
-    again = make(project, "-j4", "experiments", *DIGITS, SRUN, **cluster.environment)
+    again = make(project, "experiments", "JOBS=4", *DIGITS, SRUN, **cluster.environment)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "continues after epoch" in again.stdout
     assert tables(folder) == wanted

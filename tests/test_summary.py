@@ -521,5 +521,5 @@ def test_without_matplotlib_the_figure_says_how_to_get_it(monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=re.escape("pip install 'fimlib[plot]'")):
+    with pytest.raises(ImportError, match=re.escape("not installed: pip install matplotlib")):
         found.plot()

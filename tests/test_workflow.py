@@ -44,7 +44,7 @@ def test_it_calls_what_there_is(path):
 
 
 def test_made_reads_a_command():
-    assert made("make -j2 reproduce DATASET=mnist PY=python") == ({"reproduce"}, {"DATASET", "PY"})
+    assert made("make reproduce DATASET=mnist PY=python") == ({"reproduce"}, {"DATASET", "PY"})
     assert {"test", "book", "reproduce", "lint"} <= TARGETS
     assert {"DATASET", "PY"} <= VARIABLES
 
@@ -90,6 +90,6 @@ def test_every_week_it_is_made_from_the_lock_and_apart_from_it_without():
         assert "schedule" in jobs[name]["if"]
         assert "needs" not in jobs[name]  # neither waits for the other
         assert "continue-on-error" not in str(jobs[name])  # a failure shows
-        assert any("make -j2 reproduce DATASET=mnist" in command for command in commands[name])
+        assert any("make reproduce DATASET=mnist" in command for command in commands[name])
     assert any("PY=" in command for command in commands["latest"])  # no lock
     assert not any("PY=" in command or "pip" in command for command in commands["reproduce"])

@@ -56,7 +56,7 @@ def solve_relaxation(M: np.ndarray, num_outputs: int) -> float:
         import_module("clarabel")
     except ImportError as error:
         raise ImportError(
-            "method='sos' needs cvxpy and Clarabel: pip install \"fimlib[sos]\", or use "
+            "method='sos' needs cvxpy and Clarabel: pip install cvxpy clarabel, or use "
             "method='multistart'."
         ) from error
     scale = np.linalg.eigvalsh(M)[-1]

@@ -43,8 +43,7 @@ def draw(s: Findings) -> Figure:
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError(
-            "plot() draws with matplotlib, which is not installed: pip install "
-            "'fimlib[plot]', or pip install matplotlib."
+            "plot() draws with matplotlib, which is not installed: pip install matplotlib."
         ) from error
     rows = -(-len(s.layers) // COLUMNS)
     columns = -(-len(s.layers) // rows)

@@ -3,6 +3,9 @@
 The results of Section 5.3 made on this machine are shown if all of them are there and count, else
 the committed reference run. Results that do not count (a stand-in data set, smoke size) are shown
 apart from those, and say on every page what they are.
+
+Everything is built anew if anything but the pages of forks changed since the last whole build, else
+only these pages.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -23,6 +26,7 @@ from matplotlib.figure import Figure
 
 from support import (
     cells,
+    cli,
     comparison,
     excerpts,
     explorers,
@@ -50,6 +54,11 @@ OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "decay": sweep_figures.decay,
 }
 ASIDE = "not-counted-"  # before the names of figures of runs that do not count
+FORKS = "forks/"  # the folder of their pages
+# Beside what the last whole build wrote: the digest of all that it was made from.
+WHOLE = ".whole"
+TOOLS = ("Sphinx", "jupyter-book", "myst-nb", "sphinx-book-theme")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PICTURE = "picture:"  # a cell with the tag picture:NAME draws _generated/NAME.svg
 
 
@@ -133,27 +142,51 @@ def prepare(
         results.write_text(listing, listings.page(path))
 
 
+def prepare_forks(
+    main: Mapping[str, Run], aside: Mapping[str, Run], own: Mapping[str, tuple[Run, Run | None]]
+) -> None:
+    """Write what `prepare` does of the forks alone; the rest is there."""
+    file = GENERATED / passports.FILE
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: passed for name, passed in kept.items() if not name.startswith(FORKS)}
+    for folder in (GENERATED / FORKS, GENERATED / passports.READY / FORKS):
+        shutil.rmtree(folder, ignore_errors=True)
+    pages = write_pages(main, aside, own, only=FORKS)
+    made = {file: [run] for file, run in pages.items() if file.startswith(FORKS)}
+    passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()}, kept)
+
+
 def write_pages(
     main: Mapping[str, Run],
     aside: Mapping[str, Run],
     own: Mapping[str, tuple[Run, Run | None]],
+    only: str = "",
 ) -> dict[str, Run]:
-    """Write the executed notebooks; return which run stands in which file."""
+    """Write the executed notebooks; return which run stands in which file.
+
+    Args:
+        main: The runs whose numbers the book tells.
+        aside: Runs that do not count.
+        own: Forks, with their originals.
+        only: Write only files whose names begin so.
+    """
     pages = {f"notebooks/{name}.ipynb": run for name, run in main.items()}
     pages |= {f"not-counted/{name}.ipynb": run for name, run in aside.items()}
     for _, original in own.values():
         if original and original.folder not in [run.folder for run in pages.values()]:
-            pages[f"forks/{original.name}.ipynb"] = original
+            pages[f"{FORKS}{original.name}.ipynb"] = original
     file_of = {run.folder: file for file, run in pages.items()}
     compared = {}
     for name, (run, original) in own.items():
-        pages[f"forks/{name}.ipynb"] = run
+        pages[f"{FORKS}{name}.ipynb"] = run
         if original:
             link = f"../{file_of[original.folder]}"
             compared[run.folder] = comparison.compare(run, original, link)
-    for folder in ("notebooks", "not-counted", "forks"):
-        (GENERATED / folder).mkdir()
+    for folder in ("notebooks", "not-counted", FORKS):
+        (GENERATED / folder).mkdir(exist_ok=True)
     for file, run in pages.items():
+        if not file.startswith(only):
+            continue
         text = page(run, origin(run), compared.get(run.folder, ""))
         results.write_text(GENERATED / file, text)
     return pages
@@ -206,6 +239,9 @@ def page(run: Run, made: str, compared: str = "") -> str:
     path = run.folder / "notebook.ipynb"
     if path.is_file():
         notebook = nbformat.read(path, as_version=4)
+        source = runs.NOTEBOOKS / passports.notebook_name(run)
+        if source.is_file():
+            cells.with_text(notebook, nbformat.read(source, as_version=4))
         what = f"This page is the executed notebook of {made}."
     else:
         notebook = passports.ready(run)
@@ -378,54 +414,84 @@ def seeds(group: Mapping[str, Run], prefix: str) -> str:
     )
 
 
-def build(output: Path) -> Path:
+def build(output: Path, *, whole: bool = True) -> Path:
     """Render ``book/`` with warnings as errors; return the first page.
+
+    Args:
+        output: Where ``_build`` will lie.
+        whole: Render all pages; else those whose sources changed.
 
     Raises:
         BookError: Jupyter Book reported a warning or an error.
     """
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(BOOK)]
-    command += ["--path-output", str(output), "--all", "-W", "-n", "--keep-going", "-q"]
+    command += ["--path-output", str(output), "-W", "-n", "--keep-going", "-q"]
+    command += ["--all"] if whole else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [
-            x for x in (done.stdout + done.stderr).splitlines() if "WARNING" in x or "ERROR" in x
-        ]
-        raise BookError("Jupyter Book found:\n" + "\n".join(lines or [done.stdout, done.stderr]))
+        said = COLOUR.sub("", done.stdout + done.stderr)
+        lines = [x for x in said.splitlines() if "WARNING" in x or "ERROR" in x]
+        raise BookError("Jupyter Book found:\n" + "\n".join(lines or [said]))
     return output / "_build" / "html" / "index.html"
 
 
-def main(argv: list[str] | None = None) -> int:
+def made_of(*groups: Mapping[str, Run]) -> str:
+    """SHA-256 of all that the pages are made from, but for those of forks."""
+    parts = [[name, run.record["digest"]] for group in groups for name, run in group.items()]
+    parts += [[len(group)] for group in groups]
+    parts += [[name, results.version(name)] for name in TOOLS]
+    parts += [["commit", results.commit()]]
+    found = [json.dumps(parts).encode()]
+    for path in sorted(inputs()):
+        found += [path.relative_to(results.ROOT).as_posix().encode(), path.read_bytes()]
+    return results.digest(found)
+
+
+def inputs() -> Iterator[Path]:
+    """The project's files that pages are made from, but for those of forks."""
+    of_forks = {fork["notebook"] for fork in forks.read().values()} | {forks.FILE}
+    left_out = {BOOK / "_build", GENERATED, results.ROOT / "data" / "mnist"}
+    for folder in (BOOK, runs.FIMLIB, runs.NOTEBOOKS, results.ROOT / "data"):
+        for path in folder.rglob("*"):
+            kept = not left_out & {*path.parents} and path.name not in of_forks
+            hidden = any(p.startswith((".", "__")) for p in path.relative_to(folder).parts[:-1])
+            if path.is_file() and kept and not hidden:
+                yield path
+
+
+def make(folder: Path, output: Path, *, smoke: bool = False) -> Path:
+    """Build the book from the runs of a folder; return its first page.
+
+    Raises:
+        BookError, ValueError, RunError: it cannot be built.
+    """
+    main_runs, aside = sources(folder, smoke=smoke)
+    own = forked(folder)
+    print(f"building the book with {origin(first(paper(main_runs)))} …", flush=True)
+    if aside:
+        print(f"… and apart from it {report.warning(aside)}", flush=True)
+    if own:
+        print(f"… and with the forks {', '.join(own)}", flush=True)
+    with runs.lock(BOOK, "build"):  # two builds would mix their pages
+        digest, notes = made_of(main_runs, aside), (GENERATED / WHOLE, output / "_build" / WHOLE)
+        whole = any(not note.is_file() or note.read_text() != digest for note in notes)
+        notes[1].unlink(missing_ok=True)  # after a failure everything is built anew
+        (prepare if whole else prepare_forks)(main_runs, aside, own)
+        index = build(output.resolve(), whole=whole)
+        for note in notes:
+            results.write_text(note, digest)
+    print(f"the book's first page: {os.path.relpath(index, results.ROOT)}", flush=True)
+    return index
+
+
+@cli.command(BookError, ValueError, runs.RunError)
+def main(argv: Sequence[str] | None = None) -> None:
     """Build the book from the runs of a folder; see the module."""
     parser = argparse.ArgumentParser(prog="support.book", description=__doc__)
-    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
-    parser.add_argument("--smoke", action="store_true", help="the results are at smoke size")
+    cli.add_results(parser)
     parser.add_argument("--output", type=Path, default=BOOK, help="where _build will lie")
     arguments = parser.parse_args(argv)
-    try:
-        folder = arguments.results.resolve()
-        main_runs, aside = sources(folder, smoke=arguments.smoke)
-        own = forked(folder)
-        made = origin(first(paper(main_runs)))
-        print(f"building the book with {made} …", flush=True)
-        if aside:
-            print(f"… and apart from it {report.warning(aside)}", flush=True)
-        if own:
-            print(f"… and with the forks {', '.join(own)}", flush=True)
-        with runs.lock(BOOK, "build"):  # two builds would mix their pages
-            prepare(main_runs, aside, own)
-            index = build(arguments.output.resolve())
-    except (BookError, ValueError, runs.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}. Free some space or make the folder writable.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: run again to build the book.", file=sys.stderr)
-        return 130
-    print(f"the book's first page: {os.path.relpath(index, results.ROOT)}")
-    return 0
+    make(arguments.results.resolve(), arguments.output, smoke=arguments.smoke)
 
 
 if __name__ == "__main__":

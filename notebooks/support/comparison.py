@@ -18,14 +18,18 @@ CASE, KEYS = "run", ["epoch", "layer", "quantity"]
 def original(fork: Run, pool: Iterable[Run]) -> Run | None:
     """The run that a fork is compared with: of its original notebook, with the nearest parameters.
 
+    If that notebook is a fork that was not run, its own original takes its place.
+
     Args:
         fork: The fork's run.
         pool: Where to look; of several that are equally near, the first one.
     """
-    source = forks.read()[fork.name]["from"]
-    family = [run for run in pool if passports.notebook_name(run) == source]
-    # Another data set weighs more than all else.
-    return min(family, key=lambda r: ("dataset" in (d := settings(r, fork)), len(d)), default=None)
+    pool = list(pool)
+    for source in forks.origins(fork.name, forks.read()):
+        if family := [run for run in pool if passports.notebook_name(run) == source]:
+            # Another data set weighs more than all else.
+            return min(family, key=lambda r: ("dataset" in (d := settings(r, fork)), len(d)))
+    return None
 
 
 def settings(one: Run, other: Run) -> dict[str, tuple[Any, Any]]:

@@ -208,6 +208,9 @@ def _read(path: Path, name: str) -> bytes:
         actual = f"none, for it does not decompress: {error}"
     except OSError as error:
         raise DataError(f"{_show(path)} cannot be read: {error}. Make it readable.") from error
+    if actual in SHA256.values() and actual != SHA256[name]:
+        other = next(known for known, digest in SHA256.items() if digest == actual)
+        raise DataError(f"{_show(path)} holds {other}: give the files their own names.")
     if actual != SHA256[name]:
         raise DataError(
             f"{_show(path)} is damaged or is not MNIST's file.\n"

@@ -27,6 +27,7 @@ from support import results
 from support.direct_labels import label_lines
 from support.results import NETWORK
 
+mpl.rcdefaults()  # whatever a matplotlibrc of the user says
 GREEN, BLUE, SKY, VERMILION = "#009E73", "#0072B2", "#56B4E9", "#D55E00"
 GREY, BLACK, ORANGE, PURPLE = "#666666", "#000000", "#E69F00", "#CC79A7"
 SVG = "image/svg+xml"

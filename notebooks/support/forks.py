@@ -1,8 +1,8 @@
 """Forks: your own copies of the notebooks, run and shown beside the originals.
 
 ``python -m support.forks new NAME --source mnist`` (`make fork`) copies a notebook and notes it in
-``forks.yml``; ``python -m support.forks run NAME`` (`make run`) executes it, or a run of
-``runs.yml``, into the folder of results.
+``forks.yml``; ``python -m support.forks run NAME`` executes it, or a run of ``runs.yml``, into the
+folder of results (`make run`, see `support.reproduce`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from support import cells, data, results, runs
+from support import cells, cli, data, results, runs
 from support.runs import NOTEBOOKS, OURS, RunError, Spec
 
 FILE = "forks.yml"
@@ -30,6 +29,8 @@ MARK = (
     "# The cell to change: everything below goes on with the network that this function returns.\n"
 )
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
+SHAPE = "lower-case letters, digits, - and _, a letter first"
+RESET = "defaults"  # as PARAMS: the notebook's own values again
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -45,24 +46,56 @@ def read() -> dict[str, dict[str, Any]]:
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"{FILE} is not valid YAML: {error}") from error
-    for name, entry in found.items() if isinstance(found, dict) else [("?", None)]:
-        if not isinstance(entry, dict) or set(entry) != set(KEYS):
-            raise RunError(f"{FILE}, fork {name}: it needs exactly {', '.join(KEYS)}.")
-    return dict(found)
+    if not isinstance(found, dict):
+        raise RunError(f"{FILE} must have one entry for each fork, as `make fork` writes them.")
+    return {name: checked(name, entry) for name, entry in found.items()}
 
 
-def specs(*, smoke: bool = False) -> dict[str, Spec]:
+def checked(name: Any, entry: Any) -> dict[str, Any]:
+    """An entry of ``forks.yml``.
+
+    Raises:
+        RunError: it is not as it should be.
+    """
+    where = f"{FILE}, fork {name}"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RunError(f"{where}: a name has {SHAPE}.")
+    if not isinstance(entry, dict) or set(entry) != set(KEYS):
+        raise RunError(f"{where}: it needs exactly {', '.join(KEYS)}.")
+    for key in ("notebook", "from"):
+        file = entry[key]
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".ipynb"):
+            raise RunError(f"{where}: `{key}:` must be a notebook beside {FILE}, not {file!r}.")
+    parameters = entry["parameters"] or {}
+    if not isinstance(entry["title"], str) or not isinstance(parameters, dict):
+        raise RunError(f"{where}: `title:` must be text, `parameters:` a mapping or empty.")
+    return entry | {"parameters": parameters}
+
+
+def origins(name: str, forks: Mapping[str, Any]) -> list[str]:
+    """The notebook that a fork is a copy of, the one that this is a copy of, and so on."""
+    by_notebook = {fork["notebook"]: fork for fork in forks.values()}
+    found: list[str] = []
+    source = forks[name]["from"]
+    while source and source not in found:
+        found.append(source)
+        source = by_notebook[source]["from"] if source in by_notebook else ""
+    return found
+
+
+def specs(forks: Mapping[str, Any] | None = None, *, smoke: bool = False) -> dict[str, Spec]:
     """The forks as runs, by name; at smoke size if wanted."""
+    forks = read() if forks is None else forks
     small = runs.read_plan(NOTEBOOKS / "runs.yml")["smoke"]["parameters"] if smoke else {}
     return {
         name: Spec(
             name,
             fork["title"],
             NOTEBOOKS / fork["notebook"],
-            fork["parameters"] | small.get(fork["from"], {}),
+            fork["parameters"] | small.get(origins(name, forks)[-1], {}),
             name,
         )
-        for name, fork in read().items()
+        for name, fork in forks.items()
     }
 
 
@@ -79,10 +112,7 @@ def new(name: str, source: str) -> Path:
     original = NOTEBOOKS / f"{Path(source).name.removesuffix('.ipynb')}.ipynb"
     runs.check_parameters(original, {})
     if not NAME.fullmatch(name):
-        raise RunError(
-            f"{name!r} is no name for a fork: use lower-case letters, digits, - and _, a letter "
-            "first, as in NAME=mynet."
-        )
+        raise RunError(f"{name!r} is no name for a fork: use {SHAPE}, as in NAME=mynet.")
     path, forks = NOTEBOOKS / f"{name}.ipynb", read()
     if path.exists() or name in forks or name in runs.specs():
         raise RunError(f"there is already a notebook or a run named {name}; choose another NAME.")
@@ -107,7 +137,15 @@ def save(forks: Mapping[str, Any]) -> None:
 
 
 def set_parameters(name: str, text: str) -> None:
-    """Note other parameters for a fork, as in ``activation=tanh epochs=5``.
+    """Note other parameters for a fork; see `with_parameters`."""
+    save(with_parameters(name, text))
+
+
+def with_parameters(name: str, text: str) -> dict[str, Any]:
+    """The forks, one of them with other parameters, as in ``activation=tanh epochs=5``.
+
+    Parameters that are not named stay as they are; after the word ``defaults`` they are the
+    notebook's own.
 
     Raises:
         RunError: they do not suit the notebook.
@@ -120,7 +158,9 @@ def set_parameters(name: str, text: str) -> None:
         )
     fork = forks[name]
     path = NOTEBOOKS / fork["notebook"]
-    given = parse(text)
+    first, _, rest = text.strip().partition(" ")
+    before = {} if first == RESET else fork["parameters"]
+    given = parse(rest if first == RESET else text)
     for reserved in sorted(OURS.keys() & given.keys()):
         raise RunError(f"the parameter {reserved} is {OURS[reserved]}; leave it out of PARAMS.")
     runs.check_parameters(path, {})
@@ -130,9 +170,9 @@ def set_parameters(name: str, text: str) -> None:
         raise RunError(
             f"PARAMS: {path.name} has no parameter {', '.join(unknown)}; there are: {there}."
         )
-    changed = fork["parameters"] | {k: suited(k, v, defaults[k]) for k, v in given.items()}
-    fork["parameters"] = {k: v for k, v in changed.items() if v != defaults.get(k)}
-    save(forks)
+    changed = before | {k: suited(k, v, defaults[k]) for k, v in given.items()}
+    new = {k: v for k, v in changed.items() if v != defaults.get(k)}
+    return forks | {name: fork | {"parameters": new}}
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -145,7 +185,7 @@ def parse(text: str) -> dict[str, Any]:
         RunError: the line does not read ``name=value name=value``.
     """
     found = {}
-    for item in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()):
+    for item in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()) if text.strip() else []:
         name, sign, value = item.partition("=")
         if name in found:
             raise RunError(f"PARAMS: {name} is given twice.")
@@ -177,23 +217,37 @@ def suited(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def run(name: str, folder: Path, dataset: str, *, smoke: bool = False) -> None:
+def run(name: str, folder: Path, dataset: str, *, given: str = "", smoke: bool = False) -> None:
     """Make a fork, or a run of ``runs.yml``, unless it is finished already.
 
+    Args:
+        name: Of the fork or run.
+        folder: Where results lie.
+        dataset: "mnist" or "digits".
+        given: Other parameters, as for `with_parameters`; kept if the fork runs with them.
+        smoke: Whether to make it at smoke size.
+
     Raises:
-        RunError: there is none of this name, or it failed.
+        RunError: it failed.
     """
-    start, spec = time.monotonic(), known(smoke=smoke)[name]
-    kept = ", ".join(f"{key}={value}" for key, value in spec.parameters.items())
+    forks = with_parameters(name, given) if given.strip() else read()
+    spec = (runs.specs(smoke=smoke) | specs(forks, smoke=smoke))[name]
     try:
-        if runs.execute(spec, folder, dataset):
-            runs.say(name, f"finished in {time.monotonic() - start:.0f} s")
+        runs.make(spec, folder, dataset)
     except RunError as error:
-        if name in read() and kept:
-            raise RunError(
-                f"{error}\n{name} keeps these parameters until PARAMS changes them: {kept}"
-            ) from error
-        raise
+        raise RunError(f"{error}{kept(name, given)}") from error
+    if given.strip():
+        set_parameters(name, given)  # in the file as it is now
+
+
+def kept(name: str, given: str) -> str:
+    """What becomes of a fork's parameters after a failure, in a line."""
+    old = read().get(name, {}).get("parameters", {})
+    text = "\nThe values in PARAMS are not kept." if given.strip() else ""
+    if old:
+        listed = ", ".join(f"{key}={value}" for key, value in old.items())
+        text += f"\n{name} keeps from before: {listed}. PARAMS={RESET} forgets them."
+    return text
 
 
 def known(*, smoke: bool = False) -> dict[str, Spec]:
@@ -201,8 +255,19 @@ def known(*, smoke: bool = False) -> dict[str, Spec]:
     return runs.specs(smoke=smoke) | specs(smoke=smoke)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make a fork or a run; see the module. Exit status 1 with a message if it cannot be made."""
+def check_name(name: str) -> None:
+    """Raise a RunError unless there is such a fork or run."""
+    if name not in known():
+        mine = ", ".join(read()) or "none yet: make fork NAME=mynet FROM=mnist"
+        raise RunError(
+            f"there is no fork and no run named {name!r}. Forks: {mine}. Runs: "
+            f"{', '.join(runs.specs())}."
+        )
+
+
+@cli.command(RunError, data.DataError)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make a fork or a run; see the module."""
     parser = argparse.ArgumentParser(prog="support.forks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     maker = commands.add_parser("new", help="copy a notebook")
@@ -211,40 +276,22 @@ def main(argv: list[str] | None = None) -> int:
     runner = commands.add_parser("run", help="execute a fork, or a run of runs.yml")
     runner.add_argument("name")
     runner.add_argument("--parameters", default="", help='such as "activation=tanh epochs=5"')
-    runner.add_argument("--smoke", action="store_true", help="at smoke size")
-    runner.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
-    runner.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    cli.add_results(runner)
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "new":
-            path = new(arguments.name, arguments.source)
-            has_model = MARK.strip() in path.read_text(encoding="utf-8")
-            cell = f"its cell {MODEL[4:-1]} (or any other)" if has_model else "what you like"
-            print(
-                f"notebooks/{path.name} is a copy of {arguments.source}, noted in notebooks/{FILE}."
-                f" Change {cell}, then: make run NAME={path.stem}"
-            )
-            return 0
-        if arguments.name not in known():
-            mine = ", ".join(read()) or "none yet: make fork NAME=mynet FROM=mnist"
-            raise RunError(
-                f"there is no fork and no run named {arguments.name!r}. Forks: {mine}. Runs: "
-                f"{', '.join(runs.specs())}."
-            )
-        if arguments.parameters.strip():
-            set_parameters(arguments.name, arguments.parameters)
-        run(arguments.name, arguments.results, arguments.dataset, smoke=arguments.smoke)
-    except (RunError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = error.filename or getattr(arguments, "results", NOTEBOOKS)
-        print(f"error: {runs.remedy(error.errno, f'{error.strerror} ({where})')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: run again to continue.", file=sys.stderr)
-        return 130
-    return 0
+    if arguments.command == "run":
+        check_name(arguments.name)
+        run(
+            arguments.name, arguments.results, arguments.dataset, given=arguments.parameters,
+            smoke=arguments.smoke,
+        )  # fmt: skip
+        return
+    path = new(arguments.name, arguments.source)
+    has_model = MARK.strip() in path.read_text(encoding="utf-8")
+    cell = f"its cell {MODEL[4:-1]} (or any other)" if has_model else "what you like"
+    print(
+        f"notebooks/{path.name} is a copy of {arguments.source}, noted in notebooks/{FILE}. "
+        f"Change {cell}, then: make run NAME={path.stem}"
+    )
 
 
 if __name__ == "__main__":

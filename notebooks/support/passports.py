@@ -91,15 +91,21 @@ def notebook_name(run: Run) -> str:
     return str(run.record.get("notebook") or (spec.notebook.name if spec else "?"))
 
 
-def write(folder: Path, made: Mapping[str, list[Run]], pages: Mapping[Path, str]) -> None:
+def write(
+    folder: Path,
+    made: Mapping[str, list[Run]],
+    pages: Mapping[Path, str],
+    kept: Mapping[str, list[Passport]] | None = None,
+) -> None:
     """Write the passports, and the notebooks that are ready to fork.
 
     Args:
         folder: Where figures and pages lie.
         made: The runs behind every file there; none if they are still to be made.
         pages: The executed notebook of every run there, by the run's folder.
+        kept: Passports of other files, as they are.
     """
-    found = {
+    found = dict(kept or {}) | {
         file: [passport(run, pages[run.folder]) for run in group] for file, group in made.items()
     }
     for run in {run.folder: run for group in made.values() for run in group}.values():

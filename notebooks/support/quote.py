@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support import checkpoint, results, runs, speed
+from support import checkpoint, cli, results, runs, speed
 from support.report import REFERENCE
 from support.results import Run
 from support.runs import Spec
@@ -148,10 +148,10 @@ def text(found: Sequence[Quote], cores: int, runner: float) -> str:
     rows += ["", f"done: {len(found) - len(todo)} of {len(found)} runs. To do:"]
     for jobs in sorted({1, cores}):
         together = sum(memory[:jobs]) + min(jobs, len(memory)) * runner
+        time = duration(makespan(times, jobs) + BOOK_SECONDS)
         rows.append(
-            f"  make -j{jobs} reproduce: {least}{duration(makespan(times, jobs) + BOOK_SECONDS)}, "
-            f"the book's {duration(BOOK_SECONDS)} among them; "
-            f"memory: {amount(together) if memory else 'not known'}"
+            f"  make reproduce JOBS={jobs}: {least}{time}, the book's {duration(BOOK_SECONDS)} "
+            f"among them; memory: {amount(together) if memory else 'not known'}"
         )
     book = BOOK_MB + COPIES * sum(q.disk for q in found if q.disk is not None)
     rows.append(
@@ -186,27 +186,23 @@ def machine(folder: Path) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
     free = shutil.disk_usage(there).free / 1e6
     return (
-        f"{results.processor()}, {os.cpu_count()} cores, {amount(memory)} of memory, "
+        f"{results.processor()}, {speed.cores()} cores, {amount(memory)} of memory, "
         f"{amount(free)} free on the disk; speed: {speed.calibration():.3f} s for a fixed piece of "
         "work"
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@cli.command(runs.RunError)
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the quote; see the module."""
     parser = argparse.ArgumentParser(prog="support.quote", description=__doc__)
-    parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
-    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    cli.add_results(parser)
     arguments = parser.parse_args(argv)
     folder = arguments.results.resolve()
-    try:
-        print(machine(folder), flush=True)
-        found = quotes(runs.specs(), folder, REFERENCE, arguments.dataset, speed.calibration())
-    except (runs.RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(text(found, os.cpu_count() or 1, results.peak_memory()))
-    return 0
+    print(machine(folder), flush=True)
+    plan = runs.specs(smoke=arguments.smoke)
+    found = quotes(plan, folder, REFERENCE, arguments.dataset, speed.calibration())
+    print(text(found, speed.cores(), results.peak_memory()))
 
 
 if __name__ == "__main__":

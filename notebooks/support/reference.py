@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from support import figures, report, results, runs
+from support import cli, figures, report, results, runs
 
 PICTURE = results.ROOT / "data" / "figure-1.svg"
 SHOWN = "sigmoid-seed-0"  # the run of Figure 1
@@ -56,22 +57,18 @@ def draw(target: Path = PICTURE, reference: Path = report.REFERENCE) -> None:
     figures.save(figures.figure_1(run.values, run.record), target)
 
 
-def main(argv: list[str] | None = None) -> int:
+@cli.command(ValueError, runs.RunError)
+def main(argv: Sequence[str] | None = None) -> None:
     """Publish; see the module."""
     parser = argparse.ArgumentParser(prog="support.reference", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
     parser.add_argument("--picture", action="store_true", help="only draw data/figure-1.svg again")
     arguments = parser.parse_args(argv)
-    try:
-        names = [] if arguments.picture else publish(arguments.results, report.REFERENCE)
-        draw()
-    except (ValueError, OSError, runs.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    names = [] if arguments.picture else publish(arguments.results, report.REFERENCE)
+    draw()
     if names:
         print(f"data/reference now holds: {', '.join(names)}")
     print(f"drawn from it: {PICTURE.relative_to(results.ROOT)}")
-    return 0
 
 
 if __name__ == "__main__":

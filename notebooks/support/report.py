@@ -9,13 +9,13 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from support import claims, figures, results, runs, sweep_figures
+from support import claims, cli, figures, results, runs, sweep_figures
 from support.claims import Decision
 from support.results import Run
 
@@ -523,18 +523,13 @@ def report(folder: Path, *, smoke: bool = False) -> None:
     print(f"{tally(decisions)}.")
 
 
-def main(argv: list[str] | None = None) -> int:
+@cli.command(ValueError, runs.RunError)
+def main(argv: Sequence[str] | None = None) -> None:
     """Print what reproduced; see the module."""
     parser = argparse.ArgumentParser(prog="support.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
-    parser.add_argument("--smoke", action="store_true", help="the results are at smoke size")
+    cli.add_results(parser)
     arguments = parser.parse_args(argv)
-    try:
-        report(arguments.results, smoke=arguments.smoke)
-    except (ValueError, OSError, runs.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    report(arguments.results, smoke=arguments.smoke)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A run is a folder with ``values.csv`` (run, epoch, layer, quantity, value), ``record.json``
 (parameters, seeds, data digest, versions, commit, machine, time), its figure and its executed
-notebook. The record names the digests of table and notebook: a folder that does not hold what its
-record says is no run. Figures, report and book read such folders; they never compute.
+notebook. The record names the digests of these files, and its own: a folder that does not hold what
+its record says is not a run. Figures, report and book read such folders; they never compute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "network"  # the layer column of values that belong to no single layer
 DIGITS = 12  # significant ones of a value in a table
 COLUMNS = ["run", "epoch", "layer", "quantity", "value"]
-FILES = ("values.csv", "notebook.ipynb")  # of a run: what its record vouches for, if it is there
+FILES = ("values.csv", "notebook.ipynb", "figure.svg")  # whose digests a record names, if there
 PACKAGES = ("fimlib", "numpy", "scipy", "pandas", "matplotlib", "papermill")
 
 
@@ -109,7 +109,8 @@ def save(folder: str | Path, values: pd.DataFrame | None, made_by: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     if values is not None:
         write_text(folder / "values.csv", values.to_csv(index=False, float_format=f"%.{DIGITS}g"))
-    write_text(folder / "record.json", json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
+    sealed = dict(made_by) | {"digest": seal(made_by)}
+    write_text(folder / "record.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(folder: Path, names: Collection[str] | None = None) -> dict[str, Run]:
@@ -124,7 +125,9 @@ def load(folder: Path, names: Collection[str] | None = None) -> dict[str, Run]:
         run, made_by = path.parent, read_record(path.parent)
         if run.name.startswith(".") or (names is not None and run.name not in names):
             continue
-        if made_by and made_by.get("files") == file_digests(run):
+        if not made_by or made_by.get("digest") != seal(made_by):
+            continue
+        if made_by.get("files") == file_digests(run):
             found[run.name] = Run(run.name, run, made_by)
     return found
 
@@ -136,6 +139,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return made_by if isinstance(made_by, dict) else None
+
+
+def seal(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record, but for its own digest."""
+    text = json.dumps({k: v for k, v in record.items() if k != "digest"}, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -179,11 +188,16 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked where files differ from it; "unknown" without git."""
+    """The commit that is checked out, marked where files differ from it; "unknown" without git.
+
+    A repository around the project's folder is another one, as is one that a variable of git names.
+    """
+    here = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
+    here["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
+            command, cwd=ROOT, env=here, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,9 +1,9 @@
 """Run notebooks through papermill, once each: finished runs are kept, half-made ones never count.
 
-``python -m support.runs NAME …`` makes the named runs of ``runs.yml``; a run is made in a folder
-of its own and gets its final name when it is finished. A finished run is kept as long as its
-notebook, its parameters, its data and fimlib are what they were and its files are whole. A run that
-was interrupted goes on from its last checkpoint if all that, and the machine, are the same.
+``python -m support.runs NAME …`` makes the named runs of ``runs.yml``, one after the other; a run
+is made in a folder of its own and gets its final name when it is finished. A finished run is kept
+as long as its files are whole and `fingerprint` is the same: of its code, parameters, and data. A
+run that was interrupted goes on from its last checkpoint if the machine is the same as well.
 
 A runner that is killed leaves its kernel behind for about a second. That does no harm: the kernel
 may still write what the next runner's kernel writes as well, since both compute the same, and every
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import errno
-import fcntl
 import functools
 import itertools
 import json
@@ -25,8 +23,9 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +35,12 @@ import nbformat
 import papermill
 import torch
 import yaml
+from filelock import FileLock, Timeout
+from IPython.core.inputtransformer2 import TransformerManager
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
-from support import checkpoint, data, figures, launch, results, speed
+from support import cells as of_notebook
+from support import checkpoint, cli, data, figures, imports, launch, results, speed
 
 NOTEBOOKS = results.ROOT / "notebooks"
 SUPPORT = NOTEBOOKS / "support"
@@ -62,8 +64,7 @@ PLAIN = (int, float, str)  # what a value in `each:` may be
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 ATTEMPTS = "attempts.json"  # in the folder of an unfinished run: when it was begun, and how often
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+LIBRARIES = ("torch", "numpy", "scipy")  # whose versions the values depend on
 
 
 class RunError(Exception):
@@ -198,7 +199,8 @@ def begin(folder: Path, digest: str) -> tuple[Path, Attempts]:
         folder: Where the unfinished folders of the run lie; those of others than this are removed.
         digest: Of what the run is made of. The machine counts, too: the last bits depend on it.
     """
-    machine = (results.processor(), torch.__version__, str(torch.cuda.is_available()))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = (results.processor(), torch.__version__, gpu)
     partial = folder / results.digest(x.encode() for x in (digest, *machine))[:12]
     for other in folder.glob("*"):
         if other != partial:
@@ -216,55 +218,68 @@ def begin(folder: Path, digest: str) -> tuple[Path, Attempts]:
     return partial, attempts
 
 
-def is_finished(spec: Spec, folder: Path, dataset: str) -> bool:
-    """Whether the run lies in ``folder`` as its notebook, parameters, data and code make it."""
-    old = results.load(folder).get(spec.name)
-    if old and old.record.get("fingerprint") == fingerprint(spec, dataset):
+def is_finished(spec: Spec, folder: Path, dataset: str, digest: str = "") -> bool:
+    """Whether the run lies in ``folder`` as its code, parameters and data make it.
+
+    The arguments are those of `execute` and `fingerprint`.
+    """
+    old = results.load(folder, [spec.name]).get(spec.name)
+    if old and old.record.get("fingerprint") == fingerprint(spec, dataset, digest):
         say(spec.name, f"kept, finished {old.record['started']}")
         return True
     if old:
-        say(spec.name, "notebook, parameters, data or code changed: to be made again")
+        say(spec.name, "code, parameters, data or libraries changed: to be made again")
     elif (folder / spec.name).exists():
         say(spec.name, "files are missing or damaged: to be made again")
     return False
 
 
 def fingerprint(spec: Spec, dataset: str, digest: str = "") -> str:
-    """SHA-256 of what a run is made of: notebook, parameters, data, and the code that it calls.
+    """SHA-256 of what a run is made of: code, parameters, data, and versions of libraries.
+
+    Of the notebook, the code cells and their tags count; text and stored outputs do not. So do the
+    files that they import, but for docstrings.
 
     Args:
         spec: The run.
         dataset: "mnist" or "digits".
         digest: The data set's digest, where that is known; else the data are read.
     """
-    parts = [
-        launch.without_cell(spec.notebook.read_bytes()),
-        repr(sorted(spec.parameters.items())).encode(),
-    ]
+    parts = [json.dumps([of_notebook.tags(c), c.source]) for c in code_cells(spec.notebook)]
+    parts += [repr(sorted(spec.parameters.items()))]
+    parts += [f"{name} {results.version(name)}" for name in LIBRARIES]
     parts += [code(path) for path in sources(spec.notebook)]
     if "dataset" in check_parameters(spec.notebook, spec.parameters):
-        parts.append((digest or data_digest(dataset)).encode())
-    return results.digest(parts)
+        parts.append(digest or data_digest(dataset))
+    return results.digest(part.encode() for part in parts)
 
 
 def sources(notebook: Path) -> list[Path]:
-    """The code that a notebook may call: fimlib, and what it mentions of ``support``."""
-    text = launch.without_cell(notebook.read_bytes()).decode("utf-8")
-    cells = nbformat.reads(text, as_version=4).cells
-    words = set(re.findall(r"\w+", " ".join(c.source for c in cells if c.cell_type == "code")))
-    modules = [path for path in SUPPORT.glob("*.py") if path.stem in words]
-    packages = [path for path in SUPPORT.glob("*/*.py") if path.parent.name in words]
-    return sorted([*FIMLIB.rglob("*.py"), *modules, *packages])
+    """The files of this project that a notebook imports, directly or through others."""
+    shell = TransformerManager()  # turns %magic into Python
+    found = [shell.transform_cell(cell.source) for cell in code_cells(notebook)]
+    return imports.followed(found, [NOTEBOOKS, results.ROOT])
+
+
+def code_cells(notebook: Path) -> list[nbformat.NotebookNode]:
+    """The code cells of a notebook, but for the one of `launch`."""
+    cells = read_notebook(notebook).cells
+    return [c for c in cells if c.cell_type == "code" and launch.TAG not in of_notebook.tags(c)]
 
 
 def fimlib_digest() -> str:
     """SHA-256 of fimlib's code."""
-    return results.digest(code(path) for path in sorted(FIMLIB.rglob("*.py")))
+    return results.digest(code(path).encode() for path in sorted(FIMLIB.rglob("*.py")))
 
 
-def code(path: Path) -> bytes:
+def code(path: Path) -> str:
     """A Python file without its docstrings, which change no result."""
-    text = path.read_text(encoding="utf-8")
+    return without_docstrings(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def without_docstrings(text: str) -> str:
+    """Python code without its docstrings and empty lines."""
     lines = text.split("\n")
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(text)):
@@ -272,7 +287,7 @@ def code(path: Path) -> bytes:
             first = node.body[0]
             for number in range(first.lineno - 1, first.end_lineno or first.lineno):
                 lines[number] = ""
-    return "\n".join(line for line in lines if line).encode()
+    return "\n".join(line for line in lines if line)
 
 
 @functools.cache
@@ -286,23 +301,16 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> set[str]:
 
     papermill itself would run on with the notebook's own values.
     """
-    if not notebook.is_file():
-        there = ", ".join(sorted(p.name for p in notebook.parent.glob("*.ipynb")))
-        raise RunError(f"there is no notebook {notebook.name}; there are: {there}.")
-    try:
-        cells = nbformat.read(notebook, as_version=4).cells
-        tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-        names = [node for node in ast.walk(ast.parse(tagged[0])) if isinstance(node, ast.Name)]
-    except IndexError:
+    tagged = [c.source for c in code_cells(notebook) if "parameters" in of_notebook.tags(c)]
+    if not tagged:
         raise RunError(
             f"{notebook.name} has no cell tagged 'parameters': tag the cell that sets them, else "
             "parameters given from outside would be overwritten."
-        ) from None
+        )
+    try:
+        known = set(of_notebook.assigned(tagged[0]))
     except (ValueError, SyntaxError) as error:
-        raise RunError(
-            f"{notebook.name}, or its parameters cell, cannot be read: {error}"
-        ) from error
-    known = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        raise RunError(f"{notebook.name}: its parameters cell cannot be read: {error}") from error
     if unknown := sorted(set(parameters) - known):
         raise RunError(
             f"{notebook.name} has no parameter {', '.join(unknown)}; there are: "
@@ -311,26 +319,41 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> set[str]:
     return known
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook as it is.
+
+    Raises:
+        RunError: there is none, or it is not one.
+    """
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.ipynb")))
+        raise RunError(f"there is no notebook {path.name}; there are: {there}.")
+    try:
+        found: nbformat.NotebookNode = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    except Exception as error:  # what is not a notebook fails in many ways
+        raise RunError(f"{path.name} cannot be read as a notebook: {error}") from error
+    if found.get("nbformat") != 4 or not isinstance(found.get("cells"), list):
+        raise RunError(f"{path.name} is not in Jupyter's format 4: open and save it in Jupyter.")
+    return found
+
+
 def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
     """Execute through papermill, its printed lines shown as they come."""
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's own kernel
-    # Whatever the notebook does, the threads are fixed: the last bits of sums depend on them.
-    os.environ.update(dict.fromkeys(POOLS, str(threads(spec.parameters))))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     say(spec.name, f"{spec.notebook.name} starts")
     try:
-        papermill.execute_notebook(
-            str(spec.notebook), str(output), parameters, kernel_name="python3",
-            cwd=str(NOTEBOOKS), progress_bar=False, stdout_file=Lines(spec.name),
-            start_timeout=600,  # many runs at once may take long to start
-            # No tracebacks of its own upon Ctrl-C, no history in the home folder.
-            extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
-            language="python",
-        )  # fmt: skip
+        with plain_environment(threads(spec.parameters)):
+            papermill.execute_notebook(
+                str(spec.notebook), str(output), parameters, kernel_name="python3",
+                cwd=str(NOTEBOOKS), progress_bar=False, stdout_file=Lines(spec.name),
+                start_timeout=600,  # many runs at once may take long to start
+                # No tracebacks of its own upon Ctrl-C, no history in the home folder.
+                extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
+                language="python",
+            )  # fmt: skip
     except PapermillExecutionError as error:
-        if number := re.match(r"\[Errno (\d+)\] ", error.evalue):
-            what = f"{error.evalue} ({os.path.relpath(output.parent)})"
-            raise RunError(f"{spec.name}: {remedy(int(number[1]), what)}") from error
+        if unwritable := cannot_write(error.evalue, output.parent):
+            raise RunError(f"{spec.name}: {cli.remedy(unwritable)}") from error
         raise RunError(
             f"{spec.name}: a cell of {spec.notebook.name} failed with "
             f"{error.ename}: {error.evalue}\nThe half-executed notebook, with the traceback, is "
@@ -338,6 +361,36 @@ def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
         ) from error
     except (PapermillException, RuntimeError) as error:
         raise RunError(f"{spec.name}: {spec.notebook.name} could not be run: {error}") from error
+
+
+@contextmanager
+def plain_environment(threads: int) -> Iterator[None]:
+    """Let a kernel start with a fixed number of threads and without the user's own settings.
+
+    The last bits of sums depend on the threads, values on whatever IPython's start-up files do, and
+    figures on matplotlib's settings.
+    """
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="fimlib-") as empty:
+        settings = Path(empty, "matplotlibrc")
+        settings.touch()
+        os.environ.update(dict.fromkeys(POOLS, str(threads)))
+        os.environ.update(IPYTHONDIR=empty, MATPLOTLIBRC=str(settings))
+        os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's own kernel
+        os.environ.pop("PYTHONSTARTUP", None)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def cannot_write(message: str, folder: Path) -> OSError | None:
+    """The error of the system behind a cell's error, if the run's folder cannot be written."""
+    found = re.match(r"\[Errno (\d+)\] (.*)", message)
+    if found and (int(found[1]) in cli.FULL or folder.name in message):
+        return OSError(int(found[1]), found[2], os.path.relpath(folder))
+    return None
 
 
 def threads(parameters: Mapping[str, Any]) -> int:
@@ -360,11 +413,10 @@ def finish(
         if "outputs" in cell:
             cell.outputs = figures.compacted(merge_lines(cell.outputs))
     results.write_text(path, nbformat.writes(notebook).replace(str(results.ROOT), "."))
-    record = results.read_record(partial)  # the notebook's own, if it writes one
-    if record is None:
-        record = results.record(spec.parameters, {}, attempts.latest, torch.device("cpu"))
-        record["machine"]["threads"] = threads(spec.parameters)
-        record["memory_mb"] = results.megabytes(resource.getrusage(resource.RUSAGE_CHILDREN))
+    record = results.record(spec.parameters, {}, attempts.latest, torch.device("cpu"))
+    record["machine"]["threads"] = threads(spec.parameters)
+    record["memory_mb"] = results.megabytes(resource.getrusage(resource.RUSAGE_CHILDREN))
+    record |= results.read_record(partial) or {}  # the notebook's own, if it writes one
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(attempts.started))
     record |= {
         "title": spec.title,
@@ -403,24 +455,15 @@ def merge_lines(outputs: list[Any]) -> list[Any]:
 def lock(folder: Path, name: str) -> Iterator[None]:
     """Let one process at a time make a run; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{name}.lock").open("w") as handle:
-        try:  # across the nodes of a cluster, too, if their shared file system knows locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(name, "another process is making it: waits")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    # Across the nodes of a cluster, too, if their shared file system knows locks.
+    file = FileLock(folder / f".{name}.lock")
+    try:
+        held = file.acquire(timeout=0)
+    except Timeout:
+        say(name, "another process is making it: waits")
+        held = file.acquire()
+    with held:
         yield
-
-
-def remedy(number: int | None, what: str) -> str:
-    """What to do about an error of the operating system, by its number."""
-    if number in FULL:
-        problem, advice = "the disk is full", "Free some space"
-    elif number in CLOSED:
-        problem, advice = "no permission to write", "Make the folder writable"
-    else:
-        problem, advice = "the system reports", "Free some space or make the folder writable"
-    return f"{problem}: {what}\n{advice}, and run again: what is finished is kept."
 
 
 class Lines:
@@ -444,48 +487,37 @@ def say(name: str, text: str) -> None:
     print(f"[{name}] {text}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make runs; see the module. Exit status 1 with a message if one cannot be made."""
+def make(spec: Spec, folder: Path, dataset: str) -> None:
+    """Make a run unless it is finished already, and say so."""
+    start = time.monotonic()
+    if execute(spec, folder, dataset):
+        say(spec.name, f"finished in {time.monotonic() - start:.0f} s")
+        if (figure := folder / spec.name / "figure.svg").is_file():
+            say(spec.name, f"figure: {os.path.relpath(figure, results.ROOT)}")
+
+
+def select(names: Sequence[str], known: Mapping[str, Spec]) -> list[Spec]:
+    """The named runs; a mistake in the last one is noticed before the first one starts.
+
+    Raises:
+        RunError: there is none of this name, or its parameters do not fit its notebook.
+    """
+    if unknown := sorted(set(names) - set(known)):
+        raise RunError(f"no runs named {', '.join(unknown)}; there are: {', '.join(known)}.")
+    for name in names:
+        check_parameters(known[name].notebook, known[name].parameters)
+    return [known[name] for name in names]
+
+
+@cli.command(RunError, data.DataError)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make runs; see the module."""
     parser = argparse.ArgumentParser(prog="support.runs", description=__doc__)
-    parser.add_argument("names", nargs="*", help="runs to make; none: all")
-    parser.add_argument("--todo", type=Path, help="only write the unfinished runs' names here")
-    parser.add_argument("--smoke", action="store_true", help="at smoke size")
-    parser.add_argument("--dataset", default="mnist", choices=("mnist", "digits"))
-    parser.add_argument("--results", type=Path, default=results.ROOT / "results" / "mnist")
+    parser.add_argument("names", nargs="+", help="runs to make")
+    cli.add_results(parser)
     arguments = parser.parse_args(argv)
-    folder, dataset = arguments.results, arguments.dataset
-    try:
-        known = specs(smoke=arguments.smoke)
-        names = arguments.names or list(known)
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise RunError(f"no runs named {', '.join(unknown)}; there are: {', '.join(known)}.")
-        for name in names:  # a mistake in the last run is noticed before the first one starts
-            check_parameters(known[name].notebook, known[name].parameters)
-        if arguments.todo:
-            todo = [name for name in names if not is_finished(known[name], folder, dataset)]
-            results.write_text(arguments.todo, "\n".join(todo))
-            print(f"notebooks done: {len(names) - len(todo)} of {len(names)}", flush=True)
-            return 0
-        for name in names:
-            start = time.monotonic()
-            if execute(known[name], folder, dataset):
-                say(name, f"finished in {time.monotonic() - start:.0f} s")
-                if (figure := folder / name / "figure.svg").is_file():
-                    say(name, f"figure: {os.path.relpath(figure, results.ROOT)}")
-            done = set(results.load(folder)) & set(known)
-            print(f"notebooks done: {len(done)} of {len(known)}", flush=True)
-    except (RunError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = error.filename or arguments.results
-        print(f"error: {remedy(error.errno, f'{error.strerror} ({where})')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished is kept, run again to continue.", file=sys.stderr)
-        return 130
-    return 0
+    for spec in select(arguments.names, specs(smoke=arguments.smoke)):
+        make(spec, arguments.results, arguments.dataset)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""How fast this machine is, by a small fixed piece of the runs' own kind of work."""
+"""What this machine can do: its speed, by a small fixed piece of work, and its cores and memory."""
 
 from __future__ import annotations
 
 import functools
 import time
+from contextlib import suppress
+from pathlib import Path
 
+import joblib
+import psutil
 import torch
 
 import fimlib
@@ -12,6 +16,7 @@ from support import training
 
 STEPS = 150  # of training
 REPEATS = 3
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 @functools.cache
@@ -43,3 +48,16 @@ def workload() -> float:
     derivs = fimlib.differentiate(net.double().eval(), x[0, :1].double())
     fimlib.theorem_4_1(derivs, fimlib.Categorical(), num_samples=1)
     return time.process_time() - start
+
+
+def cores() -> int:
+    """How many CPU cores this process may use, also within a container."""
+    return int(joblib.cpu_count())
+
+
+def free_memory() -> float:
+    """MB of memory that are free, also within a container."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # there is no container, or it has no limit
+        free = min(free, int(CONTAINER.read_text()))
+    return float(free / 1e6)
