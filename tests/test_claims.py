@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import claims, report, results, runs
+from support.quantities import QUANTITIES
 
 CLAIMS = claims.load()
 DECIDABLE = [claim for claim in CLAIMS if claim.quantity]
@@ -31,7 +32,7 @@ def columns(experiment):
     found = {}
     for claim in DECIDABLE:
         if experiment in claim.experiments:
-            quantity = claims.QUANTITIES[claim.quantity]
+            quantity = QUANTITIES[claim.quantity]
             names = quantity.reads(claim.arguments)
             found |= {name: quantity.of_layers for name in names if name not in PARAMETERS}
     return found
@@ -108,7 +109,7 @@ def readers(experiment, name):
         claim.id
         for claim in DECIDABLE
         if experiment in claim.experiments
-        and name in claims.QUANTITIES[claim.quantity].reads(claim.arguments)
+        and name in QUANTITIES[claim.quantity].reads(claim.arguments)
     }
 
 
@@ -120,7 +121,7 @@ def test_the_table_is_in_order():
         assert claim.claim.endswith((".", "?"))
         assert claim.quantity or claim.note, f"{claim.id}: why is it not decidable?"
         assert claim.set in (("before", "after") if claim.quantity else ("",))
-    assert {claim.quantity for claim in DECIDABLE} == set(claims.QUANTITIES), "an unused quantity"
+    assert {claim.quantity for claim in DECIDABLE} == set(QUANTITIES), "an unused quantity"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -278,7 +279,7 @@ CHANGES = {
 
 def turns(world, unchanged, claim):
     """Whether a change of what a claim reads, each by itself or all, turns its verdict."""
-    names = set(claims.QUANTITIES[claim.quantity].reads(claim.arguments)) - set(PARAMETERS)
+    names = set(QUANTITIES[claim.quantity].reads(claim.arguments)) - set(PARAMETERS)
     for experiment in claim.experiments:
         verdict = claims.verdict(claim, unchanged[experiment][claim.id])
         for some, change in itertools.product([*([n] for n in names), names], CHANGES.values()):
@@ -291,7 +292,7 @@ def turns(world, unchanged, claim):
     return False
 
 
-@pytest.mark.parametrize("quantity", claims.QUANTITIES)
+@pytest.mark.parametrize("quantity", QUANTITIES)
 def test_every_verdict_can_turn(world, unchanged, quantity):
     for claim in DECIDABLE:
         if claim.quantity == quantity:
@@ -568,8 +569,8 @@ def test_quantities_by_hand(text, given, expected):
 
 
 def test_every_quantity_is_tried_by_hand():
-    assert {row[0].partition(":")[0] for row in BY_HAND} == set(claims.QUANTITIES)
-    assert all(quantity.says.endswith(".") for quantity in claims.QUANTITIES.values())
+    assert {row[0].partition(":")[0] for row in BY_HAND} == set(QUANTITIES)
+    assert all(quantity.says.endswith(".") for quantity in QUANTITIES.values())
 
 
 TINY = {"epochs": 6, "train_limit": 300, "num_samples": 5000, "hidden": [8, 6]}

@@ -17,6 +17,7 @@ import pandas as pd
 
 from support import claims, figures, results, runs, sweep_figures
 from support.claims import Decision
+from support.quantities import QUANTITIES
 from support.results import Run
 
 REFERENCE = results.ROOT / "data" / "reference"
@@ -446,7 +447,7 @@ def table(decisions: Iterable[Decision]) -> str:
     for d in decisions:
         dagger = " †" if d.claim.set == "after" else ""
         mark = MARKS.get(d.verdict, "")
-        quantity = claims.QUANTITIES.get(d.claim.quantity)
+        quantity = QUANTITIES.get(d.claim.quantity)
         how = f"{quantity.says if quantity else ''} {d.claim.note}".strip()
         row = (
             f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)"
