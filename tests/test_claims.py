@@ -13,7 +13,7 @@ import pytest
 from support import claims, report, results, runs
 from support.quantities import QUANTITIES
 
-CLAIMS = claims.load()
+CLAIMS = claims.load_claims()
 DECIDABLE = [claim for claim in CLAIMS if claim.quantity]
 PARAMETERS = {"num_samples": 50}
 EPOCHS, LAYERS = range(8), ("1", "2", "3")
@@ -157,12 +157,12 @@ def test_a_bad_row_is_told(tmp_path, row):
             writer.writeheader()
             writer.writerow(entry)
         if entry is good:
-            [claim] = claims.load(path)
+            [claim] = claims.load_claims(path)
             assert (claim.low, claim.high) == (0, np.inf)
             assert (claim.quantity, claim.arguments) == ("violations", ())
             assert claim.experiments == ("sigmoid",)
     with pytest.raises(ValueError, match="claim 'x'"):
-        claims.load(path)
+        claims.load_claims(path)
 
 
 def claim(low, high):

@@ -89,7 +89,7 @@ def test_words_are_counted(tmp_path):
 @pytest.mark.parametrize("page", [path.stem for path in sorted(BOOK.glob("*.md"))])
 def test_symbols_and_claims_of_a_page_are_known(page):
     assert set(SYMBOL.findall(text(page))) <= set(notation.entries(BOOK))
-    known = {claim.id for claim in claims.load()} | {"tally", "sigmoid", "log-sigmoid"}
+    known = {claim.id for claim in claims.load_claims()} | {"tally", "sigmoid", "log-sigmoid"}
     assert {c for c, _ in re.findall(r"\{claim\}`([^:`]+):([^`]+)`", text(page))} <= known
 
 

@@ -40,7 +40,7 @@ PARAMETERS = {
 }  # fmt: skip
 ALL = tuple(runs.specs())
 PAPER = [name for name, spec in runs.specs().items() if spec.experiment == book.PAPER]
-NUMBER = sum(claim.whose == "paper" for claim in claims.load())
+NUMBER = sum(claim.whose == "paper" for claim in claims.load_claims())
 
 
 def table(name, accuracy=0.9, **scales):

@@ -57,7 +57,7 @@ class Decision(NamedTuple):
         return int(self.cells.between(self.claim.low, self.claim.high).sum())
 
 
-def load(path: Path = CLAIMS) -> list[Claim]:
+def load_claims(path: Path = CLAIMS) -> list[Claim]:
     """The claims, in the paper's order.
 
     Raises:
@@ -103,7 +103,7 @@ def decide(
         ValueError: the table of claims or that of a run is damaged.
     """
     values = {name: run.values for group in groups.values() for name, run in group.items()}
-    return [decide_one(claim, groups, wanted, values) for claim in load(path)]
+    return [decide_one(claim, groups, wanted, values) for claim in load_claims(path)]
 
 
 def decide_one(

@@ -319,7 +319,7 @@ def facts(found: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 
 def better(found: Mapping[str, Run]) -> dict[str, dict[str, str]]:
     """How often which estimator has less variance, in the experiments that are like Figure 1."""
-    [claim] = [c for c in claims.load() if c.id == "c"]
+    [claim] = [c for c in claims.load_claims() if c.id == "c"]
     told = {}
     for name, group in experiments(found).items():
         if name in ("sigmoid", "log-sigmoid"):
