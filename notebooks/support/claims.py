@@ -64,10 +64,10 @@ def load_claims(path: Path = CLAIMS) -> list[Claim]:
         ValueError: a row names a quantity that there is not, or a tolerance that is none.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        return [read(row, path) for row in csv.DictReader(file)]
+        return [read_claim(row, path) for row in csv.DictReader(file)]
 
 
-def read(row: Mapping[str, str], path: Path) -> Claim:
+def read_claim(row: Mapping[str, str], path: Path) -> Claim:
     """A row of ``claims.csv``."""
     quantity, _, arguments = row["quantity"].partition(":")
     try:
