@@ -228,7 +228,7 @@ def test_a_quantity_that_is_missing_is_told(world):
 
 def test_a_quantity_sees_what_it_reads_and_nothing_else(world):
     run = world["sigmoid"]["sigmoid-0"]
-    table = claims.table(run, run.values, ("V1", "num_samples"), of_layers=True)
+    table = claims.quantity_table(run, run.values, ("V1", "num_samples"), of_layers=True)
     assert set(table) == {"V1", "num_samples"}
     assert len(table) == len(EPOCHS) * len(LAYERS)
 

@@ -141,12 +141,16 @@ def cells(
     """A claim's numbers in the runs of one experiment; those that do not exist are left out."""
     quantity = QUANTITIES[claim.quantity]
     names = quantity.reads(claim.arguments)
-    tables = [table(run, values[name], names, quantity.of_layers) for name, run in group.items()]
+    tables = [
+        quantity_table(run, values[name], names, quantity.of_layers) for name, run in group.items()
+    ]
     numbers = quantity.function(pd.concat(tables).sort_index(), *claim.arguments)
     return numbers.dropna().astype(float)
 
 
-def table(run: Run, values: pd.DataFrame, names: Iterable[str], of_layers: bool) -> pd.DataFrame:
+def quantity_table(
+    run: Run, values: pd.DataFrame, names: Iterable[str], of_layers: bool
+) -> pd.DataFrame:
     """Some quantities of a run, a column each; what else there is stays out of sight.
 
     Raises:
