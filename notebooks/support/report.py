@@ -355,7 +355,7 @@ def section_5_3(found: Mapping[str, Run], made: str) -> str:
     here = [d for d in decide(found) if re.match("Section 5.3|Figure 1|Appendix E", d.claim.where)]
     return (
         f"All numbers below come from {made}. {RULE} The [report](report.md) shows all cases of "
-        f"every claim.\n\n{table(here)}\n"
+        f"every claim.\n\n{claims_table(here)}\n"
     )
 
 
@@ -398,15 +398,15 @@ def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> s
             compared(found, reference),
             "## Claims that experiments decide\n",
             f"{tally(measured)}. Of their ranges {before} were set before, {len(paper) - before} "
-            f"after such runs had been looked at (†).\n\n{table(paper)}\n",
+            f"after such runs had been looked at (†).\n\n{claims_table(paper)}\n",
             "## Questions of ours\n",
             "Next to the paper's claims: other readings, and what a user may ask. They are in no "
-            f"count.\n\n{table(d for d in measured if d.claim.whose != 'paper')}\n",
+            f"count.\n\n{claims_table(d for d in measured if d.claim.whose != 'paper')}\n",
             "### All cases\n",
             *(all_cells(d) for d in measured if len(d.cells) > 1),
             "## Statements, tried on many cases\n",
             f"{tally(tried)}. The numbers are those of the [list of all "
-            f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{table(tried)}\n",
+            f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{claims_table(tried)}\n",
             "## What cannot be decided\n",
             *(f"* **{d.claim.where}.** {d.claim.claim} *{d.claim.note}*" for d in silent),
             "",
@@ -441,7 +441,7 @@ def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
     )
 
 
-def table(decisions: Iterable[Decision]) -> str:
+def claims_table(decisions: Iterable[Decision]) -> str:
     """Claims with tolerance, our numbers, verdict and reason."""
     lines = ["| claim | range | ours | verdict |", "| --- " * 4 + "|"]
     for d in decisions:
