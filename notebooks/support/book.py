@@ -172,7 +172,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
     results.write_text(GENERATED / "facts.json", json.dumps(report.facts(main), indent=1))
     reference = results.load(report.REFERENCE)
-    results.write_text(GENERATED / "report.md", report.page(main, reference, made))
+    results.write_text(GENERATED / "report.md", report.report_page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
     results.write_text(GENERATED / "mutation.md", mutation())
     results.write_text(GENERATED / "benchmark.md", tables.page(tables.read()))

@@ -383,7 +383,7 @@ def sweep(found: Mapping[str, Run]) -> str:
     return "\n".join([*lines, ""])
 
 
-def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
+def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
     """The whole report: all claims, all their cases, and the comparison with the reference."""
     decisions = decide(found)
     tried = [d for d in decisions if d.claim.experiments == (STATEMENTS,)]
