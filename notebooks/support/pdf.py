@@ -44,7 +44,7 @@ class Pages:
 
     def __init__(self, built: Path):
         self.built = built.resolve()
-        self.index = read(self.built / "index.html")
+        self.index = parsed_page(self.built / "index.html")
         contents = self.index.select_one("nav.bd-links")
         if contents is None:
             raise BrowserError(f"{built / 'index.html'} has no list of contents: make book")
@@ -83,7 +83,7 @@ class Pages:
 
     def article(self, page: Path) -> Tag:
         """What is printed of a page."""
-        article = read(page).select_one("article")
+        article = parsed_page(page).select_one("article")
         assert article is not None, page
         for part in article.select(NOT_PRINTED):
             part.decompose()
@@ -149,7 +149,7 @@ class Pages:
         return tag
 
 
-def read(path: Path) -> BeautifulSoup:
+def parsed_page(path: Path) -> BeautifulSoup:
     """A page, parsed."""
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
