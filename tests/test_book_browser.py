@@ -171,7 +171,7 @@ def test_the_explorer_of_figure_1_shows_the_runs(book):
 def printed(book, tmp_path_factory):
     """The book as PDF, and beside it the page that was printed."""
     output = tmp_path_factory.mktemp("printed") / "book.pdf"
-    pdf.write(book, output)
+    pdf.write_pdf(book, output)
     return output
 
 

@@ -193,7 +193,7 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
     return {name: number + 1 for name, number in found.items() if number is not None}
 
 
-def write(built: Path, output: Path) -> None:
+def write_pdf(built: Path, output: Path) -> None:
     """Print a built book.
 
     Args:
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     print("printing the book (a minute or two) …", flush=True)
     try:
-        write(arguments.built, arguments.output)
+        write_pdf(arguments.built, arguments.output)
     except (BrowserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
