@@ -123,7 +123,7 @@ def prepare(
     for run in of_experiment.values():
         made |= save_pictures(run)
         excerpts.write(GENERATED, run.folder / "notebook.ipynb", executed=True)
-    made |= explorers.write(main, GENERATED)
+    made |= explorers.write_explorers(main, GENERATED)
     made |= fill_gaps(set(made))
     passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})
     write_fragments(main, aside)

@@ -1,9 +1,9 @@
 """The data of the book's two explorers, as JSON that stands in their pages.
 
 The pages' script (``book/_static/explorers/explorers.js``) computes nothing: it looks up what is
-written here, so that every value shown is `fimlib`'s or a run's. `write` puts into the folder of
-the book's generated files, for each explorer, a fragment of HTML with its data and a picture that
-stands in for it on paper and where there is no script.
+written here, so that every value shown is `fimlib`'s or a run's. `write_explorers` puts into the
+folder of the book's generated files, for each explorer, a fragment of HTML with its data and a
+picture that stands in for it on paper and where there is no script.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXPERIMENTS = ("sigmoid", "log-sigmoid")  # whose runs are drawn like Figure 1
 Columns = dict[str, list[Any]]
 
 
-def write(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run]]:
+def write_explorers(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run]]:
     """Write the data and the pictures of both explorers.
 
     Args:
