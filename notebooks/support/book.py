@@ -125,7 +125,7 @@ def prepare(
         excerpts.write(GENERATED, run.folder / "notebook.ipynb", executed=True)
     made |= explorers.write_explorers(main, GENERATED)
     made |= fill_gaps(set(made))
-    passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})
+    passports.write_passports(GENERATED, made, {run.folder: file for file, run in pages.items()})
     write_fragments(main, aside)
     (GENERATED / "source").mkdir()
     for path in listings.paths():
