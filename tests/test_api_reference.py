@@ -140,7 +140,9 @@ def stubs():
     pages = {p.stem: f"# {p.stem}\n" for p in BOOK.glob("*.md") if p.stem.split("-")[0] in linked}
     library = results.ROOT / "fimlib"
     sources = [p for p in listings.paths() if p.is_relative_to(library)]
-    pages |= {f"_generated/source/{listings.page_name(p)}": listings.page(p) for p in sources}
+    pages |= {
+        f"_generated/source/{listings.page_name(p)}": listings.listing_page(p) for p in sources
+    }
     return pages | {"paper-map": "\n\n".join(stated)}
 
 

@@ -269,7 +269,7 @@ def build(book, tiny=TINY):
         "api.md": API,
         "paper.yml": tiny,
         "_generated/notebooks/run.ipynb": RESULTS,
-    } | {f"_generated/source/{listings.page_name(p)}.md": listings.page(p) for p in LISTED}
+    } | {f"_generated/source/{listings.page_name(p)}.md": listings.listing_page(p) for p in LISTED}
     for name, text in files.items():
         (book / name).parent.mkdir(parents=True, exist_ok=True)
         (book / name).write_text(text, encoding="utf-8")

@@ -228,7 +228,7 @@ def build(book, changes=None):
         "proof-eq-5-6.md": "# Proof\n\nOf {eq}`eq-5`.\n",
         "report.md": "# Report\n",
         "_generated/facts.json": json.dumps(FACTS),
-    } | {f"_generated/source/{listings.page_name(p)}.md": listings.page(p) for p in LISTED}
+    } | {f"_generated/source/{listings.page_name(p)}.md": listings.listing_page(p) for p in LISTED}
     for old, new in (changes or {}).items():
         assert old in files["section-3.md"]
         files["section-3.md"] = files["section-3.md"].replace(old, new)

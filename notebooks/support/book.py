@@ -130,7 +130,7 @@ def prepare(
     (GENERATED / "source").mkdir()
     for path in listings.paths():
         listing = GENERATED / "source" / f"{listings.page_name(path)}.md"
-        results.write_text(listing, listings.page(path))
+        results.write_text(listing, listings.listing_page(path))
 
 
 def write_pages(
