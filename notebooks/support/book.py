@@ -154,7 +154,7 @@ def write_pages(
     for folder in ("notebooks", "not-counted", "forks"):
         (GENERATED / folder).mkdir()
     for file, run in pages.items():
-        text = page(run, origin(run), compared.get(run.folder, ""))
+        text = notebook_page(run, origin(run), compared.get(run.folder, ""))
         results.write_text(GENERATED / file, text)
     return pages
 
@@ -195,7 +195,7 @@ def origin(run: Run) -> str:
     return "a run on the machine that built this book"
 
 
-def page(run: Run, made: str, compared: str = "") -> str:
+def notebook_page(run: Run, made: str, compared: str = "") -> str:
     """The executed notebook as a page: its own title, and on top what it is.
 
     Args:
