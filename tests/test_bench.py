@@ -523,10 +523,10 @@ def test_a_gpu_s_times_stand_beside_the_roofline():
 
 
 def test_without_a_run_the_page_says_how_to_make_one(tmp_path):
-    assert tables.read(tmp_path / "bench.json") is None
+    assert tables.read_benchmark(tmp_path / "bench.json") is None
     assert "make bench" in tables.benchmark_page(None)
     (tmp_path / "bench.json").write_text(json.dumps(made_up()))
-    assert tables.read(tmp_path / "bench.json") == made_up()
+    assert tables.read_benchmark(tmp_path / "bench.json") == made_up()
 
 
 @pytest.mark.parametrize(

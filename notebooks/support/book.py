@@ -175,7 +175,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "report.md", report.report_page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
     results.write_text(GENERATED / "mutation.md", mutation())
-    results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read()))
+    results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
 
 
 def paper(group: Mapping[str, Run]) -> dict[str, Run]:

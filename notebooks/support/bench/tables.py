@@ -221,7 +221,7 @@ def title(found: Found, network: str) -> str:
 # The page.
 
 
-def read(path: Path = FOUND) -> Found | None:
+def read_benchmark(path: Path = FOUND) -> Found | None:
     """What ``make bench`` found last, if it did."""
     if not path.is_file():
         return None
