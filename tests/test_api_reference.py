@@ -107,7 +107,7 @@ def test_in_a_class_bare_names_are_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", sorted({c for g in paper_map.read(BOOK / "paper.yml").values() for i in g.values()
+    "name", sorted({c for g in paper_map.read_map(BOOK / "paper.yml").values() for i in g.values()
                     for c in i.get("code", [])}),
 )  # fmt: skip
 def test_code_of_the_map_has_an_entry(name):

@@ -32,7 +32,7 @@ PICTURES = {
 OPEN: set[str] = set()
 PROVED = {"Eq. 5", "Eq. 6"} | {name for name in STATEMENTS if not name.startswith("Remark")}
 
-GROUPS = paper_map.read(BOOK / "paper.yml")
+GROUPS = paper_map.read_map(BOOK / "paper.yml")
 ITEMS = {number: item for items in GROUPS.values() for number, item in items.items()}
 DONE = [number for number in ITEMS if number not in OPEN]
 

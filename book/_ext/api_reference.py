@@ -139,7 +139,7 @@ def docstring(target: object) -> str:
 @cache
 def anchors(book: str | Path) -> dict[str, str]:
     """Labels in the book by the numbers of the paper."""
-    groups = paper_map.read(Path(book) / paper_map.MAP)
+    groups = paper_map.read_map(Path(book) / paper_map.MAP)
     return {number: item["anchor"] for items in groups.values() for number, item in items.items()}
 
 

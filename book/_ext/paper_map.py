@@ -36,7 +36,8 @@ class PaperMap(SphinxDirective):
         self.env.note_dependency(MAP)
         results = glued(book / NOTEBOOKS)
         return [
-            self.section(title, table(items, results)) for title, items in read(book / MAP).items()
+            self.section(title, table(items, results))
+            for title, items in read_map(book / MAP).items()
         ]
 
     def section(self, title: str, markdown: str) -> nodes.section:
@@ -46,7 +47,7 @@ class PaperMap(SphinxDirective):
         return section
 
 
-def read(path: Path) -> Groups:
+def read_map(path: Path) -> Groups:
     """The groups of the map."""
     groups: Groups = yaml.safe_load(path.read_text(encoding="utf-8"))
     return groups
