@@ -36,7 +36,7 @@ class PaperMap(SphinxDirective):
         self.env.note_dependency(MAP)
         results = glued(book / NOTEBOOKS)
         return [
-            self.section(title, table(items, results))
+            self.section(title, map_table(items, results))
             for title, items in read_map(book / MAP).items()
         ]
 
@@ -53,7 +53,7 @@ def read_map(path: Path) -> Groups:
     return groups
 
 
-def table(items: dict[str, Item], results: dict[str, str]) -> str:
+def map_table(items: dict[str, Item], results: dict[str, str]) -> str:
     """A table, one row per item."""
     head = "```{list-table}\n:header-rows: 1\n:widths: 28 30 42\n:class: paper-map\n"
     rows = [row(number, item, results) for number, item in items.items()]
