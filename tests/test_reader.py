@@ -94,7 +94,7 @@ def test_symbols_and_claims_of_a_page_are_known(page):
 
 
 def test_the_notation_is_whole():
-    groups = notation.read(BOOK)
+    groups = notation.read_notation(BOOK)
     found = notation.entries(BOOK)
     assert sum(map(len, groups.values())) == len(found)  # no name stands in two groups
     assert re.findall(r"^```\{notation\} (\w+)$", text("notation"), re.M) == list(groups)
