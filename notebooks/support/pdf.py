@@ -3,7 +3,8 @@
 The pages that are written by hand are put into one page, in the order of the list of contents,
 behind a title and that list; links between them lead from page to page of the PDF. Executed
 notebooks, listings of code and interactive pages stay in the book itself: what leads to them is
-plain text here.
+plain text here. (Sphinx's builder ``singlehtml`` also makes one page, but leaves ids that several
+pages share, and links to pages that are left out.)
 """
 
 from __future__ import annotations
