@@ -36,6 +36,7 @@ from support import (
     sweep_figures,
 )
 from support.bench import tables
+from support.markdown import markdown_table
 from support.results import Run
 
 BOOK = results.ROOT / "book"
@@ -333,20 +334,20 @@ def mutation() -> str:
     found = json.loads(MUTATION.read_text(encoding="utf-8"))
     modules, survivors = found["modules"], found["survivors"]
     mutants, killed = (sum(m[key] for m in modules.values()) for key in ("mutants", "killed"))
-    rows = [f"| `{n}` | {m['mutants']:,} | {m['killed']:,} |" for n, m in modules.items()]
+    rows = [[f"`{n}`", f"{m['mutants']:,}", f"{m['killed']:,}"] for n, m in modules.items()]
     current = found["source"] == runs.fimlib_digest()
     head = (
         f"{found['tool']} made {mutants:,} changes to the formulas, one at a time; the tests "
         f"noticed {killed:,} of them, **{killed / mutants:.1%}**."
         + ("" if current else " *`fimlib` has changed since; `make mutants` brings it up to date.*")
     )
-    table = ["| module | changes | noticed |", "| --- | --- | --- |", *rows]
+    table = markdown_table(["module", "changes", "noticed"], rows)
     listed = "\n".join(
         f"* `{s['function']}`: `{s['old']}` → `{s['new']}`. {s['why'] or 'Not argued yet.'}"
         for s in survivors
     )
     fold = f":::{{dropdown}} The {len(survivors)} changes that no test noticed\n{listed}\n:::\n"
-    return "\n".join([head, "", *table, "", fold])
+    return f"{head}\n\n{table}\n{fold}"
 
 
 def shown(group: Mapping[str, Run], prefix: str) -> str:

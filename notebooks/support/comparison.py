@@ -10,6 +10,7 @@ import pandas as pd
 from nbformat import NotebookNode
 
 from support import cells, forks, launch, passports
+from support.markdown import markdown_table
 from support.results import NETWORK, Run
 
 CASE, KEYS = "run", ["epoch", "layer", "quantity"]
@@ -148,14 +149,6 @@ def factor(a: float, b: float) -> str:
 def code(value: Any) -> str:
     """A value in a cell of a table."""
     return f"`{value}`" if value != "" else "–"
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown; nothing if it has no rows."""
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def code_changes(first: Run, fork: Run) -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from support import claims, figures, results, runs, sweep_figures
 from support.claims import Decision
+from support.markdown import escaped, markdown_table
 from support.quantities import QUANTITIES
 from support.results import Run
 
@@ -370,17 +371,14 @@ def sweep(found: Mapping[str, Run]) -> str:
     sums = layers.groupby([activation, "quantity"]).value.sum().unstack()
     violations = sums.I_violations + sums.V1_violations + sums.V2_violations
     shares = sums[["V1_vacuous", "V1_zero", "V2_vacuous", "V2_zero"]].div(sums.checks, axis=0)
-    lines = [
-        "| | bounds checked | violations | lower bounds above 0 | UB of V₁ vacuous | V₁: 0 = 0 "
-        "| UB of V₂ vacuous | V₂: 0 = 0 |",
-        "| --- " * 8 + "|",
-    ]
-    lines += [
-        f"| {name} | {3 * sums.checks[name]:,.0f} | {violations[name]:,.0f} | "
-        f"{sums.lower_positive[name]:,.0f} | {' | '.join(f'{x:.2%}' for x in shares.loc[name])} |"
+    head = ["", "bounds checked", "violations", "lower bounds above 0"]
+    head += ["UB of V₁ vacuous", "V₁: 0 = 0", "UB of V₂ vacuous", "V₂: 0 = 0"]
+    counts = [3 * sums.checks, violations, sums.lower_positive]
+    rows = [
+        [name, *(f"{x[name]:,.0f}" for x in counts), *(f"{x:.2%}" for x in shares.loc[name])]
         for name in sums.index
     ]
-    return "\n".join([*lines, ""])
+    return markdown_table(head, rows)
 
 
 def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
@@ -420,11 +418,9 @@ def compared(found: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
         return "These are the reference results themselves.\n"
     rows = compare(found, reference)
     moved = [row for row in rows if row.moved]
-    lines = ["| run | kind of comparison | moved? | values |", "| --- " * 4 + "|"]
-    lines += [
-        f"| {r.figure} | {r.how} | {'**yes**' if r.moved else 'no'} | {r.text} |" for r in rows
-    ]
-    return "\n".join([summary(rows, moved), "", *(lines if rows else []), ""])
+    cells = [[r.figure, r.how, "**yes**" if r.moved else "no", r.text] for r in rows]
+    table = markdown_table(["run", "kind of comparison", "moved?", "values"], cells)
+    return f"{summary(rows, moved)}\n\n{table}"
 
 
 def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
@@ -443,21 +439,22 @@ def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
 
 def claims_table(decisions: Iterable[Decision]) -> str:
     """Claims with tolerance, our numbers, verdict and reason."""
-    lines = ["| claim | range | ours | verdict |", "| --- " * 4 + "|"]
+    rows = []
     for d in decisions:
         dagger = " †" if d.claim.set == "after" else ""
         mark = MARKS.get(d.verdict, "")
         quantity = QUANTITIES.get(d.claim.quantity)
         how = f"{quantity.says if quantity else ''} {d.claim.note}".strip()
-        row = (
+        row = [
             f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)"
             + (f"<br>*{how}*" if how else ""),
             f"{tolerance(d)}{dagger}" if d.claim.quantity else "–",
             ours(d),
             f"{mark} {d.verdict}{f': {d.reason}' if d.reason else ''}".strip(),
-        )
-        lines.append(f"| {' | '.join(escaped(cell) for cell in row)} |")
-    return "\n".join([*lines, "", "† set after such runs had been looked at; all others before."])
+        ]
+        rows.append(row)
+    table = markdown_table(["claim", "range", "ours", "verdict"], rows)
+    return f"{table}\n† set after such runs had been looked at; all others before."
 
 
 def all_cells(decision: Decision) -> str:
@@ -467,28 +464,19 @@ def all_cells(decision: Decision) -> str:
     wide = numbers.unstack(-1) if numbers.index.nlevels > 1 else numbers.to_frame("")
     names = [" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in wide.index]
     titles = [f"{wide.columns.name or ''} {column}".strip() for column in wide.columns]
-    head = f"| {' / '.join(map(str, wide.index.names))} | {' | '.join(titles)} |"
+    head = [" / ".join(map(str, wide.index.names)), *titles]
     rows = [
-        f"| {name} | {' | '.join('' if pd.isna(x) else x for x in row)} |"
+        [name, *("" if pd.isna(x) else x for x in row)]
         for name, row in zip(names, wide.itertuples(index=False), strict=True)
     ]
-    lines = [head, "| --- " * (len(wide.columns) + 1) + "|", *rows]
     title = f"{decision.claim.id}: {ours(decision)}; range {tolerance(decision)}"
-    return (
-        f"::::{{dropdown}} {title}\n{escaped(decision.claim.claim)}\n\n"
-        + "\n".join(lines)
-        + "\n::::\n"
-    )
+    claim = escaped(decision.claim.claim)
+    return f"::::{{dropdown}} {title}\n{claim}\n\n{markdown_table(head, rows)}::::\n"
 
 
 def decision_holds(decision: Decision, x: float) -> bool:
     """Whether a number is within a claim's tolerance."""
     return decision.claim.low <= x <= decision.claim.high
-
-
-def escaped(text: str) -> str:
-    """A text for a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("(*)", "(\\*)")
 
 
 # For the terminal.
