@@ -43,7 +43,6 @@ BOOK = results.ROOT / "book"
 GENERATED = BOOK / "_generated"
 PAPER = "sigmoid"  # the experiment of Section 5.3; its first run is the one of Figure 1
 MUTATION = results.ROOT / "data" / "mutation.json"
-LIKE_FIGURE_1 = (PAPER, "log-sigmoid")  # experiments of which every run is drawn like Figure 1
 WHICH = "which-estimator"  # the figure that says which estimator is the better one where
 # Experiments that are drawn together, from the rows of all their runs.
 OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -241,7 +240,7 @@ def draw_values(main: Mapping[str, Run]) -> Made:
     """Draw the other figures that come from tables: one per run, or one per experiment."""
     made = {}
     for experiment, group in report.experiments(main).items():
-        if experiment in LIKE_FIGURE_1:
+        if experiment in report.LIKE_FIGURE_1:
             for name, run in group.items():
                 figures.save(figures.figure_1(run.values, run.record), GENERATED / f"{name}.svg")
                 made[f"{name}.svg"] = [run]
@@ -255,7 +254,7 @@ def draw_values(main: Mapping[str, Run]) -> Made:
 def draw_errors(main: Mapping[str, Run]) -> Made:
     """Draw how far off both estimators are, for the experiments that are drawn like Figure 1."""
     found = report.experiments(main)
-    groups = {name: found[name] for name in LIKE_FIGURE_1 if name in found}
+    groups = {name: found[name] for name in report.LIKE_FIGURE_1 if name in found}
     if not groups:
         return {}
     tables = {
@@ -305,7 +304,7 @@ def fill_gaps(made: set[str]) -> Made:
     for name, spec in runs.specs().items():
         if excerpts.write(GENERATED, spec.notebook, executed=False):
             promise(name, spec)
-        if spec.experiment in LIKE_FIGURE_1:
+        if spec.experiment in report.LIKE_FIGURE_1:
             wanted[name] = name
         if spec.experiment in OVER_RUNS:
             wanted[spec.experiment] = spec.experiment

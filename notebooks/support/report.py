@@ -22,6 +22,7 @@ from support.quantities import QUANTITIES
 from support.results import Run
 
 REFERENCE = results.ROOT / "data" / "reference"
+LIKE_FIGURE_1 = ("sigmoid", "log-sigmoid")  # experiments whose runs are drawn like Figure 1
 STATEMENTS = "statements"  # the experiment that tries statements on made-up cases
 KEYS = ["run", "epoch", "layer", "quantity"]
 ROUNDING = 1e-6  # relative; what other versions may change where nothing is trained
@@ -323,7 +324,7 @@ def better(found: Mapping[str, Run]) -> dict[str, dict[str, str]]:
     [claim] = [c for c in claims.load_claims() if c.id == "c"]
     told = {}
     for name, group in experiments(found).items():
-        if name in ("sigmoid", "log-sigmoid"):
+        if name in LIKE_FIGURE_1:
             ratio = claims.cells(claim, group, {n: run.values for n, run in group.items()})
             wins = {r"\hat I_1": (ratio < 1).sum(), r"\hat I_2": (ratio > 1).sum()}
             best = max(wins, key=lambda which: wins[which])
