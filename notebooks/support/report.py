@@ -461,7 +461,8 @@ def claims_table(decisions: Iterable[Decision]) -> str:
 def all_cells(decision: Decision) -> str:
     """Every case of a claim, folded."""
     cells = decision.cells
-    numbers = cells.map(lambda x: short(x) if decision_holds(decision, x) else f"**{short(x)}**")
+    low, high = decision.claim.low, decision.claim.high
+    numbers = cells.map(lambda x: short(x) if low <= x <= high else f"**{short(x)}**")
     wide = numbers.unstack(-1) if numbers.index.nlevels > 1 else numbers.to_frame("")
     names = [" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in wide.index]
     titles = [f"{wide.columns.name or ''} {column}".strip() for column in wide.columns]
@@ -473,11 +474,6 @@ def all_cells(decision: Decision) -> str:
     title = f"{decision.claim.id}: {ours(decision)}; range {tolerance(decision)}"
     claim = escaped(decision.claim.claim)
     return f"::::{{dropdown}} {title}\n{claim}\n\n{markdown_table(head, rows)}::::\n"
-
-
-def decision_holds(decision: Decision, x: float) -> bool:
-    """Whether a number is within a claim's tolerance."""
-    return decision.claim.low <= x <= decision.claim.high
 
 
 # For the terminal.
