@@ -106,8 +106,9 @@ def mirror():
 
 
 @pytest.mark.parametrize("form", ["gz", "plain", "dotted"])
-def test_reads_idx_files_gzipped_or_not(tmp_path, form):
-    got = data.load("mnist", mnist_dir=fill(tmp_path / "named", form))
+def test_reads_idx_files_gzipped_or_not(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("MNIST_DIR", str(fill(tmp_path / "named", form)))
+    got = data.load("mnist")
     np.testing.assert_array_equal(got.train_images, IMAGES.reshape(4, 6) / np.float32(255))
     np.testing.assert_array_equal(got.test_images, (IMAGES[:2] + 5).reshape(2, 6) / np.float32(255))
     np.testing.assert_array_equal(got.train_labels, LABELS)
@@ -118,9 +119,10 @@ def test_reads_idx_files_gzipped_or_not(tmp_path, form):
     assert got.digest == hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
 
 
-def test_reads_what_was_decompressed_on_the_way_but_kept_its_name(folder):
+def test_reads_what_was_decompressed_on_the_way_but_kept_its_name(folder, monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", str(folder))
     (folder / f"{FIRST}.gz").write_bytes(FILES[FIRST])
-    assert data.load("mnist", mnist_dir=folder).image_shape == (3, 2)
+    assert data.load("mnist").image_shape == (3, 2)
 
 
 def test_digits_are_whole_stratified_and_the_same_each_time():
@@ -136,8 +138,9 @@ def test_digits_are_whole_stratified_and_the_same_each_time():
     assert np.ptp(np.bincount(got.test_labels, minlength=10)) <= 3
 
 
-def test_real_mnist(real_mnist):
-    got = data.load("mnist", mnist_dir=real_mnist)
+def test_real_mnist(real_mnist, monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", str(real_mnist))
+    got = data.load("mnist")
     assert got.train_images.shape == (60000, 784)
     assert got.test_images.shape == (10000, 784)
     assert got.image_shape == (28, 28)
@@ -176,13 +179,14 @@ def test_refuses_a_damaged_file_and_leaves_it(tmp_path, capsys, mirror, monkeypa
     assert "NOT MNIST" not in capsys.readouterr().out
 
 
-def test_swapped_files_are_named(folder):
+def test_swapped_files_are_named(folder, monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", str(folder))
     one, two = folder / f"{FIRST}.gz", folder / f"{LAST}.gz"
     one.rename(folder / "aside")
     two.rename(one)
     (folder / "aside").rename(two)
     with pytest.raises(data.DataError, match=f"{FIRST}.gz is another file of MNIST: {LAST}"):
-        data.load("mnist", mnist_dir=folder)
+        data.load("mnist")
 
 
 def test_refuses_a_damaged_file_among_missing_ones(mirror, monkeypatch):
@@ -194,14 +198,13 @@ def test_refuses_a_damaged_file_among_missing_ones(mirror, monkeypatch):
     assert not mirror.asked
 
 
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_named_folder_that_lacks_a_file_is_an_error(folder, mirror, monkeypatch, by):
+@pytest.mark.parametrize("call", [data.resolve, lambda: data.load("mnist")])
+def test_a_named_folder_that_lacks_a_file_is_an_error(folder, mirror, monkeypatch, call):
     monkeypatch.setattr(data, "MIRRORS", [mirror()])
     (folder / f"{LAST}.gz").unlink()
-    if by == "environment":
-        monkeypatch.setenv("MNIST_DIR", str(folder))
+    monkeypatch.setenv("MNIST_DIR", str(folder))
     with pytest.raises(data.DataError) as caught:
-        data.resolve("auto", mnist_dir=folder if by == "argument" else None)
+        call()
     assert str(folder) in str(caught.value)
     assert LAST in str(caught.value)
     assert FIRST not in str(caught.value)

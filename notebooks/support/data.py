@@ -77,12 +77,8 @@ class Dataset:
     digest: str  # SHA-256 (hex) over the bytes of the four parts, for the record of a run
 
 
-def load(name: str, *, mnist_dir: str | Path | None = None) -> Dataset:
-    """Load a data set from this machine; nothing is ever downloaded here.
-
-    Args:
-        name: "mnist" or "digits".
-        mnist_dir: Folder of MNIST's files; by default `MNIST_DIR`, else `data/mnist`.
+def load(name: str) -> Dataset:
+    """Load "mnist" or "digits" from this machine; nothing is ever downloaded here.
 
     Raises:
         DataError: MNIST is missing or damaged, or there is no data set of this name.
@@ -97,7 +93,7 @@ def load(name: str, *, mnist_dir: str | Path | None = None) -> Dataset:
         return _dataset(name, split[0], split[2], split[1], split[3], white=16)
     if name != "mnist":
         raise DataError(f"There is no data set {name!r}: choose mnist or digits.")
-    folder = find_mnist(mnist_dir)
+    folder = find_mnist()
     if folder is None:
         raise DataError(
             f"MNIST is not in {_show(DATA_DIR)}: `make reproduce` downloads it.\n{BRING_MNIST}"
@@ -144,17 +140,15 @@ def _locate(folder: Path, name: str) -> Path | None:
     return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
-def find_mnist(mnist_dir: str | Path | None = None) -> Path | None:
+def find_mnist() -> Path | None:
     """Find the folder that holds all four files of MNIST (their bytes are not checked yet).
 
-    Args:
-        mnist_dir: The folder; by default the one that `MNIST_DIR` names, else `data/mnist`, if
-            that lacks no file.
+    It is the one that `MNIST_DIR` names, else `data/mnist`, if that lacks no file.
 
     Raises:
         DataError: The named folder lacks a file: who names a folder wants no other data.
     """
-    named = mnist_dir or os.environ.get("MNIST_DIR")
+    named = os.environ.get("MNIST_DIR")
     folder = Path(named).expanduser() if named else DATA_DIR
     missing = [name for name in SHA256 if _locate(folder, name) is None]
     if missing and named:
@@ -285,13 +279,12 @@ def _notice(reason: str) -> str:
     return "\n".join(["", "#" * 100, *box, "#" * 100, ""])
 
 
-def resolve(dataset: str = "auto", *, mnist_dir: str | Path | None = None) -> str:
+def resolve(dataset: str = "auto") -> str:
     """Choose "mnist" or "digits" for a run; download MNIST if need be; announce a stand-in.
 
     Args:
         dataset: "mnist"; "digits", the stand-in; or "auto": MNIST, and the stand-in, with a
             notice, only if MNIST is not on this machine and cannot be downloaded.
-        mnist_dir: Folder of MNIST's files; by default `MNIST_DIR`, else `data/mnist`.
 
     Raises:
         DataError: There is no such choice; MNIST is insisted on and cannot be had, or cannot be
@@ -303,7 +296,7 @@ def resolve(dataset: str = "auto", *, mnist_dir: str | Path | None = None) -> st
         print(f"Stand-in data as asked for: {TITLES['digits']}.", flush=True)
         return "digits"
     try:
-        folder = find_mnist(mnist_dir) or download_mnist()
+        folder = find_mnist() or download_mnist()
     except DownloadError as error:
         if dataset == "mnist":
             raise
