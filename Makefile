@@ -113,7 +113,7 @@ run: $(ENV) ## run a fork, or a run: make run NAME=mynet PARAMS="activation=tanh
 reference: $(ENV) ## replace data/reference by the results made here (real MNIST only)
 	@"$(PY)" -m support.reference --results "$(RESULTS)/mnist"
 
-launch: $(ENV) ## let the notebooks open in the browser, from the address in the file REPO_URL
+launch: $(ENV) ## let the notebooks open in the browser, from the address in book/_config.yml
 	@"$(PY)" -m support.launch
 
 lint: $(ENV) ## ruff (notebooks too), mypy, and the direction of imports

@@ -115,7 +115,7 @@ def test_in_a_class_bare_names_are_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", sorted({c for g in paper_map.read(BOOK / "paper.yml").values() for i in g.values()
+    "name", sorted({c for g in paper_map.read_map(BOOK / "paper.yml").values() for i in g.values()
                     for c in i.get("code", [])}),
 )  # fmt: skip
 def test_code_of_the_map_has_an_entry(name):
@@ -148,7 +148,9 @@ def stubs():
     pages = {p.stem: f"# {p.stem}\n" for p in BOOK.glob("*.md") if p.stem.split("-")[0] in linked}
     library = results.ROOT / "fimlib"
     sources = [p for p in listings.paths() if p.is_relative_to(library)]
-    pages |= {f"_generated/source/{listings.page_name(p)}": listings.page(p) for p in sources}
+    pages |= {
+        f"_generated/source/{listings.page_name(p)}": listings.listing_page(p) for p in sources
+    }
     return pages | {"paper-map": "\n\n".join(stated)}
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import architecture
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -13,7 +14,7 @@ from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 from strategies import inputs
-from support import cells, claims, listings, results
+from support import cells, listings, quantities, results
 from torch import Tensor, nn
 
 import fimlib
@@ -230,13 +231,12 @@ def test_the_experiment_of_the_recipe_runs(tmp_path):
     assert set(plan["each"]) <= set(names["parameters"])
 
 
-def test_the_quantity_of_the_recipe_is_one(monkeypatch):
-    monkeypatch.setattr(claims, "QUANTITIES", dict(claims.QUANTITIES))
-    names = dict(vars(claims))
-    exec("from __future__ import annotations\n" + block('@reads("V1", "I")'), names)
-    quantity = claims.QUANTITIES["spread_of_i1"]
+def test_the_quantity_of_the_recipe_is_one():
+    row = block('"spread_of_i1": layers')
+    quantity = eval(f"{{{row}}}", dict(vars(quantities)))["spread_of_i1"]
+    assert quantity.of_layers
     assert quantity.reads(()) == ("V1", "I")
-    table = claims.pd.DataFrame({"V1": [4.0, 9.0], "I": [2.0, 0.0]})
+    table = pd.DataFrame({"V1": [4.0, 9.0], "I": [2.0, 0.0]})
     assert quantity.function(table).dropna().tolist() == [1.0]
     fields = re.search(r"`support.report.fact` lists its fields: (.*?)\.\n", PAGE)[1]
     source = (ROOT / "notebooks/support/report.py").read_text("utf-8").partition("def fact(")[2]

@@ -426,7 +426,7 @@ def lines_with(text, *words):
 
 
 def test_the_page_says_what_was_found():
-    text = tables.page(made_up())
+    text = tables.benchmark_page(made_up())
     assert "Measured on 2001-02-03 at commit abc, in 10 min, on a processor, 2 cores" in text
     assert "`fimlib` has changed since" in text
     assert "takes 1.9 times one forward and backward pass here, and 5.9 times" in text
@@ -434,7 +434,7 @@ def test_the_page_says_what_was_found():
     others = [row("backpack-mc", 1.0) if r["candidate"] == "backpack-mc" else r
               for r in made_up()["peers"]]  # fmt: skip
     cheaper = made_up() | {"peers": others}
-    assert "the exact value 1.9 times the cheapest estimate" in tables.page(cheaper)
+    assert "the exact value 1.9 times the cheapest estimate" in tables.benchmark_page(cheaper)
     [line] = lines_with(text, "**fimlib**", "exact diagonal", "1.9 ×")
     assert "1.9 ×, 12 MB" in line
     assert "| 1.5 " in line  # products
@@ -497,7 +497,7 @@ def test_other_values_have_no_cost_and_reach_no_target():
     for r in found["peers"]:
         if r["candidate"] == "ours-fisher" and r["network"] == "mlp":
             r.update(agrees=False, difference=0.5)
-    text = tables.page(found)
+    text = tables.benchmark_page(found)
     [line] = lines_with(text, "**fimlib**", "exact diagonal", "**differs: 0.5**")
     assert "other values" in line
     assert "1.9 ×" not in line
@@ -515,18 +515,18 @@ def test_few_repetitions_are_told():
 def test_a_gpu_s_times_stand_beside_the_roofline():
     found = made_up()
     found["peers"].append(row("ours-fisher", 2.0, device="cuda"))
-    text = tables.page(found)
+    text = tables.benchmark_page(found)
     # 30 operations for 10 inputs, at 1e12 a second, for 1,000 inputs: 3 ns; it took 20 ms
     assert lines_with(text, "fimlib", "20 ms", "0.003 µs", "0%")
     assert "the MLP, on the GPU" in text
-    assert "on the GPU" not in tables.page(made_up())
+    assert "on the GPU" not in tables.benchmark_page(made_up())
 
 
 def test_without_a_run_the_page_says_how_to_make_one(tmp_path):
-    assert tables.read(tmp_path / "bench.json") is None
-    assert "make bench" in tables.page(None)
+    assert tables.read_benchmark(tmp_path / "bench.json") is None
+    assert "make bench" in tables.benchmark_page(None)
     (tmp_path / "bench.json").write_text(json.dumps(made_up()))
-    assert tables.read(tmp_path / "bench.json") == made_up()
+    assert tables.read_benchmark(tmp_path / "bench.json") == made_up()
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_the_explorer_of_figure_1_shows_the_runs(book):
 def printed(book, tmp_path_factory):
     """The book as PDF, and beside it the page that was printed."""
     output = tmp_path_factory.mktemp("printed") / "book.pdf"
-    pdf.write(book, output)
+    pdf.write_pdf(book, output)
     return output
 
 
@@ -183,7 +183,7 @@ def test_the_pdf_is_the_whole_book(printed, book):
     assert len(paths) > 30
     contents = spelled(reader.pages[1]) + spelled(reader.pages[2])
     for path in paths:
-        title = re.sub(r"\W", "", pdf.read(path).h1.find(string=True))
+        title = re.sub(r"\W", "", pdf.parsed_page(path).h1.find(string=True))
         number = anchors[path.stem]
         assert title in spelled(reader.pages[number - 1]).replace("|", "")
         line = r"\|?".join(title) + rf"\|?{number}\|"

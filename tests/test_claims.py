@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import claims, report, results, runs
+from support.quantities import QUANTITIES
 
-CLAIMS = claims.load()
+CLAIMS = claims.load_claims()
 DECIDABLE = [claim for claim in CLAIMS if claim.quantity]
 PARAMETERS = {"num_samples": 50}
 EPOCHS, LAYERS = range(8), ("1", "2", "3")
@@ -31,7 +32,7 @@ def columns(experiment):
     found = {}
     for claim in DECIDABLE:
         if experiment in claim.experiments:
-            quantity = claims.QUANTITIES[claim.quantity]
+            quantity = QUANTITIES[claim.quantity]
             names = quantity.reads(claim.arguments)
             found |= {name: quantity.of_layers for name in names if name not in PARAMETERS}
     return found
@@ -108,7 +109,7 @@ def readers(experiment, name):
         claim.id
         for claim in DECIDABLE
         if experiment in claim.experiments
-        and name in claims.QUANTITIES[claim.quantity].reads(claim.arguments)
+        and name in QUANTITIES[claim.quantity].reads(claim.arguments)
     }
 
 
@@ -120,7 +121,7 @@ def test_the_table_is_in_order():
         assert claim.claim.endswith((".", "?"))
         assert claim.quantity or claim.note, f"{claim.id}: why is it not decidable?"
         assert claim.set in (("before", "after") if claim.quantity else ("",))
-    assert {claim.quantity for claim in DECIDABLE} == set(claims.QUANTITIES), "an unused quantity"
+    assert {claim.quantity for claim in DECIDABLE} == set(QUANTITIES), "an unused quantity"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -156,12 +157,12 @@ def test_a_bad_row_is_told(tmp_path, row):
             writer.writeheader()
             writer.writerow(entry)
         if entry is good:
-            [claim] = claims.load(path)
+            [claim] = claims.load_claims(path)
             assert (claim.low, claim.high) == (0, np.inf)
             assert (claim.quantity, claim.arguments) == ("violations", ())
             assert claim.experiments == ("sigmoid",)
     with pytest.raises(ValueError, match="claim 'x'"):
-        claims.load(path)
+        claims.load_claims(path)
 
 
 def claim(low, high):
@@ -227,7 +228,7 @@ def test_a_quantity_that_is_missing_is_told(world):
 
 def test_a_quantity_sees_what_it_reads_and_nothing_else(world):
     run = world["sigmoid"]["sigmoid-0"]
-    table = claims.table(run, run.values, ("V1", "num_samples"), of_layers=True)
+    table = claims.quantity_table(run, run.values, ("V1", "num_samples"), of_layers=True)
     assert set(table) == {"V1", "num_samples"}
     assert len(table) == len(EPOCHS) * len(LAYERS)
 
@@ -278,7 +279,7 @@ CHANGES = {
 
 def turns(world, unchanged, claim):
     """Whether a change of what a claim reads, each by itself or all, turns its verdict."""
-    names = set(claims.QUANTITIES[claim.quantity].reads(claim.arguments)) - set(PARAMETERS)
+    names = set(QUANTITIES[claim.quantity].reads(claim.arguments)) - set(PARAMETERS)
     for experiment in claim.experiments:
         verdict = claims.verdict(claim, unchanged[experiment][claim.id])
         for some, change in itertools.product([*([n] for n in names), names], CHANGES.values()):
@@ -291,7 +292,7 @@ def turns(world, unchanged, claim):
     return False
 
 
-@pytest.mark.parametrize("quantity", claims.QUANTITIES)
+@pytest.mark.parametrize("quantity", QUANTITIES)
 def test_every_verdict_can_turn(world, unchanged, quantity):
     for claim in DECIDABLE:
         if claim.quantity == quantity:
@@ -568,8 +569,8 @@ def test_quantities_by_hand(text, given, expected):
 
 
 def test_every_quantity_is_tried_by_hand():
-    assert {row[0].partition(":")[0] for row in BY_HAND} == set(claims.QUANTITIES)
-    assert all(quantity.says.endswith(".") for quantity in claims.QUANTITIES.values())
+    assert {row[0].partition(":")[0] for row in BY_HAND} == set(QUANTITIES)
+    assert all(quantity.says.endswith(".") for quantity in QUANTITIES.values())
 
 
 TINY = {"epochs": 6, "train_limit": 300, "num_samples": 5000, "hidden": [8, 6]}

@@ -2,6 +2,7 @@ import errno
 import gzip
 import hashlib
 import os
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pooch
 import pytest
-from support import data
+from support import data, results
 
 IMAGES = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2) * 10
 LABELS = np.array([3, 1, 4, 9], dtype=np.uint8)
@@ -21,7 +22,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 FILES = dict(zip(data.SHA256, map(idx, (IMAGES, LABELS, IMAGES[:2] + 5, LABELS[2:])), strict=True))
-REAL, PROBE_SECONDS = data.SHA256, data.PROBE_SECONDS  # before the tests shrink them
+REAL, TIMEOUT = data.SHA256, data.TIMEOUT  # before the tests shrink them
 FIRST, *_, LAST = FILES
 
 
@@ -40,9 +41,8 @@ def tiny_mnist(request, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(data, "DATA_DIR", tmp_path / "data")
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:1/", "http://127.0.0.1:2/"])
-    monkeypatch.setattr(data, "PROBE_SECONDS", 5.0)
     monkeypatch.setattr(data, "TIMEOUT", (0.3, 0.3))
-    monkeypatch.setattr(data, "PAUSE", 0.0)
+    monkeypatch.setattr(pooch.core.time, "sleep", lambda _seconds: None)
     if "real_mnist" not in request.fixturenames:
         digests = {name: hashlib.sha256(raw).hexdigest() for name, raw in FILES.items()}
         monkeypatch.setattr(data, "SHA256", digests)
@@ -72,6 +72,8 @@ def mirror():
     def start(behaviour: str = "good") -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self):
+                if behaviour == "swallows":
+                    over.wait(20)
                 self.send_response(403 if behaviour == "forbids" else 200)
                 self.end_headers()
 
@@ -104,8 +106,9 @@ def mirror():
 
 
 @pytest.mark.parametrize("form", ["gz", "plain", "dotted"])
-def test_reads_idx_files_gzipped_or_not(tmp_path, form):
-    got = data.load("mnist", mnist_dir=fill(tmp_path / "named", form))
+def test_reads_idx_files_gzipped_or_not(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("MNIST_DIR", str(fill(tmp_path / "named", form)))
+    got = data.load("mnist")
     np.testing.assert_array_equal(got.train_images, IMAGES.reshape(4, 6) / np.float32(255))
     np.testing.assert_array_equal(got.test_images, (IMAGES[:2] + 5).reshape(2, 6) / np.float32(255))
     np.testing.assert_array_equal(got.train_labels, LABELS)
@@ -116,9 +119,10 @@ def test_reads_idx_files_gzipped_or_not(tmp_path, form):
     assert got.digest == hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
 
 
-def test_reads_what_was_decompressed_on_the_way_but_kept_its_name(folder):
+def test_reads_what_was_decompressed_on_the_way_but_kept_its_name(folder, monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", str(folder))
     (folder / f"{FIRST}.gz").write_bytes(FILES[FIRST])
-    assert data.load("mnist", mnist_dir=folder).image_shape == (3, 2)
+    assert data.load("mnist").image_shape == (3, 2)
 
 
 def test_digits_are_whole_stratified_and_the_same_each_time():
@@ -134,8 +138,9 @@ def test_digits_are_whole_stratified_and_the_same_each_time():
     assert np.ptp(np.bincount(got.test_labels, minlength=10)) <= 3
 
 
-def test_real_mnist(real_mnist):
-    got = data.load("mnist", mnist_dir=real_mnist)
+def test_real_mnist(real_mnist, monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", str(real_mnist))
+    got = data.load("mnist")
     assert got.train_images.shape == (60000, 784)
     assert got.test_images.shape == (10000, 784)
     assert got.image_shape == (28, 28)
@@ -144,7 +149,7 @@ def test_real_mnist(real_mnist):
 
 
 def test_readme_lists_the_digests():
-    readme = (data.REPOSITORY / "data" / "README.md").read_text()
+    readme = (results.ROOT / "data" / "README.md").read_text()
     assert all(f"| `{name}` | `{digest}` |" in readme for name, digest in REAL.items())
 
 
@@ -174,11 +179,14 @@ def test_refuses_a_damaged_file_and_leaves_it(tmp_path, capsys, mirror, monkeypa
     assert "NOT MNIST" not in capsys.readouterr().out
 
 
-def test_files_with_each_others_names_are_recognised(folder):
-    first, last = (folder / f"{name}.gz" for name in (FIRST, LAST))
-    first.write_bytes(last.read_bytes())
-    with pytest.raises(data.DataError, match=f"{FIRST}.gz holds {LAST}: give the files their own"):
-        data.load("mnist", mnist_dir=folder)
+def test_swapped_files_are_named(folder, monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", str(folder))
+    one, two = folder / f"{FIRST}.gz", folder / f"{LAST}.gz"
+    one.rename(folder / "aside")
+    two.rename(one)
+    (folder / "aside").rename(two)
+    with pytest.raises(data.DataError, match=f"{FIRST}.gz is another file of MNIST: {LAST}"):
+        data.load("mnist")
 
 
 def test_refuses_a_damaged_file_among_missing_ones(mirror, monkeypatch):
@@ -190,14 +198,13 @@ def test_refuses_a_damaged_file_among_missing_ones(mirror, monkeypatch):
     assert not mirror.asked
 
 
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_named_folder_that_lacks_a_file_is_an_error(folder, mirror, monkeypatch, by):
+@pytest.mark.parametrize("call", [data.resolve, lambda: data.load("mnist")])
+def test_a_named_folder_that_lacks_a_file_is_an_error(folder, mirror, monkeypatch, call):
     monkeypatch.setattr(data, "MIRRORS", [mirror()])
     (folder / f"{LAST}.gz").unlink()
-    if by == "environment":
-        monkeypatch.setenv("MNIST_DIR", str(folder))
+    monkeypatch.setenv("MNIST_DIR", str(folder))
     with pytest.raises(data.DataError) as caught:
-        data.resolve("auto", mnist_dir=folder if by == "argument" else None)
+        call()
     assert str(folder) in str(caught.value)
     assert LAST in str(caught.value)
     assert FIRST not in str(caught.value)
@@ -259,39 +266,29 @@ def test_an_unknown_data_set_is_an_error_that_lists_the_choices(dataset):
         data.load(dataset)
 
 
-def test_a_network_that_swallows_everything_is_noticed_in_time(monkeypatch):
-    over = threading.Event()
-    monkeypatch.setattr(data, "_probe", lambda _: str(over.wait(20)))
-    monkeypatch.setattr(data, "PROBE_SECONDS", 0.2)
-    begin = time.monotonic()
-    with pytest.raises(data.NoNetworkError, match="no answer within"):
-        data.download_mnist()
-    over.set()
-    assert time.monotonic() - begin < 2
-
-
 @pytest.mark.parametrize(
-    ("behaviour", "name"), [(None, "ConnectionError"), ("forbids", "HTTPError")]
+    ("behaviour", "name"),
+    [(None, "ConnectionError"), ("forbids", "HTTPError 403"), ("swallows", "ReadTimeout")],
 )
-def test_a_network_that_refuses_is_noticed_at_once(mirror, monkeypatch, behaviour, name):
+def test_without_a_network_nobody_waits_for_retries(mirror, monkeypatch, behaviour, name):
     if behaviour:
         monkeypatch.setattr(data, "MIRRORS", [mirror(behaviour)])
     begin = time.monotonic()
-    with pytest.raises(data.NoNetworkError, match=name):
+    with pytest.raises(data.DownloadError, match=name):
         data.download_mnist()
-    assert time.monotonic() - begin < data.PROBE_SECONDS / 2
+    assert time.monotonic() - begin < 2
     assert not data.DATA_DIR.exists()
+    assert not mirror.asked
 
 
-def test_one_living_mirror_is_enough(mirror, monkeypatch):
-    over, living = threading.Event(), mirror()
-    monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:1/", living])
-    monkeypatch.setattr(data, "_probe", lambda m: "" if m == living else str(over.wait(20)))
+@pytest.mark.parametrize("dead", ["http://127.0.0.1:1/", "swallows"])
+def test_one_living_mirror_is_enough(mirror, monkeypatch, dead):
+    living = mirror()
+    monkeypatch.setattr(data, "MIRRORS", [dead if "/" in dead else mirror(dead), living])
     begin = time.monotonic()
     data.download_mnist()
-    over.set()
     assert time.monotonic() - begin < 4
-    assert sorted(mirror.asked) == sorted(FILES)
+    assert mirror.asked == list(FILES)
 
 
 def test_downloads_through_a_proxy_where_no_name_can_be_looked_up(mirror, monkeypatch):
@@ -299,31 +296,33 @@ def test_downloads_through_a_proxy_where_no_name_can_be_looked_up(mirror, monkey
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("http_proxy", mirror())
     monkeypatch.setattr(data, "MIRRORS", ["http://mirror.invalid/mnist/"])
-    assert sorted(os.listdir(data.download_mnist())) == sorted(f"{name}.gz" for name in FILES)
+    assert sorted(os.listdir(data.download_mnist())) == sorted(FILES)
 
 
 @pytest.mark.parametrize("behaviour", ["wrong", "absent", "stalls", "cut"])
 def test_falls_back_to_the_next_mirror(mirror, monkeypatch, behaviour):
-    bad, good = mirror(behaviour), mirror()
-    monkeypatch.setattr(data, "MIRRORS", [bad, good])
-    monkeypatch.setattr(data, "_probe", lambda m: "" if m == bad else "not yet")
+    monkeypatch.setattr(data, "MIRRORS", [mirror(behaviour), mirror()])
     begin = time.monotonic()
     target = data.download_mnist()
     assert time.monotonic() - begin < 10  # a mirror that stalls does so for 20
-    assert sorted(os.listdir(target)) == sorted(f"{name}.gz" for name in FILES)
-    assert all(
-        gzip.decompress((target / f"{name}.gz").read_bytes()) == FILES[name] for name in FILES
-    )
-    assert len(mirror.asked) == 2 * len(FILES)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == FILES
+    assert mirror.asked == [FIRST] * (1 + data.RETRIES) + list(FILES)
+
+
+def test_what_is_downloaded_has_the_permissions_of_any_new_file(mirror, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "MIRRORS", [mirror()])
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in data.download_mnist().iterdir()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
 
 
 @pytest.mark.parametrize("behaviour", ["wrong", "absent", "cut"])
 def test_keeps_nothing_of_what_no_mirror_delivers(mirror, monkeypatch, behaviour):
     monkeypatch.setattr(data, "MIRRORS", [mirror(behaviour)])
-    with pytest.raises(data.DownloadError, match=f"{FIRST}.gz cannot be downloaded"):
+    with pytest.raises(data.DownloadError, match="MNIST cannot be downloaded"):
         data.download_mnist()
     assert os.listdir(data.DATA_DIR) == []
-    assert mirror.asked == [FIRST] * data.ROUNDS
+    assert mirror.asked == [FIRST] * (1 + data.RETRIES)
 
 
 def test_an_interrupted_download_goes_on_with_the_missing_files(mirror, monkeypatch):
@@ -339,16 +338,14 @@ def test_an_interrupted_download_goes_on_with_the_missing_files(mirror, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(pooch.HTTPDownloader, "__call__", interrupted)
         assert data.main([]) == 130
-    assert sorted(os.listdir(data.DATA_DIR)) == sorted(
-        f"{name}.gz" for name in FILES if name != LAST
-    )
+    assert sorted(os.listdir(data.DATA_DIR)) == sorted(name for name in FILES if name != LAST)
     mirror.asked.clear()
     assert data.main([]) == 0
     assert mirror.asked == [LAST]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("culprit", [(pooch.HTTPDownloader, "__call__"), (os, "replace")])
+@pytest.mark.parametrize("culprit", [(pooch.HTTPDownloader, "__call__"), (shutil, "move")])
 def test_a_full_disk_or_a_read_only_folder_stops_with_advice(mirror, monkeypatch, code, culprit):
     def fail(*_):
         raise OSError(code, os.strerror(code))
@@ -377,7 +374,7 @@ def test_the_command_line_says_what_was_found_where(folder, tmp_path, capsys, mo
     ("arguments", "message"),
     [
         (["--dataset", "cifar"], "auto, mnist, digits"),
-        (["--dataset", "mnist"], "no mirror can be reached"),
+        (["--dataset", "mnist"], "MNIST cannot be downloaded"),
         (["--dataset", "digits", "--print-choice-to", "file/choice"], "Cannot write"),
     ],
 )
@@ -394,4 +391,4 @@ def test_the_command_line_fails_without_a_traceback(
 
 
 def test_patience_is_limited():
-    assert 5 <= PROBE_SECONDS < 30
+    assert 5 <= sum(TIMEOUT) < 30

@@ -139,7 +139,7 @@ def test_every_value_of_a_run_stands_in_its_table(reference, name):
 @pytest.fixture(scope="module")
 def written(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generated")
-    return folder, explorers.write(reference, folder)
+    return folder, explorers.write_explorers(reference, folder)
 
 
 def test_what_is_written_can_be_read_back(written, reference, data):
@@ -152,9 +152,7 @@ def test_what_is_written_can_be_read_back(written, reference, data):
         )
         found[name] = json.loads(content)
     assert found["softmax"] == data
-    counted = [
-        r.name for r in reference.values() if r.record["experiment"] in explorers.EXPERIMENTS
-    ]
+    counted = [r.name for r in reference.values() if r.record["experiment"] in report.LIKE_FIGURE_1]
     names = [run["name"] for run in found["figure-1"]["runs"]]
     assert sorted(names) == sorted(counted)
     assert names[0] == "sigmoid-seed-0"

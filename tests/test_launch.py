@@ -2,16 +2,17 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from html import unescape
 from importlib.metadata import packages_distributions, requires
 
-import launch_buttons
 import nbformat
 import pytest
 import yaml
+from jupyter_book.config import get_final_config
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import cells, comparison, imports, launch, results, runs
@@ -28,39 +29,33 @@ def test_the_notebooks_agree_with_the_setting():
         assert launch.with_cell(text, url) == text, "run `make launch`"
 
 
-@pytest.mark.parametrize(
-    ("line", "url"),
-    [("", ""), ("\n", ""), (GITHUB + ".git\n", GITHUB), (GITHUB + "/", GITHUB)],
-)
-def test_the_setting_is_one_line(tmp_path, line, url):
-    (tmp_path / "REPO_URL").write_text(line)
-    assert launch.repo_url(tmp_path / "REPO_URL") == url
+def write_setting(root, url):
+    """The book's settings, with an address, in a folder that stands for the project."""
+    (root / "book").mkdir(exist_ok=True)
+    text = (results.ROOT / launch.SETTING).read_text("utf-8")
+    assert text.count('\n  url: ""\n') == 1
+    (root / launch.SETTING).write_text(text.replace('\n  url: ""\n', f"\n  url: {url}\n"), "utf-8")
 
 
 @pytest.mark.parametrize(
-    "line", ["github.com/a/b", "https://github.com/a", "git@github.com:a/b", f"{GITHUB}\n{GITHUB}"]
+    ("setting", "url"),
+    [("", ""), ('""', ""), (GITHUB + ".git", GITHUB), (GITHUB + "/", GITHUB), (GITHUB, GITHUB)],
 )
-def test_what_is_no_address_is_refused(tmp_path, line, capsys):
-    setting = tmp_path / "REPO_URL"
-    setting.write_text(line)
-    with pytest.raises(ValueError, match="REPO_URL must be empty or one line such as https://"):
-        launch.repo_url(setting)
+def test_the_setting_is_that_of_jupyter_book(tmp_path, setting, url):
+    write_setting(tmp_path, setting)
+    assert launch.repo_url(tmp_path) == url
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["github.com/a/b", "https://github.com/a", "git@github.com:a/b", f"{GITHUB} {GITHUB}"],
+)
+def test_what_is_no_address_is_refused(tmp_path, setting, capsys):
+    write_setting(tmp_path, setting)
+    with pytest.raises(ValueError, match="must be empty or an address such as https://"):
+        launch.repo_url(tmp_path)
     assert launch.main(tmp_path) == 1
-    assert "error: REPO_URL must be" in capsys.readouterr().err
-
-
-def test_addresses():
-    assert launch.addresses("", "mnist.ipynb") == {}
-    assert launch.addresses(GITHUB, "mnist.ipynb") == {
-        "Binder": "https://mybinder.org/v2/gh/example/fimlib/main"
-        "?urlpath=lab%2Ftree%2Fnotebooks%2Fmnist.ipynb",
-        "Colab": "https://colab.research.google.com/github/example/fimlib/blob/main/"
-        "notebooks/mnist.ipynb",
-    }
-    assert launch.addresses(ELSEWHERE, "mnist.ipynb") == {
-        "Binder": "https://mybinder.org/v2/git/https%3A%2F%2Fgit.example.org%2Fgroup%2Ffimlib/main"
-        "?urlpath=lab%2Ftree%2Fnotebooks%2Fmnist.ipynb"
-    }
+    assert "error: repository: url: in book/_config.yml must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
@@ -108,12 +103,11 @@ def test_make_launch_writes_and_takes_back(tmp_path, capsys):
     files = ["notebooks/mnist.ipynb", *launch.LINES]
     for name in files:
         (tmp_path / name).write_text((results.ROOT / name).read_text("utf-8"), encoding="utf-8")
-    setting = tmp_path / "REPO_URL"
-    setting.write_text("")
+    write_setting(tmp_path, "")
     assert launch.main(tmp_path) == 0
     old = {name: (tmp_path / name).read_text("utf-8") for name in files}
     for url, there in ((GITHUB, True), (GITHUB, True), ("", False)):
-        setting.write_text(url)
+        write_setting(tmp_path, url)
         assert launch.main(tmp_path) == 0
         for name in files:
             assert ((tmp_path / name).read_text("utf-8").count(GITHUB) == 1) is there
@@ -153,7 +147,7 @@ def test_the_cell_fetches_what_is_missing(monkeypatch, tmp_path, cloned):
     if not cloned:  # as git would leave it
         monkeypatch.setattr(os.path, "isdir", lambda _path: False)
     clone = (["git", "clone", "--depth", "1", GITHUB, str(project)], True)
-    pip = ([sys.executable, "-m", "pip", "install", "-q", f"{project}[notebooks]"], True)
+    pip = ([sys.executable, "-m", "pip", "install", "-q", f"{project}[notebooks,bench]"], True)
     assert executed(monkeypatch, tmp_path, missing=True) == ([] if cloned else [clone]) + [pip]
     assert os.path.samefile(os.getcwd(), project / "notebooks")
     assert sys.path[0] == os.getcwd()
@@ -169,64 +163,70 @@ def test_a_fork_made_before_or_after_shows_no_difference():
     assert comparison.compared(found[0]) == comparison.compared(found[1])
 
 
-@pytest.mark.parametrize(
-    ("page", "url", "expected"),
-    [
-        ("_generated/notebooks/sigmoid-seed-3", GITHUB, "mnist.ipynb"),
-        ("_generated/not-counted/bounds", GITHUB, "bounds.ipynb"),
-        ("_generated/notebooks/sigmoid-seed-3", "", None),
-        ("_generated/notebooks/no-such-run", GITHUB, None),
-        ("_generated/forks/sigmoid-seed-3", GITHUB, None),
-        ("section-3", GITHUB, None),
-        ("bounds", GITHUB, None),
-    ],
-)
-def test_pages_of_runs_get_buttons(monkeypatch, page, url, expected):
-    monkeypatch.setattr(launch, "repo_url", lambda: url)
-    context = {"header_buttons": ["the theme's"]}
-    launch_buttons.add_buttons(None, page, "page.html", context, None)
-    *ours, theirs = context["header_buttons"]
-    assert theirs == "the theme's"
-    addresses = [button["url"] for menu in ours for button in menu["buttons"]]
-    assert addresses == list(launch.addresses(url, expected).values() if expected else [])
-
-
 CONFIG = """
-extensions = ["myst_parser", "sphinx_book_theme", "launch_buttons"]
+extensions = ["myst_nb", "sphinx_book_theme", "launch_buttons"]
+nb_execution_mode = "off"
 html_theme = "sphinx_book_theme"
 root_doc = "index"
+html_theme_options = OPTIONS
 """
-SITE = """
-import sys
-from support import launch
-launch.repo_url = lambda: sys.argv[1]
-from sphinx.cmd.build import main
-sys.exit(main(["-q", "-W", "-n", sys.argv[2], sys.argv[3]]))
-"""
+PAGES = {
+    "_generated/notebooks/sigmoid-seed-3": "mnist",
+    "_generated/not-counted/bounds": "bounds",
+    "_generated/notebooks/no-such-run": None,
+    "_generated/forks/sigmoid-seed-3": None,
+    "bounds": None,
+}
+SOURCE = "lab/tree/notebooks/{}.ipynb"
+COLAB = "https://colab.research.google.com/github/example/fimlib/blob/main/notebooks/{}.ipynb"
 
 
-@pytest.mark.parametrize("url", [GITHUB, ""])
-def test_the_theme_shows_them(tmp_path, url):
-    page = tmp_path / "_generated" / "notebooks" / "bounds.md"
-    page.parent.mkdir(parents=True)
-    page.write_text("# Bounds\n")
-    (tmp_path / "index.md").write_text(
-        "# Index\n\n```{toctree}\n_generated/notebooks/bounds\n```\n"
-    )
-    (tmp_path / "conf.py").write_text(CONFIG)
-    command = [sys.executable, "-c", SITE, url, str(tmp_path), str(tmp_path / "html")]
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("", []),
+        (GITHUB, ["https://mybinder.org/v2/gh/example/fimlib/main?urlpath=" + SOURCE, COLAB]),
+        (
+            "https://gitlab.com/example/fimlib",
+            ["https://mybinder.org/v2/gl/example%2Ffimlib/main?urlpath=" + SOURCE],
+        ),
+        (
+            ELSEWHERE,
+            [
+                "https://mybinder.org/v2/git/https%3A%2F%2Fgit.example.org%2Fgroup%2Ffimlib/main"
+                "?urlpath=" + SOURCE
+            ],
+        ),
+    ],
+)
+def test_pages_of_runs_have_buttons_that_open_their_sources(tmp_path, url, expected):
+    settings = yaml.safe_load((results.ROOT / launch.SETTING).read_text("utf-8"))
+    settings["repository"]["url"] = url + ".git" if url else ""
+    del settings["sphinx"]["local_extensions"]
+    options = get_final_config(user_yaml=settings, cli_config={"latex_individualpages": False})[0][
+        "html_theme_options"
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title")])
+    for page in PAGES:
+        path = tmp_path / f"{page}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, path)
+    contents = "\n".join(PAGES)
+    (tmp_path / "index.md").write_text(f"# Index\n\n```{{toctree}}\n{contents}\n```\n")
+    (tmp_path / "conf.py").write_text(CONFIG.replace("OPTIONS", repr(options)))
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", tmp_path, tmp_path / "html"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = tmp_path / "html"
-    html = unescape((made / "_generated" / "notebooks" / "bounds.html").read_text("utf-8"))
-    for address in launch.addresses(GITHUB, "bounds.ipynb").values():
-        assert html.count(f'href="{address}"') == (1 if url else 0)
-    for service in ("mybinder", "colab"):
-        assert (service in html) is bool(url)
-        assert service not in (made / "index.html").read_text("utf-8")
-    for icon in launch_buttons.ICONS.values():
-        assert (made / icon).is_file()  # nothing is loaded from elsewhere
+    for page, source in PAGES.items():
+        html = unescape((tmp_path / "html" / f"{page}.html").read_text("utf-8"))
+        found = re.findall(r'href="(https://(?:mybinder|colab)[^"]*)"', html)
+        assert found == ([form.format(source) for form in expected] if source else [])
+        assert ("launch-buttons" in html) is bool(found)
+        icons = re.findall(r'src="([^"]*/logo_(?:binder|colab)[^"]*)"', html)
+        assert len(icons) == len(found)
+        for icon in icons:  # nothing is loaded from elsewhere
+            assert (tmp_path / "html" / page).parent.joinpath(icon).is_file()
 
 
 def test_binder_installs_this_project():

@@ -33,7 +33,7 @@ PICTURES = {
 OPEN: set[str] = set()
 PROVED = {"Eq. 5", "Eq. 6"} | {name for name in STATEMENTS if not name.startswith("Remark")}
 
-GROUPS = paper_map.read(BOOK / "paper.yml")
+GROUPS = paper_map.read_map(BOOK / "paper.yml")
 ITEMS = {number: item for items in GROUPS.values() for number, item in items.items()}
 DONE = [number for number in ITEMS if number not in OPEN]
 
@@ -268,7 +268,7 @@ def build(book, tiny=TINY):
         "api.md": API,
         "paper.yml": tiny,
         "_generated/notebooks/run.ipynb": RESULTS,
-    } | {f"_generated/source/{listings.page_name(p)}.md": listings.page(p) for p in LISTED}
+    } | {f"_generated/source/{listings.page_name(p)}.md": listings.listing_page(p) for p in LISTED}
     for name, text in files.items():
         (book / name).parent.mkdir(parents=True, exist_ok=True)
         (book / name).write_text(text, encoding="utf-8")

@@ -67,7 +67,7 @@ def generated(tmp_path_factory, run):
     folder.mkdir()
     figures.save(figures.figure_1(run.values, run.record), folder / "known.svg")
     made = {"known.svg": [run], "later.svg": [], PAGE: [run]}
-    passports.write(folder, made, {run.folder: PAGE})
+    passports.write_passports(folder, made, {run.folder: PAGE})
     return folder
 
 

@@ -89,12 +89,12 @@ def test_words_are_counted(tmp_path):
 @pytest.mark.parametrize("page", [path.stem for path in sorted(BOOK.glob("*.md"))])
 def test_symbols_and_claims_of_a_page_are_known(page):
     assert set(SYMBOL.findall(text(page))) <= set(notation.entries(BOOK))
-    known = {claim.id for claim in claims.load()} | {"tally", "sigmoid", "log-sigmoid"}
+    known = {claim.id for claim in claims.load_claims()} | {"tally", "sigmoid", "log-sigmoid"}
     assert {c for c, _ in re.findall(r"\{claim\}`([^:`]+):([^`]+)`", text(page))} <= known
 
 
 def test_the_notation_is_whole():
-    groups = notation.read(BOOK)
+    groups = notation.read_notation(BOOK)
     found = notation.entries(BOOK)
     assert sum(map(len, groups.values())) == len(found)  # no name stands in two groups
     assert re.findall(r"^```\{notation\} (\w+)$", text("notation"), re.M) == list(groups)
@@ -228,7 +228,7 @@ def build(book, changes=None):
         "proof-eq-5-6.md": "# Proof\n\nOf {eq}`eq-5`.\n",
         "report.md": "# Report\n",
         "_generated/facts.json": json.dumps(FACTS),
-    } | {f"_generated/source/{listings.page_name(p)}.md": listings.page(p) for p in LISTED}
+    } | {f"_generated/source/{listings.page_name(p)}.md": listings.listing_page(p) for p in LISTED}
     for old, new in (changes or {}).items():
         assert old in files["section-3.md"]
         files["section-3.md"] = files["section-3.md"].replace(old, new)

@@ -40,7 +40,7 @@ PARAMETERS = {
 }  # fmt: skip
 ALL = tuple(runs.specs())
 PAPER = [name for name, spec in runs.specs().items() if spec.experiment == book.PAPER]
-NUMBER = sum(claim.whose == "paper" for claim in claims.load())
+NUMBER = sum(claim.whose == "paper" for claim in claims.load_claims())
 
 
 def table(name, accuracy=0.9, **scales):
@@ -147,7 +147,7 @@ def test_the_table_of_the_terminal(decisions):
 
 def test_the_pages_show_every_claim_and_every_case(tmp_path, monkeypatch):
     found = results.load(make_all(tmp_path / "own", PAPER))
-    page = report.page(found, {}, "a test")
+    page = report.report_page(found, {}, "a test")
     by_id = {d.claim.id: d for d in report.decide(found)}
     assert all(f"(`{key}`)" in page for key, d in by_id.items() if d.claim.quantity)
     assert all(d.claim.note in page for d in by_id.values() if not d.claim.quantity)
@@ -156,9 +156,9 @@ def test_the_pages_show_every_claim_and_every_case(tmp_path, monkeypatch):
     folded = page[page.index("dropdown} c: ") :].split("::::")[0]
     assert folded.count("**3**") == 5  # layer 1, epoch 1, of every seed
     assert "no reference run" in page
-    assert "There is no" not in report.page(found, found, "a test")
+    assert "There is no" not in report.report_page(found, found, "a test")
     monkeypatch.setattr(report, "REFERENCE", tmp_path / "own")
-    assert "the reference results themselves" in report.page(found, found, "a test")
+    assert "the reference results themselves" in report.report_page(found, found, "a test")
     section = report.section_5_3(found, "a test")
     assert "(`b-v1`)" in section
     assert "(`eq-10`)" not in section

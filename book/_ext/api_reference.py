@@ -169,7 +169,7 @@ def docstring(target: object) -> str:
 @cache
 def anchors(book: str | Path) -> dict[str, str]:
     """Labels in the book by the numbers of the paper."""
-    groups = paper_map.read(Path(book) / paper_map.MAP)
+    groups = paper_map.read_map(Path(book) / paper_map.MAP)
     return {number: item["anchor"] for items in groups.values() for number, item in items.items()}
 
 
@@ -285,7 +285,7 @@ def linked(text: str, known: dict[str, str]) -> str:
     text = re.sub(r"\*\*.+?:\*\*|^(\s*)\* ", lambda m: keep(m[0]), text, flags=re.MULTILINE)
     text = MENTION.sub(partial(mention, known, keep), text)
     text = BARE.sub(lambda m: keep(to_number(f"Eq. {m[1]}", m[0], known)), text)
-    text = PLACE.sub(lambda m: keep(f":doc:`{m[0]} <{page(m[1], m[2])}>`"), text)
+    text = PLACE.sub(lambda m: keep(f":doc:`{m[0]} <{place_page(m[1], m[2])}>`"), text)
     text = SPECIAL.sub(lambda m: f"\\{m[0]}", text)
     while roles and "\0" in text:
         text = re.sub("\0(\\d+)\0", lambda m: roles[int(m[1])], text)
@@ -311,7 +311,7 @@ def to_number(number: str, words: str, known: dict[str, str]) -> str:
     return f":{role}:`{words} <{anchor}>`"
 
 
-def page(kind: str, number: str) -> str:
+def place_page(kind: str, number: str) -> str:
     """The page of a section or an appendix of the paper."""
     return f"/{kind}-{number}".lower().replace(".", "-")
 

@@ -67,7 +67,7 @@ class Notation(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """A list of symbols with meaning, shape, unit, place of definition and name in code."""
         self.env.note_dependency(FILE)
-        groups = read(Path(self.env.srcdir))
+        groups = read_notation(Path(self.env.srcdir))
         if self.arguments[0] not in groups:
             raise self.error(f"no such group in {FILE}: {self.arguments[0]}")
         items = [self.item(key, entry) for key, entry in groups[self.arguments[0]].items()]
@@ -83,7 +83,7 @@ class Notation(SphinxDirective):
         return nodes.definition_list_item("", term, definition)
 
 
-def read(book: Path) -> dict[str, dict[str, Entry]]:
+def read_notation(book: Path) -> dict[str, dict[str, Entry]]:
     """All groups of the file; none if the book has no notation."""
     path = book / FILE
     return parsed(path, path.stat().st_mtime_ns) if path.is_file() else {}
@@ -98,7 +98,7 @@ def parsed(path: Path, _changed: int) -> dict[str, dict[str, Entry]]:
 
 def entries(book: Path) -> dict[str, Entry]:
     """All entries by their names."""
-    return {key: entry for group in read(book).values() for key, entry in group.items()}
+    return {key: entry for group in read_notation(book).values() for key, entry in group.items()}
 
 
 def anchor(key: str) -> str:

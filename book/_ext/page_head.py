@@ -76,7 +76,7 @@ def items(book: Path, page: str, source: str) -> dict[str, Item]:
     """The items of the map that a page states or proves."""
     return {
         number: item
-        for group in paper_map.read(book / paper_map.MAP).values()
+        for group in paper_map.read_map(book / paper_map.MAP).values()
         for number, item in group.items()
         if item.get("proof") == page or defines(source, item["anchor"])
     }

@@ -36,7 +36,8 @@ class PaperMap(SphinxDirective):
         self.env.note_dependency(MAP)
         results = glued(book / NOTEBOOKS)
         return [
-            self.section(title, table(items, results)) for title, items in read(book / MAP).items()
+            self.section(title, map_table(items, results))
+            for title, items in read_map(book / MAP).items()
         ]
 
     def section(self, title: str, markdown: str) -> nodes.section:
@@ -46,13 +47,13 @@ class PaperMap(SphinxDirective):
         return section
 
 
-def read(path: Path) -> Groups:
+def read_map(path: Path) -> Groups:
     """The groups of the map."""
     groups: Groups = yaml.safe_load(path.read_text(encoding="utf-8"))
     return groups
 
 
-def table(items: dict[str, Item], results: dict[str, str]) -> str:
+def map_table(items: dict[str, Item], results: dict[str, str]) -> str:
     """A table, one row per item."""
     head = "```{list-table}\n:header-rows: 1\n:widths: 28 30 42\n:class: paper-map\n"
     rows = [row(number, item, results) for number, item in items.items()]

@@ -7,6 +7,7 @@ executed notebooks by file name. A figure of ``_generated`` without a passport i
 import json
 import re
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def fold(group: list[Passport], docname: str) -> list[nodes.Node]:
     """
     if not group:
         return [nodes.paragraph("", f"Passport. {MISSING}", classes=["passport"])]
-    first = group[0]
-    opened = f'<details class="passport"><summary>Passport: {escape(line(group))}</summary>'
+    first, summary = group[0], escape(line(group), quote=False)
+    opened = f'<details class="passport"><summary>Passport: {summary}</summary>'
     items = [
         item("Data", data(first)),
         item("Parameters", *assignments(group)),
@@ -145,11 +146,6 @@ def item(label: str, *content: str | nodes.Node) -> nodes.list_item:
     return nodes.list_item(
         "", nodes.paragraph("", "", nodes.strong("", label), nodes.Text(": "), *parts)
     )
-
-
-def escape(text: str) -> str:
-    """Text as HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -40,13 +40,13 @@ from support import (
     sweep_figures,
 )
 from support.bench import tables
+from support.markdown import markdown_table
 from support.results import Run
 
 BOOK = results.ROOT / "book"
 GENERATED = BOOK / "_generated"
 PAPER = "sigmoid"  # the experiment of Section 5.3; its first run is the one of Figure 1
 MUTATION = results.ROOT / "data" / "mutation.json"
-LIKE_FIGURE_1 = (PAPER, "log-sigmoid")  # experiments of which every run is drawn like Figure 1
 WHICH = "which-estimator"  # the figure that says which estimator is the better one where
 # Experiments that are drawn together, from the rows of all their runs.
 OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -132,14 +132,14 @@ def prepare(
     for run in of_experiment.values():
         made |= save_pictures(run)
         excerpts.write(GENERATED, run.folder / "notebook.ipynb", executed=True)
-    made |= explorers.write(main, GENERATED)
+    made |= explorers.write_explorers(main, GENERATED)
     made |= fill_gaps(set(made))
-    passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()})
+    passports.write_passports(GENERATED, made, {run.folder: file for file, run in pages.items()})
     write_fragments(main, aside)
     (GENERATED / "source").mkdir()
     for path in listings.paths():
         listing = GENERATED / "source" / f"{listings.page_name(path)}.md"
-        results.write_text(listing, listings.page(path))
+        results.write_text(listing, listings.listing_page(path))
 
 
 def prepare_forks(
@@ -153,7 +153,9 @@ def prepare_forks(
         shutil.rmtree(folder, ignore_errors=True)
     pages = write_pages(main, aside, own, only=FORKS)
     made = {file: [run] for file, run in pages.items() if file.startswith(FORKS)}
-    passports.write(GENERATED, made, {run.folder: file for file, run in pages.items()}, kept)
+    passports.write_passports(
+        GENERATED, made, {run.folder: file for file, run in pages.items()}, kept
+    )
 
 
 def write_pages(
@@ -187,7 +189,7 @@ def write_pages(
     for file, run in pages.items():
         if not file.startswith(only):
             continue
-        text = page(run, origin(run), compared.get(run.folder, ""))
+        text = notebook_page(run, origin(run), compared.get(run.folder, ""))
         results.write_text(GENERATED / file, text)
     return pages
 
@@ -205,10 +207,10 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "section-5-3-results.md", "\n".join(section))
     results.write_text(GENERATED / "facts.json", json.dumps(report.facts(main), indent=1))
     reference = results.load(report.REFERENCE)
-    results.write_text(GENERATED / "report.md", report.page(main, reference, made))
+    results.write_text(GENERATED / "report.md", report.report_page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
     results.write_text(GENERATED / "mutation.md", mutation())
-    results.write_text(GENERATED / "benchmark.md", tables.page(tables.read()))
+    results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
 
 
 def paper(group: Mapping[str, Run]) -> dict[str, Run]:
@@ -228,7 +230,7 @@ def origin(run: Run) -> str:
     return "a run on the machine that built this book"
 
 
-def page(run: Run, made: str, compared: str = "") -> str:
+def notebook_page(run: Run, made: str, compared: str = "") -> str:
     """The executed notebook as a page: its own title, and on top what it is.
 
     Args:
@@ -276,7 +278,7 @@ def draw_values(main: Mapping[str, Run]) -> Made:
     """Draw the other figures that come from tables: one per run, or one per experiment."""
     made = {}
     for experiment, group in report.experiments(main).items():
-        if experiment in LIKE_FIGURE_1:
+        if experiment in report.LIKE_FIGURE_1:
             for name, run in group.items():
                 figures.save(figures.figure_1(run.values, run.record), GENERATED / f"{name}.svg")
                 made[f"{name}.svg"] = [run]
@@ -290,7 +292,7 @@ def draw_values(main: Mapping[str, Run]) -> Made:
 def draw_errors(main: Mapping[str, Run]) -> Made:
     """Draw how far off both estimators are, for the experiments that are drawn like Figure 1."""
     found = report.experiments(main)
-    groups = {name: found[name] for name in LIKE_FIGURE_1 if name in found}
+    groups = {name: found[name] for name in report.LIKE_FIGURE_1 if name in found}
     if not groups:
         return {}
     tables = {
@@ -340,7 +342,7 @@ def fill_gaps(made: set[str]) -> Made:
     for name, spec in runs.specs().items():
         if excerpts.write(GENERATED, spec.notebook, executed=False):
             promise(name, spec)
-        if spec.experiment in LIKE_FIGURE_1:
+        if spec.experiment in report.LIKE_FIGURE_1:
             wanted[name] = name
         if spec.experiment in OVER_RUNS:
             wanted[spec.experiment] = spec.experiment
@@ -369,20 +371,20 @@ def mutation() -> str:
     found = json.loads(MUTATION.read_text(encoding="utf-8"))
     modules, survivors = found["modules"], found["survivors"]
     mutants, killed = (sum(m[key] for m in modules.values()) for key in ("mutants", "killed"))
-    rows = [f"| `{n}` | {m['mutants']:,} | {m['killed']:,} |" for n, m in modules.items()]
+    rows = [[f"`{n}`", f"{m['mutants']:,}", f"{m['killed']:,}"] for n, m in modules.items()]
     current = found["source"] == runs.fimlib_digest()
     head = (
         f"{found['tool']} made {mutants:,} changes to the formulas, one at a time; the tests "
         f"noticed {killed:,} of them, **{killed / mutants:.1%}**."
         + ("" if current else " *`fimlib` has changed since; `make mutants` brings it up to date.*")
     )
-    table = ["| module | changes | noticed |", "| --- | --- | --- |", *rows]
+    table = markdown_table(["module", "changes", "noticed"], rows)
     listed = "\n".join(
         f"* `{s['function']}`: `{s['old']}` → `{s['new']}`. {s['why'] or 'Not argued yet.'}"
         for s in survivors
     )
     fold = f":::{{dropdown}} The {len(survivors)} changes that no test noticed\n{listed}\n:::\n"
-    return "\n".join([head, "", *table, "", fold])
+    return f"{head}\n\n{table}\n{fold}"
 
 
 def shown(group: Mapping[str, Run], prefix: str) -> str:

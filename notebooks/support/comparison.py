@@ -10,6 +10,7 @@ import pandas as pd
 from nbformat import NotebookNode
 
 from support import cells, forks, launch, passports
+from support.markdown import markdown_table
 from support.results import NETWORK, Run
 
 CASE, KEYS = "run", ["epoch", "layer", "quantity"]
@@ -53,7 +54,9 @@ def compare(fork: Run, first: Run, link: str) -> str:
         again = f"{passports.command(first)} DATASET={differ['dataset'][1]}"
         parts.append(f"The data differ; `{again}` makes the original on the same ones.\n")
     rows = [[f"`{name}`", *(code(x) for x in pair)] for name, pair in differ.items()]
-    parts.append(table(["setting", "original", fork.name], rows) if rows else "Same settings.\n")
+    parts.append(
+        markdown_table(["setting", "original", fork.name], rows) if rows else "Same settings.\n"
+    )
     if all((run.folder / "values.csv").is_file() for run in (fork, first)):
         parts.append(values(first, fork))
     else:
@@ -109,7 +112,7 @@ def of_network(last: pd.DataFrame, name: str) -> str:
         [f"`{quantity}`", f"{a:.4g}", f"{b:.4g}", f"{b - a:+.2g}" if a != b else "="]
         for quantity, a, b in middle(last[last.layer == NETWORK])
     ]
-    return table(["of the network", "original", name, "difference"], rows)
+    return markdown_table(["of the network", "original", name, "difference"], rows)
 
 
 def of_layers(last: pd.DataFrame) -> str:
@@ -124,7 +127,7 @@ def of_layers(last: pd.DataFrame) -> str:
         for quantity in dict.fromkeys(found.quantity)
     ]
     head = ["the fork's value over the original's", *(f"layer {layer}" for layer in layers)]
-    return table(
+    return markdown_table(
         [h.replace("layer first", "first layer").replace("layer last", "last layer") for h in head],
         rows,
     )
@@ -150,14 +153,6 @@ def factor(a: float, b: float) -> str:
 def code(value: Any) -> str:
     """A value in a cell of a table."""
     return f"`{value}`" if value != "" else "–"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown; nothing if it has no rows."""
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def code_changes(first: Run, fork: Run) -> str:

@@ -10,17 +10,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import math
 import os
-import queue
 import sys
-import tempfile
 import textwrap
-import threading
-import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +24,9 @@ import requests
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DATA_DIR = REPOSITORY / "data" / "mnist"
+from support import results
+
+DATA_DIR = results.ROOT / "data" / "mnist"
 CHOICES = ("auto", "mnist", "digits")
 TITLES = {"mnist": "MNIST", "digits": "scikit-learn 8x8 digits (NOT MNIST)"}
 
@@ -46,10 +41,8 @@ MIRRORS = [
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 ]
-PROBE_SECONDS = 15.0  # for all mirrors together to give a sign of life
 TIMEOUT = (5.0, 15.0)  # seconds to connect to a mirror, and to wait for its next bytes
-ROUNDS = 3  # how often each mirror is asked for a file
-PAUSE = 1.0  # seconds before the next mirror is asked
+RETRIES = 2  # how often a mirror that answers is asked again for a file
 
 BRING_MNIST = f"""\
 To bring MNIST yourself, put its four files, gzipped (.gz) or not, into one folder:
@@ -68,45 +61,24 @@ class DownloadError(DataError):
     """MNIST cannot be downloaded: the only error that the stand-in may take the place of."""
 
 
-class NoNetworkError(DownloadError):
-    """No mirror gave a sign of life."""
-
-
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification data set, split into training and test images.
+    """A classification data set, split into training and test images."""
 
-    Attributes:
-        name: "mnist" or "digits".
-        title: The name for people; that of a stand-in says that it is not MNIST.
-        is_mnist: Whether these are the images of the paper's experiment.
-        train_images: float32 in [0, 1], shape [n, pixels], rows of the image one after another.
-        train_labels: int64 in 0, ..., num_classes - 1, shape [n].
-        test_images: Like `train_images`.
-        test_labels: Like `train_labels`.
-        image_shape: Height and width in pixels.
-        num_classes: The number of classes.
-        digest: SHA-256 (hex) over the bytes of the four parts, for the record of a run.
-    """
-
-    name: str
-    title: str
-    is_mnist: bool
-    train_images: npt.NDArray[np.float32]
-    train_labels: npt.NDArray[np.int64]
+    name: str  # "mnist" or "digits"
+    title: str  # for people; that of a stand-in says that it is not MNIST
+    is_mnist: bool  # whether these are the images of the paper's experiment
+    train_images: npt.NDArray[np.float32]  # [n, pixels], row after row, in [0, 1]
+    train_labels: npt.NDArray[np.int64]  # [n], in 0, ..., num_classes - 1
     test_images: npt.NDArray[np.float32]
     test_labels: npt.NDArray[np.int64]
-    image_shape: tuple[int, int]
+    image_shape: tuple[int, int]  # height and width in pixels
     num_classes: int
-    digest: str
+    digest: str  # SHA-256 (hex) over the bytes of the four parts, for the record of a run
 
 
-def load(name: str, *, mnist_dir: str | Path | None = None) -> Dataset:
-    """Load a data set from this machine; nothing is ever downloaded here.
-
-    Args:
-        name: "mnist" or "digits".
-        mnist_dir: Folder of MNIST's files; by default `MNIST_DIR`, else `data/mnist`.
+def load(name: str) -> Dataset:
+    """Load "mnist" or "digits" from this machine; nothing is ever downloaded here.
 
     Raises:
         DataError: MNIST is missing or damaged, or there is no data set of this name.
@@ -121,7 +93,7 @@ def load(name: str, *, mnist_dir: str | Path | None = None) -> Dataset:
         return _dataset(name, split[0], split[2], split[1], split[3], white=16)
     if name != "mnist":
         raise DataError(f"There is no data set {name!r}: choose mnist or digits.")
-    folder = find_mnist(mnist_dir)
+    folder = find_mnist()
     if folder is None:
         raise DataError(
             f"MNIST is not in {_show(DATA_DIR)}: `make reproduce` downloads it.\n{BRING_MNIST}"
@@ -158,7 +130,7 @@ def _parse_idx(raw: bytes) -> npt.NDArray[np.uint8]:
 
 def _show(path: Path) -> str:
     """Name a path as the user knows it: inside the repository, from its root."""
-    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
+    return str(path.relative_to(results.ROOT) if path.is_relative_to(results.ROOT) else path)
 
 
 def _locate(folder: Path, name: str) -> Path | None:
@@ -168,19 +140,15 @@ def _locate(folder: Path, name: str) -> Path | None:
     return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
-def find_mnist(mnist_dir: str | Path | None = None) -> Path | None:
+def find_mnist() -> Path | None:
     """Find the folder that holds all four files of MNIST (their bytes are not checked yet).
 
-    Args:
-        mnist_dir: The folder; by default the one that `MNIST_DIR` names, else `data/mnist`.
-
-    Returns:
-        The folder, or None if nobody named one and `data/mnist` lacks a file.
+    It is the one that `MNIST_DIR` names, else `data/mnist`, if that lacks no file.
 
     Raises:
         DataError: The named folder lacks a file: who names a folder wants no other data.
     """
-    named = mnist_dir or os.environ.get("MNIST_DIR")
+    named = os.environ.get("MNIST_DIR")
     folder = Path(named).expanduser() if named else DATA_DIR
     missing = [name for name in SHA256 if _locate(folder, name) is None]
     if missing and named:
@@ -200,133 +168,101 @@ def _read_mnist(folder: Path) -> list[bytes]:
 def _read(path: Path, name: str) -> bytes:
     """Read one file, decompress it if need be, and refuse it unless its SHA-256 is MNIST's."""
     try:
-        raw = path.read_bytes()
-        # By content, not by name: browsers and servers decompress a .gz on the way.
-        raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+        raw = _decompress(path.read_bytes())
         actual = hashlib.sha256(raw).hexdigest()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        actual = f"none, for it does not decompress: {error}"
+    except ValueError as error:
+        actual = f"none, for {error}"
     except OSError as error:
         raise DataError(f"{_show(path)} cannot be read: {error}. Make it readable.") from error
-    if actual in SHA256.values() and actual != SHA256[name]:
-        other = next(known for known, digest in SHA256.items() if digest == actual)
-        raise DataError(f"{_show(path)} holds {other}: give the files their own names.")
-    if actual != SHA256[name]:
+    if actual == SHA256[name]:
+        return raw
+    for other in [other for other in SHA256 if SHA256[other] == actual]:
         raise DataError(
-            f"{_show(path)} is damaged or is not MNIST's file.\n"
-            f"    expected SHA-256 of the decompressed bytes: {SHA256[name]}\n"
-            f"    actual:                                     {actual}\n"
-            "Nothing was replaced. Delete the file and fetch it again (`make reproduce` does so "
-            f"in {_show(DATA_DIR)})."
+            f"{_show(path)} is another file of MNIST: {other}.\n"
+            "Nothing was replaced. Give every file its own name, and run again."
         )
-    return raw
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """Give a folder beside the final files, whence `os.replace` moves them in one step."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as scratch:
-            yield Path(scratch)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write into {_show(folder)}: {error.strerror or error}.\n"
-            "Free some disk space or make the folder writable, and run again."
-        ) from error
-
-
-def _probe(mirror: str) -> str:
-    """Ask a mirror for a sign of life: the reason why there is none, "" if there is."""
-    try:
-        url = f"{mirror}{next(iter(SHA256))}.gz"
-        requests.head(url, timeout=PROBE_SECONDS, allow_redirects=True).raise_for_status()
-    except Exception as error:  # whatever the network or the proxy settings come up with
-        return type(error).__name__
-    return ""
-
-
-def _living_mirrors() -> list[str]:
-    """List the mirrors, first the one that answered first.
-
-    A timeout of `requests` does not cover a name server that never answers, so the mirrors are
-    asked in threads that nobody waits for beyond `PROBE_SECONDS`.
-    """
-    answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-    for mirror in MIRRORS:
-        threading.Thread(
-            target=lambda mirror=mirror: answers.put((mirror, _probe(mirror))), daemon=True
-        ).start()
-    end = time.monotonic() + PROBE_SECONDS
-    failures = dict.fromkeys(MIRRORS, f"no answer within {math.ceil(PROBE_SECONDS)} s")
-    for _ in MIRRORS:
-        try:
-            mirror, failure = answers.get(timeout=max(0.0, end - time.monotonic()))
-        except queue.Empty:
-            break
-        if not failure:
-            return [mirror, *(other for other in MIRRORS if other != mirror)]
-        failures[mirror] = failure
-    reasons = "\n".join(f"    {mirror}: {failure}" for mirror, failure in failures.items())
-    raise NoNetworkError(
-        f"MNIST cannot be downloaded, no mirror can be reached:\n{reasons}\n"
-        f"Check the network (behind a proxy, set HTTPS_PROXY) and run again.\n{BRING_MNIST}"
+    raise DataError(
+        f"{_show(path)} is damaged or is not MNIST's file.\n"
+        f"    expected SHA-256 of the decompressed bytes: {SHA256[name]}\n"
+        f"    actual:                                     {actual}\n"
+        "Nothing was replaced. Delete the file and fetch it again (`make reproduce` does so "
+        f"in {_show(DATA_DIR)})."
     )
 
 
-def _fetch(name: str, mirrors: Sequence[str], scratch: Path) -> Path:
-    """Download one file into `scratch` from the first mirror that delivers the right bytes."""
-    path = scratch / f"{name}.gz"
-    import pooch  # here, since its progress bar warns on import inside a notebook
-
-    download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-    failures = []
-    for mirror in [*mirrors] * ROUNDS:
-        print(f"Downloading {path.name} from {mirror}", flush=True)
-        try:
-            download(mirror + path.name, str(path), None)
-            _read(path, name)
-        except requests.RequestException as error:
-            status = getattr(error.response, "status_code", "")
-            failures.append(f"    {mirror}: {type(error).__name__} {status}")
-        except DataError:
-            failures.append(f"    {mirror}: delivered other bytes than MNIST's")
-        else:
-            return path
-        time.sleep(PAUSE)
-    reasons = "\n".join(dict.fromkeys(failures))  # each once, in order
-    raise DownloadError(
-        f"{path.name} cannot be downloaded:\n{reasons}\nRun again later.\n{BRING_MNIST}"
-    )
-
-
-def download_mnist(target: str | Path | None = None) -> Path:
-    """Download the files of MNIST that `target` lacks, and check them.
-
-    Each file gets its final name once it is complete and checked, so that an interrupted
-    download goes on with the missing files.
-
-    Args:
-        target: The folder to download to; by default `data/mnist`.
-
-    Returns:
-        The folder, holding all four files.
+def _decompress(raw: bytes) -> bytes:
+    """Decompress by content, not by name: browsers and servers decompress a .gz on the way.
 
     Raises:
-        NoNetworkError: No mirror answers (noticed within `PROBE_SECONDS`).
+        ValueError: The bytes are damaged.
+    """
+    try:
+        return gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"it does not decompress: {error}") from error
+
+
+def download_mnist() -> Path:
+    """Download the files of MNIST that `data/mnist` lacks; return that folder.
+
+    Each file appears there, decompressed, once it is complete and checked, so that an interrupted
+    download goes on with the missing files.
+
+    Raises:
         DownloadError: No mirror delivers MNIST's bytes.
         DataError: The folder holds a damaged file, or cannot be written to.
     """
-    folder = Path(target or DATA_DIR)
-    present = {name: path for name in SHA256 if (path := _locate(folder, name))}
-    for name, path in present.items():
-        _read(path, name)
-    if missing := [name for name in SHA256 if name not in present]:
-        mirrors = _living_mirrors()
-        with _scratch(folder) as scratch:
-            for name in missing:
-                os.replace(_fetch(name, mirrors, scratch), folder / f"{name}.gz")
-    return folder
+    failures = []
+    for name in SHA256:
+        if path := _locate(DATA_DIR, name):
+            _read(path, name)
+    for mirror in MIRRORS:
+        try:
+            _download_from(mirror)
+        except requests.RequestException as error:
+            status = getattr(error.response, "status_code", "")
+            failures.append(f"    {mirror}: {type(error).__name__} {status}".rstrip())
+        except ValueError:  # from pooch, which compares the SHA-256
+            failures.append(f"    {mirror}: delivered other bytes than MNIST's")
+        except OSError as error:
+            raise _unwritable(DATA_DIR, error) from error
+        else:
+            return DATA_DIR
+    raise DownloadError(
+        "MNIST cannot be downloaded:\n"
+        + "\n".join(failures)
+        + "\nCheck the network (behind a proxy, set HTTPS_PROXY) and run again.\n"
+        + BRING_MNIST
+    )
+
+
+def _download_from(mirror: str) -> None:
+    """Download from one mirror what `data/mnist` lacks."""
+    import pooch  # here, since its progress bar warns on import inside a notebook
+
+    over_http = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+
+    def decompressed(url: str, output: str, _pooch: pooch.Pooch) -> None:
+        over_http(url, output, None)
+        raw = _decompress(Path(output).read_bytes())
+        Path(output).unlink()  # nobody but its owner could read it
+        Path(output).write_bytes(raw)
+
+    urls = {name: f"{mirror}{name}.gz" for name in SHA256 if not _locate(DATA_DIR, name)}
+    registry = {name: SHA256[name] for name in urls}
+    fetcher = pooch.create(DATA_DIR, mirror, registry=registry, urls=urls, retry_if_failed=RETRIES)
+    # Once, without retries: where there is no network, nobody waits long for the stand-in.
+    requests.head(next(iter(urls.values())), timeout=TIMEOUT).raise_for_status()
+    for name in urls:
+        fetcher.fetch(name, downloader=decompressed)
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    """Say what to do about a folder that cannot be written to."""
+    return DataError(
+        f"Cannot write into {_show(folder)}: {error.strerror or error}.\n"
+        "Free some disk space or make the folder writable, and run again."
+    )
 
 
 def _notice(reason: str) -> str:
@@ -343,20 +279,16 @@ def _notice(reason: str) -> str:
     return "\n".join(["", "#" * 100, *box, "#" * 100, ""])
 
 
-def resolve(dataset: str = "auto", *, mnist_dir: str | Path | None = None) -> str:
-    """Decide on the data of a run; download MNIST if need be; say so if it is a stand-in.
+def resolve(dataset: str = "auto") -> str:
+    """Choose "mnist" or "digits" for a run; download MNIST if need be; announce a stand-in.
 
     Args:
         dataset: "mnist"; "digits", the stand-in; or "auto": MNIST, and the stand-in, with a
             notice, only if MNIST is not on this machine and cannot be downloaded.
-        mnist_dir: Folder of MNIST's files; by default `MNIST_DIR`, else `data/mnist`.
-
-    Returns:
-        "mnist" (found and checked) or "digits".
 
     Raises:
-        DataError: There is no such choice; a named folder lacks files; a file is damaged; the
-            download cannot be written; or MNIST is insisted on and cannot be had.
+        DataError: There is no such choice; MNIST is insisted on and cannot be had, or cannot be
+            written; a named folder lacks files; a file is damaged.
     """
     if dataset not in CHOICES:
         raise DataError(f"DATASET={dataset} is none of the choices: {', '.join(CHOICES)}.")
@@ -364,7 +296,7 @@ def resolve(dataset: str = "auto", *, mnist_dir: str | Path | None = None) -> st
         print(f"Stand-in data as asked for: {TITLES['digits']}.", flush=True)
         return "digits"
     try:
-        folder = find_mnist(mnist_dir) or download_mnist()
+        folder = find_mnist() or download_mnist()
     except DownloadError as error:
         if dataset == "mnist":
             raise
@@ -392,9 +324,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         choice = resolve(arguments.dataset)
         print(_describe(load(choice)), flush=True)
         if file := arguments.print_choice_to:
-            with _scratch(file.parent) as scratch:
-                (scratch / file.name).write_text(f"{choice}\n")
-                os.replace(scratch / file.name, file)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                results.write_text(file, f"{choice}\n")
+            except OSError as error:
+                raise _unwritable(file.parent, error) from error
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

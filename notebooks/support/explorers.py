@@ -1,9 +1,9 @@
 """The data of the book's two explorers, as JSON that stands in their pages.
 
 The pages' script (``book/_static/explorers/explorers.js``) computes nothing: it looks up what is
-written here, so that every value shown is `fimlib`'s or a run's. `write` puts into the folder of
-the book's generated files, for each explorer, a fragment of HTML with its data and a picture that
-stands in for it on paper and where there is no script.
+written here, so that every value shown is `fimlib`'s or a run's. `write_explorers` puts into the
+folder of the book's generated files, for each explorer, a fragment of HTML with its data and a
+picture that stands in for it on paper and where there is no script.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ FORBIDDEN = -1e3  # a logit whose class has probability 0: exp(-1000) is 0
 # Upper bounds of λ_max(M), the tightest first where several are equal.
 UPPER = ("certified-m", "corollary-4-2", "proposition-4-3", "corollary-q-1", "theorem-5-2-m")
 OF_THE_PAPER = UPPER[1:]
-EXPERIMENTS = ("sigmoid", "log-sigmoid")  # whose runs are drawn like Figure 1
 
 Columns = dict[str, list[Any]]
 
 
-def write(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run]]:
+def write_explorers(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run]]:
     """Write the data and the pictures of both explorers.
 
     Args:
@@ -53,16 +52,16 @@ def write(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run]]:
         The runs behind the picture that stands for all of them, by its file name.
     """
     groups = report.experiments(main)
-    shown = [run for name in EXPERIMENTS for run in groups.get(name, {}).values()]
+    shown = [run for name in report.LIKE_FIGURE_1 for run in groups.get(name, {}).values()]
     data = softmax()
     text = embedded("softmax", data) + f'<p class="passport">{origin(data)}</p>\n'
     results.write_text(folder / "explore-softmax.html", text)
     (folder / "explorers").mkdir(exist_ok=True)
     figures.save(softmax_figure(data), folder / "explorers" / "softmax.svg")
     results.write_text(folder / "explore-softmax.md", try_softmax(data))
-    runs = [figure_1(run) for run in shown]
-    results.write_text(folder / "explore-figure-1.md", try_figure_1(runs))
-    results.write_text(folder / "explore-figure-1.html", embedded("figure-1", {"runs": runs}))
+    lines = {"runs": [figure_1(run) for run in shown]}
+    results.write_text(folder / "explore-figure-1.md", try_figure_1(shown, lines["runs"]))
+    results.write_text(folder / "explore-figure-1.html", embedded("figure-1", lines))
     if not shown:
         return {}
     first = shown[0]
@@ -293,10 +292,16 @@ def curves(data: pd.DataFrame, at_one: int) -> Columns:
     return {"epochs": data.index.tolist()} | found
 
 
-def try_figure_1(runs: list[dict[str, Any]]) -> str:
-    """What to try, and what one sees then; the numbers are counted in the runs shown."""
+def try_figure_1(shown: list[Run], runs: list[dict[str, Any]]) -> str:
+    """What to try, and what one sees then; the numbers are counted in the runs shown.
+
+    Args:
+        shown: The runs.
+        runs: What `figure_1` makes of each of them.
+    """
     kinds = list(dict.fromkeys(run["experiment"] for run in runs))
-    counts = {kind: smaller([run for run in runs if run["experiment"] == kind]) for kind in kinds}
+    of_kind = {k: [run.values for run in shown if run.record["experiment"] == k] for k in kinds}
+    counts = {kind: figures.count_below(tables) for kind, tables in of_kind.items()}
     less = ", ".join(f"{a} of {b} times with {kind}" for kind, (a, b) in counts.items())
     outputs = [run["layers"][-1] for run in runs]
     exact = sum("sd-2" not in layer for layer in outputs)
@@ -317,13 +322,6 @@ def try_figure_1(runs: list[dict[str, Any]]) -> str:
   with seed {most["seed"]}, where it is {most["largest-probability"][-1]:.4f}: information dies out
   where the network is sure.
 """
-
-
-def smaller(group: list[dict[str, Any]]) -> tuple[int, int]:
-    """How often V₁ < V₂ in some runs, and of how many cases: where V₂ is not 0."""
-    layers = [layer for run in group for layer in run["layers"] if "sd-2" in layer]
-    less = [a < b for x in layers for a, b in zip(x["sd-1"], x["sd-2"], strict=True)]
-    return sum(less), len(less)
 
 
 def last_information(run: dict[str, Any]) -> float:

@@ -1,9 +1,10 @@
-"""Notebooks in the browser, at Binder or Colab: one setting, the first cell, the addresses.
+"""Notebooks in the browser, at Binder or Colab: one setting, and the first cell.
 
-The setting is the one line of the file ``REPO_URL``: where your copy of the project can be cloned
-from. While it is empty, no page has a button and no notebook has a cell more. ``make launch``
-brings the notebooks up to date with it: Colab opens a notebook alone, so each needs a cell that
-fetches the rest. That cell counts for nothing else: no run has to be made again because of it.
+The setting is ``repository: url:`` in ``book/_config.yml``: where your copy of the project can be
+cloned from. While it is empty, no page has a button and no notebook has a cell more. ``make
+launch`` brings the notebooks up to date with it: Colab opens a notebook alone, so each needs a
+cell that fetches the rest. That cell counts for nothing else: no run has to be made again because
+of it.
 """
 
 from __future__ import annotations
@@ -11,21 +12,20 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat
+import yaml
 
 from support import cells, results
 
-SETTING = results.ROOT / "REPO_URL"
-BRANCH = "main"
+SETTING = Path("book") / "_config.yml"
 TAG = "launch"  # of the cell
 # Files that name the address as well: below which line, and how.
 LINES = {
     "pyproject.toml": ("[project.urls]", 'Repository = "{}"'),
     "CITATION.cff": ("license: MIT", 'repository-code: "{}"'),
 }
-FORM = re.compile(r"https://([\w.-]+)/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
+FORM = re.compile(r"(https://[\w.-]+/[\w.-]+/[\w.-]+?)(?:\.git)?/?")
 CELL = """\
 # Where the rest of the project is missing, as on Colab: fetch it. Elsewhere this does nothing.
 import importlib.util
@@ -37,46 +37,30 @@ if importlib.util.find_spec("support") is None:
     folder = os.path.abspath("fimlib-project")
     if not os.path.isdir(folder):
         subprocess.run(["git", "clone", "--depth", "1", "REPO_URL", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "install", "-q", f"{folder}[notebooks]"]
+    pip = [sys.executable, "-m", "pip", "install", "-q", f"{folder}[notebooks,bench]"]
     subprocess.run(pip, check=True)
     os.chdir(os.path.join(folder, "notebooks"))
     sys.path.insert(0, os.getcwd())"""
 
 
-def repo_url(setting: Path = SETTING) -> str:
-    """The address of this project's public copy, or nothing.
+def repo_url(root: Path = results.ROOT) -> str:
+    """The address of this project's public copy, or nothing; see `address`."""
+    return address(yaml.safe_load((root / SETTING).read_text("utf-8"))["repository"]["url"])
+
+
+def address(setting: str | None) -> str:
+    """The setting as an address without ``.git``; nothing if it is empty.
 
     Raises:
         ValueError: the setting is no address of a repository.
     """
-    text = setting.read_text(encoding="utf-8").strip() if setting.is_file() else ""
-    if text and not FORM.fullmatch(text):
+    found = FORM.fullmatch(setting or "")
+    if setting and not found:
         raise ValueError(
-            f"{setting.name} must be empty or one line such as https://github.com/you/project, "
-            f"not {text!r}."
+            f"repository: url: in {SETTING} must be empty or an address such as "
+            f"https://github.com/you/project, not {setting!r}."
         )
-    return text.removesuffix("/").removesuffix(".git")
-
-
-def addresses(url: str, notebook: str) -> dict[str, str]:
-    """Where a notebook of the folder ``notebooks/`` opens, by the name of the service.
-
-    Args:
-        url: As `repo_url` gives it; nothing: no addresses.
-        notebook: Its file name.
-    """
-    found = FORM.fullmatch(url)
-    if not found:
-        return {}
-    host, owner, name = found.groups()
-    path = f"notebooks/{quote(notebook)}"
-    on_github = host == "github.com"
-    where = f"gh/{owner}/{name}" if on_github else f"git/{quote(url, safe='')}"
-    binder = (
-        f"https://mybinder.org/v2/{where}/{BRANCH}?urlpath={quote(f'lab/tree/{path}', safe='')}"
-    )
-    colab = f"https://colab.research.google.com/github/{owner}/{name}/blob/{BRANCH}/{path}"
-    return {"Binder": binder} | ({"Colab": colab} if on_github else {})  # Colab knows no others
+    return found[1] if found else ""
 
 
 def with_cell(text: str, url: str) -> str:
@@ -130,7 +114,7 @@ def updated(path: Path, url: str) -> str:
 def main(root: Path = results.ROOT) -> int:
     """Bring all notebooks, and what names the address, up to date with the setting."""
     try:
-        url = repo_url(root / SETTING.name)
+        url = repo_url(root)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -26,7 +26,7 @@ def page_name(path: Path) -> str:
     return relative(path).removesuffix(".py").replace("/", "-")
 
 
-def page(path: Path) -> str:
+def listing_page(path: Path) -> str:
     """A file as Markdown: what precedes the first definition, then one section for each."""
     lines = path.read_text(encoding="utf-8").splitlines()
     starts = definitions(path)

@@ -91,7 +91,7 @@ def notebook_name(run: Run) -> str:
     return str(run.record.get("notebook") or (spec.notebook.name if spec else "?"))
 
 
-def write(
+def write_passports(
     folder: Path,
     made: Mapping[str, list[Run]],
     pages: Mapping[Path, str],

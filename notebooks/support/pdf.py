@@ -3,7 +3,8 @@
 The pages that are written by hand are put into one page, in the order of the list of contents,
 behind a title and that list; links between them lead from page to page of the PDF. Executed
 notebooks, listings of code and interactive pages stay in the book itself: what leads to them is
-plain text here.
+plain text here. (Sphinx's builder ``singlehtml`` also makes one page, but leaves ids that several
+pages share, and links to pages that are left out.)
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Pages:
 
     def __init__(self, built: Path):
         self.built = built.resolve()
-        self.index = read(self.built / "index.html")
+        self.index = parsed_page(self.built / "index.html")
         contents = self.index.select_one("nav.bd-links")
         if contents is None:
             raise BrowserError(f"{built / 'index.html'} has no list of contents: make book")
@@ -83,7 +84,7 @@ class Pages:
 
     def article(self, page: Path) -> Tag:
         """What is printed of a page."""
-        article = read(page).select_one("article")
+        article = parsed_page(page).select_one("article")
         assert article is not None, page
         for part in article.select(NOT_PRINTED):
             part.decompose()
@@ -149,7 +150,7 @@ class Pages:
         return tag
 
 
-def read(path: Path) -> BeautifulSoup:
+def parsed_page(path: Path) -> BeautifulSoup:
     """A page, parsed."""
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
@@ -193,7 +194,7 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
     return {name: number + 1 for name, number in found.items() if number is not None}
 
 
-def write(built: Path, output: Path) -> None:
+def write_pdf(built: Path, output: Path) -> None:
     """Print a built book.
 
     Args:
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     print("printing the book (a minute or two) …", flush=True)
     try:
-        write(arguments.built, arguments.output)
+        write_pdf(arguments.built, arguments.output)
     except (BrowserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

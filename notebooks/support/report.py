@@ -17,9 +17,12 @@ import pandas as pd
 
 from support import claims, cli, figures, results, runs, sweep_figures
 from support.claims import Decision
+from support.markdown import escaped, markdown_table
+from support.quantities import QUANTITIES
 from support.results import Run
 
 REFERENCE = results.ROOT / "data" / "reference"
+LIKE_FIGURE_1 = ("sigmoid", "log-sigmoid")  # experiments whose runs are drawn like Figure 1
 STATEMENTS = "statements"  # the experiment that tries statements on made-up cases
 KEYS = ["run", "epoch", "layer", "quantity"]
 ROUNDING = 1e-6  # relative; what other versions may change where nothing is trained
@@ -318,10 +321,10 @@ def facts(found: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 
 def better(found: Mapping[str, Run]) -> dict[str, dict[str, str]]:
     """How often which estimator has less variance, in the experiments that are like Figure 1."""
-    [claim] = [c for c in claims.load() if c.id == "c"]
+    [claim] = [c for c in claims.load_claims() if c.id == "c"]
     told = {}
     for name, group in experiments(found).items():
-        if name in ("sigmoid", "log-sigmoid"):
+        if name in LIKE_FIGURE_1:
             ratio = claims.cells(claim, group, {n: run.values for n, run in group.items()})
             wins = {r"\hat I_1": (ratio < 1).sum(), r"\hat I_2": (ratio > 1).sum()}
             best = max(wins, key=lambda which: wins[which])
@@ -354,7 +357,7 @@ def section_5_3(found: Mapping[str, Run], made: str) -> str:
     here = [d for d in decide(found) if re.match("Section 5.3|Figure 1|Appendix E", d.claim.where)]
     return (
         f"All numbers below come from {made}. {RULE} The [report](report.md) shows all cases of "
-        f"every claim.\n\n{table(here)}\n"
+        f"every claim.\n\n{claims_table(here)}\n"
     )
 
 
@@ -369,20 +372,17 @@ def sweep(found: Mapping[str, Run]) -> str:
     sums = layers.groupby([activation, "quantity"]).value.sum().unstack()
     violations = sums.I_violations + sums.V1_violations + sums.V2_violations
     shares = sums[["V1_vacuous", "V1_zero", "V2_vacuous", "V2_zero"]].div(sums.checks, axis=0)
-    lines = [
-        "| | bounds checked | violations | lower bounds above 0 | UB of V₁ vacuous | V₁: 0 = 0 "
-        "| UB of V₂ vacuous | V₂: 0 = 0 |",
-        "| --- " * 8 + "|",
-    ]
-    lines += [
-        f"| {name} | {3 * sums.checks[name]:,.0f} | {violations[name]:,.0f} | "
-        f"{sums.lower_positive[name]:,.0f} | {' | '.join(f'{x:.2%}' for x in shares.loc[name])} |"
+    head = ["", "bounds checked", "violations", "lower bounds above 0"]
+    head += ["UB of V₁ vacuous", "V₁: 0 = 0", "UB of V₂ vacuous", "V₂: 0 = 0"]
+    counts = [3 * sums.checks, violations, sums.lower_positive]
+    rows = [
+        [name, *(f"{x[name]:,.0f}" for x in counts), *(f"{x:.2%}" for x in shares.loc[name])]
         for name in sums.index
     ]
-    return "\n".join([*lines, ""])
+    return markdown_table(head, rows)
 
 
-def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
+def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
     """The whole report: all claims, all their cases, and the comparison with the reference."""
     decisions = decide(found)
     tried = [d for d in decisions if d.claim.experiments == (STATEMENTS,)]
@@ -397,15 +397,15 @@ def page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> s
             compared(found, reference),
             "## Claims that experiments decide\n",
             f"{tally(measured)}. Of their ranges {before} were set before, {len(paper) - before} "
-            f"after such runs had been looked at (†).\n\n{table(paper)}\n",
+            f"after such runs had been looked at (†).\n\n{claims_table(paper)}\n",
             "## Questions of ours\n",
             "Next to the paper's claims: other readings, and what a user may ask. They are in no "
-            f"count.\n\n{table(d for d in measured if d.claim.whose != 'paper')}\n",
+            f"count.\n\n{claims_table(d for d in measured if d.claim.whose != 'paper')}\n",
             "### All cases\n",
             *(all_cells(d) for d in measured if len(d.cells) > 1),
             "## Statements, tried on many cases\n",
             f"{tally(tried)}. The numbers are those of the [list of all "
-            f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{table(tried)}\n",
+            f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{claims_table(tried)}\n",
             "## What cannot be decided\n",
             *(f"* **{d.claim.where}.** {d.claim.claim} *{d.claim.note}*" for d in silent),
             "",
@@ -419,11 +419,9 @@ def compared(found: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
         return "These are the reference results themselves.\n"
     rows = compare(found, reference)
     moved = [row for row in rows if row.moved]
-    lines = ["| run | kind of comparison | moved? | values |", "| --- " * 4 + "|"]
-    lines += [
-        f"| {r.figure} | {r.how} | {'**yes**' if r.moved else 'no'} | {r.text} |" for r in rows
-    ]
-    return "\n".join([summary(rows, moved), "", *(lines if rows else []), ""])
+    cells = [[r.figure, r.how, "**yes**" if r.moved else "no", r.text] for r in rows]
+    table = markdown_table(["run", "kind of comparison", "moved?", "values"], cells)
+    return f"{summary(rows, moved)}\n\n{table}"
 
 
 def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
@@ -440,54 +438,42 @@ def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
     )
 
 
-def table(decisions: Iterable[Decision]) -> str:
+def claims_table(decisions: Iterable[Decision]) -> str:
     """Claims with tolerance, our numbers, verdict and reason."""
-    lines = ["| claim | range | ours | verdict |", "| --- " * 4 + "|"]
+    rows = []
     for d in decisions:
         dagger = " †" if d.claim.set == "after" else ""
         mark = MARKS.get(d.verdict, "")
-        quantity = claims.QUANTITIES.get(d.claim.quantity)
+        quantity = QUANTITIES.get(d.claim.quantity)
         how = f"{quantity.says if quantity else ''} {d.claim.note}".strip()
-        row = (
+        row = [
             f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)"
             + (f"<br>*{how}*" if how else ""),
             f"{tolerance(d)}{dagger}" if d.claim.quantity else "–",
             ours(d),
             f"{mark} {d.verdict}{f': {d.reason}' if d.reason else ''}".strip(),
-        )
-        lines.append(f"| {' | '.join(escaped(cell) for cell in row)} |")
-    return "\n".join([*lines, "", "† set after such runs had been looked at; all others before."])
+        ]
+        rows.append(row)
+    table = markdown_table(["claim", "range", "ours", "verdict"], rows)
+    return f"{table}\n† set after such runs had been looked at; all others before."
 
 
 def all_cells(decision: Decision) -> str:
     """Every case of a claim, folded."""
     cells = decision.cells
-    numbers = cells.map(lambda x: short(x) if decision_holds(decision, x) else f"**{short(x)}**")
+    low, high = decision.claim.low, decision.claim.high
+    numbers = cells.map(lambda x: short(x) if low <= x <= high else f"**{short(x)}**")
     wide = numbers.unstack(-1) if numbers.index.nlevels > 1 else numbers.to_frame("")
     names = [" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in wide.index]
     titles = [f"{wide.columns.name or ''} {column}".strip() for column in wide.columns]
-    head = f"| {' / '.join(map(str, wide.index.names))} | {' | '.join(titles)} |"
+    head = [" / ".join(map(str, wide.index.names)), *titles]
     rows = [
-        f"| {name} | {' | '.join('' if pd.isna(x) else x for x in row)} |"
+        [name, *("" if pd.isna(x) else x for x in row)]
         for name, row in zip(names, wide.itertuples(index=False), strict=True)
     ]
-    lines = [head, "| --- " * (len(wide.columns) + 1) + "|", *rows]
     title = f"{decision.claim.id}: {ours(decision)}; range {tolerance(decision)}"
-    return (
-        f"::::{{dropdown}} {title}\n{escaped(decision.claim.claim)}\n\n"
-        + "\n".join(lines)
-        + "\n::::\n"
-    )
-
-
-def decision_holds(decision: Decision, x: float) -> bool:
-    """Whether a number is within a claim's tolerance."""
-    return decision.claim.low <= x <= decision.claim.high
-
-
-def escaped(text: str) -> str:
-    """A text for a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("(*)", "(\\*)")
+    claim = escaped(decision.claim.claim)
+    return f"::::{{dropdown}} {title}\n{claim}\n\n{markdown_table(head, rows)}::::\n"
 
 
 # For the terminal.

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         if arguments.check:
-            found = {**(tables.read(output) or {}), "check": confirmed(arguments.quick)}
+            found = {**(tables.read_benchmark(output) or {}), "check": confirmed(arguments.quick)}
         else:
             found = run(arguments.quick)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -221,7 +221,7 @@ def title(found: Found, network: str) -> str:
 # The page.
 
 
-def read(path: Path = FOUND) -> Found | None:
+def read_benchmark(path: Path = FOUND) -> Found | None:
     """What ``make bench`` found last, if it did."""
     if not path.is_file():
         return None
@@ -272,7 +272,7 @@ def machine(found: Found) -> str:
     )
 
 
-def page(found: Found | None) -> str:
+def benchmark_page(found: Found | None) -> str:
     """The part of ``book/benchmark.md`` that comes from the measurements."""
     if found is None:
         return MISSING
@@ -329,7 +329,7 @@ def gpu(found: Found) -> str:
 def terminal(found: Found) -> str:
     """The same for a terminal, where there are no tabs."""
     lines = []
-    for line in page(found).splitlines():
+    for line in benchmark_page(found).splitlines():
         if line.startswith("::::{tab-item} "):
             lines.append(line.removeprefix("::::{tab-item} ") + ":")
         elif not line.startswith(":::"):
