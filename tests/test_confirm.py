@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import reference
 import torch
+from lying import CutCubeWithRules, DoubledSquare
 from strategies import inputs, mlp
 from torch import nn
 from torch.nn import functional
@@ -251,45 +252,14 @@ class DetachedMean(nn.Module):
         return torch.sin(x) + x.mean(1, keepdim=True).detach()
 
 
-class Doubles(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * x * grad
-
-
-class Forgets(torch.autograd.Function):
-    """x³ with its derivative, whose own is cut off."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, _):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * x.detach() ** 2 * grad
-
-
 class WrongBackward(nn.Module):
     def forward(self, x):
-        return Doubles.apply(x)
+        return DoubledSquare.apply(x)
 
 
 class WrongSecond(nn.Module):
     def forward(self, x):
-        return Forgets.apply(x)
+        return CutCubeWithRules.apply(x)
 
 
 class BatchMean(nn.Module):
@@ -688,20 +658,6 @@ def test_too_coarse_numbers_are_told_from_wrong_ones():
     judge(net.double(), x.double(), "traced", 2)
 
 
-class Doubled(torch.autograd.Function):
-    """z² with twice its derivative."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z**2
-
-    @staticmethod
-    def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return 4 * z * g
-
-
 class Offset(nn.Module):
     """One output, whose rounding errors hide quotients of short steps."""
 
@@ -711,7 +667,7 @@ class Offset(nn.Module):
         self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
 
     def forward(self, x):
-        return self.b(Doubled.apply(torch.erf(self.a(x)))) - 1e6
+        return self.b(DoubledSquare.apply(torch.erf(self.a(x)))) - 1e6
 
 
 class BesideALargeOutput(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lying import CutSine, OnceSine
 from strategies import inputs, mlp
 from test_functional import (
     SEQUENCES,
@@ -345,29 +346,7 @@ def test_arguments_are_checked():
         )
 
 
-class Flat(torch.autograd.Function):
-    """tanh, with a right backward() of which autograd sees no derivative."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.slope = 1 - z.tanh().square()
-        return z.tanh()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.slope
-
-
-class Once(Flat):
-    """The same, and it says so."""
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g * ctx.slope
-
-
-@pytest.mark.parametrize("function", [Flat, Once])
+@pytest.mark.parametrize("function", [CutSine, OnceSine])
 def test_a_backward_without_derivative_is_refused(function):
     net = pair(lambda self, x: self.b(function.apply(self.a(x))))
     assert fimlib.differentiate(net, inputs(2, 3), engine="functional", order=1).engine
