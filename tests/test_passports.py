@@ -1,12 +1,10 @@
 """Passports: complete, enough to make a figure again, and shown under every figure."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import books
 import nbformat
 import papermill
 import pytest
@@ -145,31 +143,24 @@ def test_values_of_several_lines_and_names():
 def built(generated):
     """A book whose index shows three figures of `_generated`, one of them without a passport."""
     book = generated.parent
-    for name, text in (("_config.yml", CONFIG), ("_toc.yml", TOC), ("index.md", INDEX)):
-        (book / name).write_text(text, encoding="utf-8")
+    files = {"_config.yml": CONFIG, "_toc.yml": TOC, "index.md": INDEX}
     for name in ("_generated/later.svg", "_generated/unknown.svg", "drawn.svg"):
-        (book / name).write_text('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>')
+        files[name] = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Tiny", id="a")])
     (book / "_generated/notebooks").mkdir()
     nbformat.write(page, book / "_generated" / PAGE)
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", book]
-    done = subprocess.run(
-        [*command, "-W", "-n", "--keep-going", "--all"], capture_output=True, text=True,
-        check=False, env=os.environ | {"NO_COLOR": "1"},
-    )  # fmt: skip
-    return book / "_build" / "html", done
+    return books.build(book, files)
 
 
 def test_a_figure_without_a_passport_fails_the_build(built):
-    _, done = built
-    assert done.returncode != 0
-    warnings = [x for x in (done.stdout + done.stderr).splitlines() if "WARNING" in x]
+    assert built.status != 0
+    warnings = [x for x in built.said.splitlines() if "WARNING" in x]
     assert len(set(warnings)) == 1, warnings
     assert "no passport for the figure _generated/unknown.svg" in warnings[0]
 
 
 def test_passports_stand_under_figures_and_on_notebooks(built, run):
-    html, _ = built
+    html = built.html
     index = (html / "index.html").read_text(encoding="utf-8")
     assert index.count('<details class="passport">') == 1
     title, commit = run.record["data"]["title"], run.record["commit"]
