@@ -176,6 +176,7 @@ def test_wrong_first_derivatives_are_noticed(name, change, dtype):
         judge(net, x, engine, 1, FIRST[change])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", SECOND)
 @pytest.mark.parametrize("name", [n for n, (*_, order) in NETWORKS.items() if order == 2])
@@ -415,6 +416,7 @@ def test_every_function_refuses_what_is_wrong(name, call, dtype):
     refused(module, call, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("uneven", UNEVEN)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WRONG)
@@ -641,6 +643,7 @@ def false_alarms(seeds):
     return found
 
 
+@pytest.mark.long
 def test_right_networks_are_let_be():
     assert not false_alarms(range(300))
 

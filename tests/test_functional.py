@@ -242,6 +242,7 @@ class Fresh(nn.Module):
         return self.net(x.clone())
 
 
+@pytest.mark.long
 @each
 def test_both_orders_agree_with_the_oracle(name):
     make, x = NETWORKS[name]
@@ -258,6 +259,7 @@ def test_both_orders_agree_with_the_oracle(name):
                 assert close(derivs.second(parameter)[b] / scale, S[own] / scale), parameter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", forward_mode.WAYS)
 def test_all_ways_to_second_derivatives_agree(way):
     net, x = attention(), TOKENS

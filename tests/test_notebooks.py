@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 import nbformat
 import numpy as np
 import pytest
+from by_cell import execute
 from support import figures, results, runs
 
 SOURCES = sorted(runs.NOTEBOOKS.glob("*.ipynb"))
@@ -32,12 +33,15 @@ def test_every_run_fits_its_notebook():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Two equal runs, and one with a single label."""
+    """A run; the same without a kernel, its cells executed here; and one with a single label."""
     folder = tmp_path_factory.mktemp("results")
-    for name, size in (("a", SIZE), ("b", SIZE), ("single", SIZE | {"num_samples": 1})):
-        spec = runs.Spec(name, "Tiny", runs.NOTEBOOKS / "mnist.ipynb", size)
-        runs.execute(spec, folder, "digits")
-    return results.load(folder)
+    runs.execute(runs.Spec("a", "Tiny", runs.NOTEBOOKS / "mnist.ipynb", SIZE), folder, "digits")
+    made = results.load(folder)
+    for name, size in (("b", SIZE), ("single", SIZE | {"num_samples": 1})):
+        out = tmp_path_factory.mktemp(name)
+        _, record = execute("mnist.ipynb", out, **size, dataset="digits", name=name)
+        made[name] = results.Run(name, out, record)
+    return made
 
 
 def wide(run):

@@ -733,6 +733,7 @@ def message_of(model, x, options):
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.says is None])
 def test_there_is_an_answer(name):
     case = CASES[name]
@@ -826,6 +827,7 @@ TRANSFORMERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_in_single_precision_too(name):
     build, x = TRANSFORMERS[name]
@@ -833,6 +835,7 @@ def test_in_single_precision_too(name):
     check_answer(built(build, torch.float32), x, {}, 1e-3)
 
 
+@pytest.mark.long
 def test_a_small_language_model():
     """1,400 parameters in three blocks; some of every kind are compared."""
     model, one = built(Gpt), IDS[:1]

@@ -38,8 +38,9 @@ PARAMETERS = {
     "hidden": [8, 6], "activation": "Sigmoid", "dropout": 0.5, "optimizer": "Adam",
     "learning_rate": 0.001, "batch_size": 128, "epochs": 1, "num_samples": 100, "train_limit": 0,
 }  # fmt: skip
-ALL = tuple(runs.specs())
-PAPER = [name for name, spec in runs.specs().items() if spec.experiment == book.PAPER]
+SPECS = runs.specs()
+ALL = tuple(SPECS)
+PAPER = [name for name, spec in SPECS.items() if spec.experiment == book.PAPER]
 NUMBER = sum(claim.whose == "paper" for claim in claims.load())
 
 
@@ -61,7 +62,7 @@ def make(
     **parameters,
 ):  # fmt: skip
     """A finished run, as the runner leaves it."""
-    spec = runs.specs().get(name)
+    spec = SPECS.get(name)
     experiment = experiment or (spec.experiment if spec else book.PAPER)
     seed = {"seed": spec.parameters["seed"]} if spec and "seed" in spec.parameters else {}
     record = {

@@ -429,6 +429,7 @@ def test_tangents_and_rows_give_the_same(case, forward, monkeypatch):
         assert float((ours - exact).abs().max()) <= 1e-11 * max(1, float(exact.abs().max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4, 5])
 @pytest.mark.parametrize("case", VECTORS)
 def test_batches_as_large_as_a_layer_is_wide(case, size):
@@ -525,6 +526,7 @@ def test_embeddings_of_integers(options):
     assert_first_order(net, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lookup", [None, F.embedding])
 @pytest.mark.parametrize("order", [1, 2])
 def test_padding_that_the_outputs_depend_on_counts_or_is_refused(order, lookup):
