@@ -644,8 +644,9 @@ def false_alarms(seeds):
 
 
 @pytest.mark.long
-def test_right_networks_are_let_be():
-    assert not false_alarms(range(300))
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 300), marks=SLOW)], ids=str)
+def test_right_networks_are_let_be(seeds):
+    assert not false_alarms(seeds)
 
 
 @pytest.mark.full

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import books
 import nbformat
-import papermill
 import pytest
+from by_cell import execute
 from support import cells, figures, passports, results, runs
 
 SIZE = {"epochs": 1, "train_limit": 100, "num_samples": 20, "hidden": [5], "activation": "tanh"}
@@ -71,11 +71,8 @@ def generated(tmp_path_factory, run):
 
 def test_from_the_passport_alone_the_figure_can_be_made_again(generated, tmp_path):
     [passport] = json.loads((generated / "passports.json").read_text("utf-8"))["known.svg"]
-    papermill.execute_notebook(
-        generated / passport["notebook"], tmp_path / "again.ipynb", {"out": str(tmp_path)},
-        cwd=runs.NOTEBOOKS, progress_bar=False, kernel_name="python3",
-    )  # fmt: skip
-    again = results.Run(passport["run"], tmp_path, results.read_record(tmp_path))
+    _, record = execute(generated / passport["notebook"], tmp_path)
+    again = results.Run(passport["run"], tmp_path, record)
     figures.save(figures.figure_1(again.values, again.record), tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (generated / "known.svg").read_bytes()
 

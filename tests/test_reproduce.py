@@ -2,23 +2,21 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from project import NOT_COPIED, copy, environment, make
+from by_cell import SMOKE
+from project import NOT_COPIED, copy, make
 from support import book, data, figures, results, runs
 
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
 # Runs that only `make test-full` makes: other tests execute their notebooks cell by cell.
-BY_CELL = ("log-sigmoid", "population", "empirical", "sweep", "decay", "regression")
+BY_CELL = (*SMOKE, "log-sigmoid", "population", "empirical", "sweep", "decay", "regression")
 BY_CELL += ("saturation", "cost")
-LEFT_TO_MAKE = ("sigmoid-seed-0", "checks")
 
 
 @pytest.fixture(
@@ -39,21 +37,6 @@ def specs(project):
     return runs.specs(project / "notebooks" / "runs.yml", smoke=True)
 
 
-def run_early(project, chosen, **more):
-    """Most runs, in two processes, which import once what else every run would import by itself."""
-    names = [name for name in specs(project) if name not in LEFT_TO_MAKE]
-    command = [sys.executable, "-m", "support.runs", "--smoke", "--dataset", chosen]
-    path = os.pathsep.join(str(project / folder) for folder in (".", "notebooks", "book/_ext"))
-    runners = [
-        subprocess.Popen(
-            [*command, "--results", f"results/smoke/{chosen}", *half], cwd=project,
-            env=environment(PYTHONPATH=path, MPLBACKEND="agg", **more), stdout=subprocess.DEVNULL,
-        )
-        for half in (names[::2], names[1::2])
-    ]  # fmt: skip
-    assert [runner.wait() for runner in runners] == [0, 0]
-
-
 @pytest.fixture(scope="module")
 def smoke(project):
     """`make -j2 smoke` with MNIST where it lies here, else the stand-in, the network cut."""
@@ -61,16 +44,14 @@ def smoke(project):
         folder = data.find_mnist()
     except data.DataError:
         folder = None
-    mnist, chosen = {"MNIST_DIR": str(folder)} if folder else {}, "mnist" if folder else "digits"
-    run_early(project, chosen, **mnist, **OFFLINE)
-    extra = [f"{name}={value}" for name, value in mnist.items()]
-    return make(project, "-j2", "smoke", *extra, **OFFLINE), chosen
+    extra = [f"MNIST_DIR={folder}"] if folder else []
+    return make(project, "-j2", "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
 
 
 def test_what_is_left_out_is_executed_elsewhere():
     plan = runs.read_plan(runs.NOTEBOOKS / "runs.yml")["runs"]
     texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")]
-    for name in BY_CELL:
+    for name in set(BY_CELL) - set(SMOKE):
         call = re.compile(rf'execute\(\s*"{plan[name]["notebook"]}"')
         assert any(call.search(text) for text in texts), name
 
@@ -180,6 +161,7 @@ def test_a_picture_that_cannot_be_shown_is_named(tmp_path, monkeypatch, cells, m
 def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
     """The book's own figures keep their names, and what does not count draws nothing."""
     monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
+    monkeypatch.setattr(book.explorers, "write", lambda *_: {})  # which has tests of its own
     reference = results.load(results.ROOT / "data/reference", ["sigmoid-seed-0", "sigmoid-seed-1"])
     record = reference["sigmoid-seed-0"].record | {"counts": False, "experiment": "extra"}
     extra = {}
