@@ -1,5 +1,7 @@
 """Small books, built in this process: an own one would spend its time on imports."""
 
+import contextlib
+import io
 import traceback
 import warnings
 from pathlib import Path
@@ -33,3 +35,16 @@ def build(book: Path, files: dict[str, str]) -> Built:
     accident = done.exception if not isinstance(done.exception, SystemExit) else None
     said = done.output + "".join(traceback.format_exception(accident)) if accident else done.output
     return Built(done.exit_code, said, book / "_build" / "html")
+
+
+def build_by_sphinx(source: Path, html: Path) -> Built:
+    """Build the pages of a folder with a conf.py; warnings are errors."""
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.ExitStack() as streams:
+        warnings.simplefilter("ignore")
+        from sphinx.cmd.build import main
+
+        streams.enter_context(contextlib.redirect_stdout(said))
+        streams.enter_context(contextlib.redirect_stderr(said))
+        status = main([str(source), str(html), "-W", "-n", "-q"])
+    return Built(status, said.getvalue(), html)
