@@ -1,6 +1,7 @@
 """Report, figures and the book's choice of runs, on a table whose answers are known."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import nbformat
@@ -89,10 +90,16 @@ def make_all(folder, names=ALL, **changes):
     return folder
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """A complete reference."""
+    return make_all(tmp_path_factory.mktemp("complete") / "reference")
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, complete):
     """A folder for runs, beside a complete reference."""
-    monkeypatch.setattr(report, "REFERENCE", make_all(tmp_path / "reference"))
+    monkeypatch.setattr(report, "REFERENCE", shutil.copytree(complete, tmp_path / "reference"))
     return tmp_path / "here"
 
 
@@ -120,9 +127,9 @@ EXPECTED = {
 }
 
 
-@pytest.fixture
-def decisions(tmp_path):
-    found = results.load(make_all(tmp_path / "own", PAPER))
+@pytest.fixture(scope="module")
+def decisions(tmp_path_factory):
+    found = results.load(make_all(tmp_path_factory.mktemp("decided") / "own", PAPER))
     return {d.claim.id: d for d in report.decide(found)}
 
 
