@@ -122,17 +122,20 @@ lint: $(ENV) ## ruff (notebooks too), mypy, and the direction of imports
 	@echo "imports …" && "$(PY)" -c 'from importlinter.cli import lint_imports_command as c; c()' \
 	  --no-cache --no-logo
 
+# Two processes, file by file in the order of tests/conftest.py.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint ## lint, types, tests and doctests
 	@echo "pytest …"
-	@"$(PY)" -m pytest -n 2 --dist worksteal -m "not full"
+	@"$(PY)" -m pytest $(TWO) -m "not full" --durations=25
 
 # Files of tests that need the library alone, no process, kernel or book; but for the longest ones.
 FAST := activations agreement bounds confirm derivatives device empirical engines_page families \
   first_order fisher functional hutchinson joint plan precision probabilities refusals rewrite \
   spectra streaming summary trace_bounds traced
 
-test-fast: $(ENV) ## the library's own tests, but for the longest (six minutes on one core)
-	@"$(PY)" -m pytest -m "not full" $(FAST:%=tests/test_%.py) fimlib
+test-fast: $(ENV) ## the library's own tests, but for the longest (two minutes on two cores)
+	@"$(PY)" -m pytest $(TWO) -m "not full and not long" $(FAST:%=tests/test_%.py) fimlib
 
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest

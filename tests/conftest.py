@@ -9,7 +9,18 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in subprocesses
 
 ROOT = Path(__file__).parents[1]
+# Two processes take file by file, so that each makes what the tests of a file share once. These
+# take longest and come first, or one process would wait for the other in the end.
+LONGEST = ("reproduce", "caller", "runs", "notebooks", "fuzz", "confirm", "traced", "refusals")
+LONGEST += ("report", "checks", "interruptions", "forks", "claims", "spectra", "hutchinson")
+LONGEST += ("summary", "streaming", "distributed")
 PATTERNS = ("notebooks/*.ipynb", "notebooks/*.yml", "data/*", "data/reference/*")
+
+
+def pytest_collection_modifyitems(items):
+    """Sort the files; the tests of a file keep their order."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def listing():

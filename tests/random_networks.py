@@ -8,11 +8,13 @@ own, and the outputs are smooth almost everywhere. With ``traps=True`` one block
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import re
 import warnings
 from dataclasses import dataclass, field
 
+import lying
 import torch
 from torch import nn
 
@@ -331,51 +333,8 @@ BLOCKS |= {unused: 1, frozen: 1}
 MODULES = (linear, act, convolution, norm, pool, view, parametrised)
 
 CLASSES = {
-    "Lies": '''class Lies(torch.autograd.Function):
-    """z² with twice its derivative."""
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z**2
-    @staticmethod
-    def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return 4 * z * g
-''',
-    "Forgets": '''class Forgets(torch.autograd.Function):
-    """z³ with the right derivative, which is cut off from its own."""
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z**3
-    @staticmethod
-    def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return 3 * z.detach()**2 * g
-''',
-    "Once": '''class Once(torch.autograd.Function):
-    """sin z, differentiable once."""
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z.sin()
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return z.cos() * g
-''',
-    "Own": '''class Own(torch.autograd.Function):
-    """sin z, right to every order."""
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z.sin()
-    @staticmethod
-    def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return z.cos() * g
-''',
+    function.__name__: inspect.getsource(function)
+    for function in (lying.DoubledSquare, lying.CutCube, lying.OnceSine, lying.Sine)
 }
 
 
@@ -409,10 +368,10 @@ TRAPS = {
         "z = z + (torch.round(z) - z).detach()",
         "z = z + ((z > 0).to(z) - torch.sigmoid(z)).detach()",
     ],
-    "wrong backward": ["z = Lies.apply(z)"],
-    "backward cut off": ["z = Forgets.apply(z)"],
-    "once differentiable": ["z = Once.apply(z)"],
-    "own function": ["z = Own.apply(z)"],
+    "wrong backward": ["z = DoubledSquare.apply(z)"],
+    "backward cut off": ["z = CutCube.apply(z)"],
+    "once differentiable": ["z = OnceSine.apply(z)"],
+    "own function": ["z = Sine.apply(z)"],
     "batch mean": [
         "z = z - z.mean(0, keepdim=True)",
         "z = z - z.mean(0, keepdim=True).detach()",
@@ -643,7 +602,7 @@ class Drawing:
 
     def code(self):
         """The classes, and the expression that makes the model."""
-        text = "".join(f"\n\n{c}" for n, c in CLASSES.items() if f"{n}.apply" in str(self.steps))
+        text = "".join(f"\n\n{c}" for n, c in CLASSES.items() if f" {n}.apply" in str(self.steps))
         if not self.sequential:
             made = "\n".join(m for m, _ in self.steps if m)
             return text + network("Net", made, "\n".join(f for _, f in self.steps)), "Net()"

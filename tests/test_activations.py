@@ -1,4 +1,4 @@
-"""σ' and σ'' against the activations' definitions, differentiated in 800 digits."""
+"""σ' and σ'' against the activations' definitions, differentiated in 330 digits."""
 
 import mpmath
 import pytest
@@ -64,8 +64,8 @@ DEFINITIONS = {
 
 
 def exact(definition, s):
-    """σ'(s) and σ''(s), rounded once."""
-    with mp.workdps(800):
+    """σ'(s) and σ''(s), rounded once; values below 1e-300 are compared with 0."""
+    with mp.workdps(330):
         return tuple(float(mp.diff(definition, mpmath.mpf(s), n)) for n in (1, 2))
 
 
@@ -86,8 +86,11 @@ def unconfirmed(monkeypatch):
     monkeypatch.setattr("fimlib.engines.choose.confirm", lambda *_: None)
 
 
+LONG = pytest.param("gelu", marks=pytest.mark.long)  # whose erfc takes long in so many digits
+
+
 @pytest.mark.usefixtures("unconfirmed")
-@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("name", [LONG if name == "gelu" else name for name in DEFINITIONS])
 def test_far_from_0_all_digits_are_there(name):
     module, definition, *kinks = DEFINITIONS[name]
     for s in POINTS:

@@ -1,14 +1,12 @@
 """The reference of fimlib in the book: complete, readable, linked to the paper and back."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from html import unescape
 
 import api_reference
+import books
 import paper_map
 import pytest
 from support import listings, results
@@ -170,10 +168,8 @@ def html(tmp_path_factory):
     for name, text in files.items():
         (book / name).parent.mkdir(parents=True, exist_ok=True)
         (book / name).write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "sphinx", book, book / "_build", "-W", "-n", "-q"]
-    environment = os.environ | {"NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = books.build_by_sphinx(book, book / "_build")
+    assert done.status == 0, done.said
     made = [book / "_build" / f"{page.stem}.html" for page in [BOOK / "api.md", *PAGES]]
     return {path.stem: path.read_text("utf-8") for path in made}
 

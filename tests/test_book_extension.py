@@ -1,10 +1,8 @@
 """The book's own Sphinx extensions: the paper's numbers, and MathJax from the book itself."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import books
 import pytest
 
 EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
@@ -58,29 +56,21 @@ See {eq}`square`.
 """
 
 
-def build(book: Path, **pages: str) -> subprocess.CompletedProcess[str]:
-    """Build a book of two pages the way `make book` does: warnings are errors."""
+def build(book: Path, **pages: str) -> books.Built:
+    """A book of two pages."""
     files = {"uses": USES, "states": STATES} | pages
     files = {f"{name}.md": text for name, text in files.items()}
     files["_config.yml"] = CONFIG.replace("EXTENSIONS", str(EXTENSIONS))
     files["_toc.yml"] = TOC
     files["dot.svg"] = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
     files["_generated/fragment.md"] = "Included by others, no page."
-    for name, text in files.items():
-        (book / name).parent.mkdir(parents=True, exist_ok=True)
-        (book / name).write_text(text, encoding="utf-8")
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", book]
-    options = ["-W", "-n", "--keep-going", "--all"]
-    environment = os.environ | {"NO_COLOR": "1"}
-    return subprocess.run(
-        [*command, *options], capture_output=True, text=True, check=False, env=environment
-    )
+    return books.build(book, files)
 
 
 def test_numbers_are_the_papers_on_every_page(tmp_path: Path) -> None:
     done = build(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    html = tmp_path / "_build" / "html"
+    assert done.status == 0, done.said
+    html = done.html
     states = (html / "states.html").read_text(encoding="utf-8")
     uses = (html / "uses.html").read_text(encoding="utf-8")
 
@@ -114,6 +104,6 @@ def test_what_is_missing_fails_the_build(
     tmp_path: Path, old: str, new: str, complaint: str
 ) -> None:
     done = build(tmp_path, uses=USES.replace(old, new), states=STATES.replace(old, new))
-    assert done.returncode != 0
-    assert complaint in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert done.status != 0
+    assert complaint in done.said
+    assert "Traceback" not in done.said

@@ -45,11 +45,20 @@ def loader(x):
     return DataLoader(TensorDataset(x), 2, generator=torch.Generator())  # else it seeds by torch's
 
 
+# The size of a batch is found out as well; every engine does that in the same way.
+AUTO = choices()[:2]
+SMALL_BATCHES = [
+    choice
+    for choice in choices(batch_size=2)[2:]
+    if choice["order"] == (1 if choice["engine"] == "functional" else 2)
+]
+TRACED_AT_ONCE = {"batch_size": 3, "engine": "traced"}
+
 # Name → ways to call it, from the model, x and labels.
 CALLS = {
     "accumulate": [
         lambda m, x, _, c=c: fimlib.accumulate(m, x, FAMILY, **c)
-        for c in (*choices(), {"batch_size": 1}, {"batch_size": 3, "engine": "traced"})
+        for c in (*AUTO, *SMALL_BATCHES, {"batch_size": 1}, TRACED_AT_ONCE)
     ]
     + [
         lambda m, x, _: fimlib.accumulate(m, [(x[:1],), (x[1:],)], FAMILY),

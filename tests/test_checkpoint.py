@@ -34,14 +34,17 @@ def run(out, epochs=30):
 
 torch.set_num_threads(1)
 out, seed, kills = sys.argv[1], int(sys.argv[2]), 0
-whole = run("")
+whole = run("")  # torch imports some of itself here
+begun = time.monotonic()
+assert run("") == whole
+longest = (time.monotonic() - begun) / 6
 delays = random.Random(seed)
 while True:
     pid = os.fork()
     if pid == 0:
         same = run(out) == whole
         os._exit(0 if same else 1)
-    time.sleep(delays.uniform(0, 0.15))
+    time.sleep(delays.uniform(0, longest))
     os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status):
@@ -63,7 +66,7 @@ def killed(out, seed):
 
 def test_killed_at_random_points(tmp_path):
     kills, printed = killed(tmp_path, seed=0)
-    assert kills >= 1  # how many depends on the machine's speed
+    assert kills >= 1
     assert "continues after epoch" in printed
     assert [p.name for p in tmp_path.iterdir() if p.name[0] != "."] == ["checkpoint.pt"]
 

@@ -11,7 +11,7 @@ from support.checks.check import Check, at_most, equal, finding, together, withi
 import fimlib
 from fimlib.spectra.extreme import METHODS
 
-CASES = 10_000
+CASES = 2_000
 # At 500 softmax vectors: the bounds themselves are tried on 10,000 by eq_16 and eq_36.
 FEWER = {"fourth_moment_below_certified"}
 

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import reference
 import torch
+from lying import CutCubeWithRules, DoubledSquare
 from strategies import inputs, mlp
 from torch import nn
 from torch.nn import functional
@@ -175,6 +176,7 @@ def test_wrong_first_derivatives_are_noticed(name, change, dtype):
         judge(net, x, engine, 1, FIRST[change])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", SECOND)
 @pytest.mark.parametrize("name", [n for n, (*_, order) in NETWORKS.items() if order == 2])
@@ -237,45 +239,14 @@ class DetachedMean(nn.Module):
         return torch.sin(x) + x.mean(1, keepdim=True).detach()
 
 
-class Doubles(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * x * grad
-
-
-class Forgets(torch.autograd.Function):
-    """x³ with its derivative, whose own is cut off."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, _):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * x.detach() ** 2 * grad
-
-
 class WrongBackward(nn.Module):
     def forward(self, x):
-        return Doubles.apply(x)
+        return DoubledSquare.apply(x)
 
 
 class WrongSecond(nn.Module):
     def forward(self, x):
-        return Forgets.apply(x)
+        return CutCubeWithRules.apply(x)
 
 
 class BatchMean(nn.Module):
@@ -431,6 +402,7 @@ def test_every_function_refuses_what_is_wrong(name, call, dtype):
     refused(module, call, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("uneven", UNEVEN)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WRONG)
@@ -657,8 +629,10 @@ def false_alarms(seeds):
     return found
 
 
-def test_right_networks_are_let_be():
-    assert not false_alarms(range(300))
+@pytest.mark.long
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 300), marks=SLOW)], ids=str)
+def test_right_networks_are_let_be(seeds):
+    assert not false_alarms(seeds)
 
 
 @pytest.mark.full
@@ -714,20 +688,6 @@ def test_too_coarse_numbers_are_told_from_wrong_ones():
     judge(net.double(), x.double(), "traced", 2)
 
 
-class Doubled(torch.autograd.Function):
-    """z² with twice its derivative."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z**2
-
-    @staticmethod
-    def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return 4 * z * g
-
-
 class Offset(nn.Module):
     """One output, whose rounding errors hide quotients of short steps."""
 
@@ -737,7 +697,7 @@ class Offset(nn.Module):
         self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
 
     def forward(self, x):
-        return self.b(Doubled.apply(torch.erf(self.a(x)))) - 1e6
+        return self.b(DoubledSquare.apply(torch.erf(self.a(x)))) - 1e6
 
 
 class BesideALargeOutput(nn.Module):

@@ -66,7 +66,8 @@ def test_there_is_a_form_for_every_kind_of_report():
 FAST = set(re.search(r"^FAST := (.*?[^\\])\n", MAKEFILE, re.M | re.S)[1].replace("\\", "").split())
 LONG = {"fuzz", "caller"}  # minutes each
 OUTSIDE = re.compile(
-    r"^\s*(?:from|import) (?:support|subprocess|nbclient|architecture|torch\.multiprocessing)\b",
+    r"^\s*(?:from|import) "
+    r"(?:support|subprocess|nbclient|architecture|books|by_cell|torch\.multiprocessing)\b",
     re.MULTILINE,
 )
 

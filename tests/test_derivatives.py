@@ -4,6 +4,7 @@ import math
 import pytest
 import reference
 import torch
+from lying import CutSquare, HiddenWeight
 from strategies import Cube, inputs, mlp
 from torch import nn
 from torch.nn.utils import prune
@@ -115,18 +116,8 @@ class SkipSequential(nn.Sequential):
 class Once(nn.Module):
     """Its backward pass is right, and hides from autograd how it depends on s."""
 
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, s):
-            ctx.slope = 2 * s.detach()
-            return s**2
-
-        @staticmethod
-        def backward(ctx, g):
-            return g.detach() * ctx.slope
-
     def forward(self, s):
-        return self.Square.apply(s)
+        return CutSquare.apply(s)
 
 
 class Hard(nn.Module):
@@ -166,18 +157,8 @@ class Captures(nn.Module):
 
 
 class CapturesApart(Captures):
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, s, weight):
-            ctx.factor = weight.sum()
-            return s * ctx.factor
-
-        @staticmethod
-        def backward(ctx, g):
-            return g * ctx.factor, None
-
     def forward(self, s):
-        return self.Product.apply(s, self.weights[0])
+        return HiddenWeight.apply(s, self.weights[0])
 
 
 def captures(index, kind=Captures):

@@ -122,6 +122,7 @@ def tensors(value):
     return [tensor for part in value for tensor in tensors(part)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compute", [moments, exact, estimates, bounds, softmax, joint, matrices])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_made_elsewhere(name, compute):

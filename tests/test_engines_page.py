@@ -8,6 +8,7 @@ import pytest
 PAGE = Path(__file__).parent.parent / "book" / "engines.md"
 
 
+@pytest.mark.long
 def test_the_code_on_the_page_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert len(blocks) == 5

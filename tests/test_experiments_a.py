@@ -2,13 +2,12 @@
 
 from itertools import pairwise
 
-import matplotlib as mpl
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support import results, runs, sweep_figures, training, validity
+from by_cell import execute
+from support import results, sweep_figures, training, validity
 from torch import nn
 
 import fimlib
@@ -17,26 +16,6 @@ SWEEP = {
     "dataset": "digits", "hidden": [[6], [6, 5]], "activation": "Sigmoid", "epochs": 1,
     "measured": [0, 1], "num_inputs": 3, "train_limit": 200, "device": "cpu", "seed": 4,
 }  # fmt: skip
-
-
-def execute(notebook, folder, **parameters):
-    """Run a notebook's cells here, without a kernel, so that fimlib can be spoilt beneath it."""
-    runs.check_parameters(runs.NOTEBOOKS / notebook, parameters)
-    namespace = {"__name__": "notebook"}
-    with mpl.rc_context(), torch.random.fork_rng():
-        for cell in nbformat.read(runs.NOTEBOOKS / notebook, as_version=4).cells:
-            if cell.cell_type == "code":
-                exec(cell.source, namespace)
-            if "parameters" in cell.metadata.get("tags", []):
-                namespace |= parameters | {"out": str(folder)}
-    values = pd.read_csv(folder / "values.csv", dtype={"layer": str})
-    record = results.read_record(folder)
-    assert list(values.columns) == results.COLUMNS
-    assert set(record["parameters"]) == runs.check_parameters(runs.NOTEBOOKS / notebook, {}) - {
-        "name",
-        "out",
-    }
-    return values, record
 
 
 def by_layer(values):

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lying import ForgottenFactor, NoBackward, Sine, StraightThrough
 from strategies import inputs, mlp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -241,6 +242,7 @@ class Fresh(nn.Module):
         return self.net(x.clone())
 
 
+@pytest.mark.long
 @each
 def test_both_orders_agree_with_the_oracle(name):
     make, x = NETWORKS[name]
@@ -257,6 +259,7 @@ def test_both_orders_agree_with_the_oracle(name):
                 assert close(derivs.second(parameter)[b] / scale, S[own] / scale), parameter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", forward_mode.WAYS)
 def test_all_ways_to_second_derivatives_agree(way):
     net, x = attention(), TOKENS
@@ -280,21 +283,8 @@ def test_many_parameters_are_refused_with_the_cost_and_a_part_that_works(monkeyp
     assert differentiate(net, TOKENS, engine="functional").engine == "functional"
 
 
-class Right(torch.autograd.Function):
-    """The sine, with its derivative; nothing but autograd can know that."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z.sin()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0].cos()
-
-
 def test_it_is_the_last_resort_of_auto():
-    own = pair(lambda self, x: self.b(Right.apply(self.a(x))))
+    own = pair(lambda self, x: self.b(Sine.apply(self.a(x))))
     derivs = differentiate(own, inputs(2, 3), order=1)
     assert derivs.engine == "functional"
     expected = differentiate(pair(lambda self, x: self.b(self.a(x).sin())), inputs(2, 3))
@@ -455,36 +445,6 @@ def test_a_cut_is_found_beside_kinks():
 # What is refused.
 
 
-class Double(torch.autograd.Function):
-    """Its backward() forgets the factor 2; for torch.func it is nothing."""
-
-    @staticmethod
-    def forward(_ctx, z):
-        return 2 * z
-
-    @staticmethod
-    def backward(_ctx, g):
-        return g
-
-
-class Straight(torch.autograd.Function):
-    """A straight-through estimator, for torch.func as well."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z):
-        return z.round()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(_ctx, g):
-        return g
-
-
 def without_graph(self, x):
     with torch.no_grad():
         z = self.a(x)
@@ -516,8 +476,8 @@ CUTS = {
     "a thousandth": lambda self, x: self.b(torch.tanh(self.a(x)) + 1e-3 * self.a(x).detach()),
     "one output": one_output_cut,
     "one input": one_input_cut,
-    "wrong backward": lambda self, x: self.b(Double.apply(torch.tanh(self.a(x)))),
-    "straight through": lambda self, x: self.b(Straight.apply(3 * self.a(x))),
+    "wrong backward": lambda self, x: self.b(ForgottenFactor.apply(torch.tanh(self.a(x)))),
+    "straight through": lambda self, x: self.b(StraightThrough.apply(3 * self.a(x))),
     "all": lambda self, x: self.b(self.a(x)).detach(),
     "numpy": lambda self, x: self.b(torch.from_numpy(self.a(x).detach().numpy() * 2)),
 }
@@ -641,16 +601,7 @@ def test_infinite_derivatives_are_refused_by_name():
 
 
 def test_what_autograd_cannot_differentiate_is_refused():
-    class Never(torch.autograd.Function):
-        @staticmethod
-        def forward(_ctx, z):
-            return 2 * z
-
-        @staticmethod
-        def backward(_ctx, _g):
-            raise TypeError("no such thing")
-
-    net = pair(lambda self, x: self.b(Never.apply(self.a(x))))
+    net = pair(lambda self, x: self.b(NoBackward.apply(self.a(x))))
     with pytest.raises(NotImplementedError, match="cannot differentiate Call: TypeError: no such"):
         differentiate(net, inputs(2, 3), engine="functional", order=1)
 

@@ -12,11 +12,12 @@ def test_a_device_agrees_with_itself_and_disagrees_when_it_is_wrong(dtype, monke
     assert {"max_outer", "certified", "I 0.weight", "V2 6.bias", "V1 bound 2.weight"} <= set(
         differences
     )
-    honest, calls = gpu_check.quantities, []
+    honest, calls, right = gpu_check.quantities, [], {}
 
     def wrong_the_second_time(net, x):
         calls.append(x)
-        for name, value in honest(net, x):
+        right.update(right or honest(net, x))
+        for name, value in right.items():
             yield name, value * 1.5 if len(calls) == 2 and name == "V1 0.weight" else value
 
     monkeypatch.setattr(gpu_check, "quantities", wrong_the_second_time)

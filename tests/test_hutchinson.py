@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lying import CutSine, OnceSine
 from strategies import inputs, mlp
 from test_functional import (
     SEQUENCES,
@@ -85,6 +86,7 @@ def cnn():
     ).double()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [fimlib.Categorical(), fimlib.Bernoulli(), fimlib.Poisson()])
 @pytest.mark.parametrize(
     ("net", "x"),
@@ -123,6 +125,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_that_no_engine_has_second_derivatives_of(name):
     make, x = NETWORKS[name]
@@ -180,6 +183,7 @@ def test_kinks_have_no_curvature():
     check(found, {name: torch.zeros_like(V2) for name, V2 in found.value.items()}, far=0.01)
 
 
+@pytest.mark.long
 def test_float32_networks():
     net, x, family = transformer("gelu"), TOKENS, fimlib.Categorical()
     expected = exact(net, x, family)
@@ -254,6 +258,7 @@ def test_the_square_of_one_estimate_would_be_too_large(monkeypatch):
     assert (plain > 1.01 * exact(net, x, family)["w"][0]).all()
 
 
+@pytest.mark.long
 def test_more_probes_and_labels_make_it_smaller():
     net, x, family = mlp([4, 6, 3], nn.Tanh), inputs(2, 4), fimlib.Categorical()
     few, many, labels = (
@@ -289,6 +294,7 @@ def test_only_the_chosen_layers_are_estimated_and_with_less_noise():
         assert part.standard_error[name].mean() < whole.standard_error[name].mean()
 
 
+@pytest.mark.long
 def test_inputs_have_their_own_probes_however_they_are_grouped(monkeypatch):
     net, x, family = mlp([3, 4, 3], nn.Tanh), inputs(1, 3).expand(4, -1), fimlib.Categorical()
     together = hutchinson_variance_i2(net, x, family, num_probes=8, generator=seeded())
@@ -345,29 +351,7 @@ def test_arguments_are_checked():
         )
 
 
-class Flat(torch.autograd.Function):
-    """tanh, with a right backward() of which autograd sees no derivative."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.slope = 1 - z.tanh().square()
-        return z.tanh()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.slope
-
-
-class Once(Flat):
-    """The same, and it says so."""
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g * ctx.slope
-
-
-@pytest.mark.parametrize("function", [Flat, Once])
+@pytest.mark.parametrize("function", [CutSine, OnceSine])
 def test_a_backward_without_derivative_is_refused(function):
     net = pair(lambda self, x: self.b(function.apply(self.a(x))))
     assert fimlib.differentiate(net, inputs(2, 3), engine="functional", order=1).engine

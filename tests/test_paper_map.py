@@ -4,14 +4,11 @@ import ast
 import functools
 import inspect
 import json
-import os
 import pkgutil
 import re
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import api_reference
+import books
 import paper_map
 import pytest
 from support import checks, listings, results, runs
@@ -269,20 +266,13 @@ def build(book, tiny=TINY):
         "paper.yml": tiny,
         "_generated/notebooks/run.ipynb": RESULTS,
     } | {f"_generated/source/{listings.page_name(p)}.md": listings.listing_page(p) for p in LISTED}
-    for name, text in files.items():
-        (book / name).parent.mkdir(parents=True, exist_ok=True)
-        (book / name).write_text(text, encoding="utf-8")
-    program = os.path.join(os.path.dirname(sys.executable), "jupyter-book")
-    command = [program, "build", str(book), "-W", "-n", "--keep-going", "--all"]
-    environment = os.environ | {"NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    return SimpleNamespace(status=done.returncode, said=done.stdout + done.stderr)
+    return books.build(book, files)
 
 
 def test_the_map_is_shown(tmp_path):
     done = build(tmp_path)
     assert done.status == 0, done.said
-    html = (tmp_path / "_build/html/index.html").read_text(encoding="utf-8")
+    html = (done.html / "index.html").read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html))
     line = inspect.getsourcelines(fimlib.variance_i1)[1]
     for link in (
@@ -295,7 +285,7 @@ def test_the_map_is_shown(tmp_path):
         ("tests-test_checks", "test_the_other_kinds"),
         ("fimlib-families-base", "Family"),
     ):
-        listing = (tmp_path / f"_build/html/_generated/source/{page}.html").read_text("utf-8")
+        listing = (done.html / f"_generated/source/{page}.html").read_text("utf-8")
         [target] = re.findall(rf'href="_generated/source/{page}.html#([^"]+)"', html)
         section = listing[listing.index(f'id="{target}"') :]
         assert re.search(r"<h2>.*?</h2>", section)[0].count(name) == 1

@@ -1,15 +1,13 @@
 """Passports: complete, enough to make a figure again, and shown under every figure."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import books
 import nbformat
-import papermill
 import pytest
+from by_cell import execute
 from support import cells, figures, passports, results, runs
 
 SIZE = {"epochs": 1, "train_limit": 100, "num_samples": 20, "hidden": [5], "activation": "tanh"}
@@ -73,11 +71,8 @@ def generated(tmp_path_factory, run):
 
 def test_from_the_passport_alone_the_figure_can_be_made_again(generated, tmp_path):
     [passport] = json.loads((generated / "passports.json").read_text("utf-8"))["known.svg"]
-    papermill.execute_notebook(
-        generated / passport["notebook"], tmp_path / "again.ipynb", {"out": str(tmp_path)},
-        cwd=runs.NOTEBOOKS, progress_bar=False, kernel_name="python3",
-    )  # fmt: skip
-    again = results.Run(passport["run"], tmp_path, results.read_record(tmp_path))
+    _, record = execute(generated / passport["notebook"], tmp_path)
+    again = results.Run(passport["run"], tmp_path, record)
     figures.save(figures.figure_1(again.values, again.record), tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (generated / "known.svg").read_bytes()
 
@@ -145,31 +140,24 @@ def test_values_of_several_lines_and_names():
 def built(generated):
     """A book whose index shows three figures of `_generated`, one of them without a passport."""
     book = generated.parent
-    for name, text in (("_config.yml", CONFIG), ("_toc.yml", TOC), ("index.md", INDEX)):
-        (book / name).write_text(text, encoding="utf-8")
+    files = {"_config.yml": CONFIG, "_toc.yml": TOC, "index.md": INDEX}
     for name in ("_generated/later.svg", "_generated/unknown.svg", "drawn.svg"):
-        (book / name).write_text('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>')
+        files[name] = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Tiny", id="a")])
     (book / "_generated/notebooks").mkdir()
     nbformat.write(page, book / "_generated" / PAGE)
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", book]
-    done = subprocess.run(
-        [*command, "-W", "-n", "--keep-going", "--all"], capture_output=True, text=True,
-        check=False, env=os.environ | {"NO_COLOR": "1"},
-    )  # fmt: skip
-    return book / "_build" / "html", done
+    return books.build(book, files)
 
 
 def test_a_figure_without_a_passport_fails_the_build(built):
-    _, done = built
-    assert done.returncode != 0
-    warnings = [x for x in (done.stdout + done.stderr).splitlines() if "WARNING" in x]
+    assert built.status != 0
+    warnings = [x for x in built.said.splitlines() if "WARNING" in x]
     assert len(set(warnings)) == 1, warnings
     assert "no passport for the figure _generated/unknown.svg" in warnings[0]
 
 
 def test_passports_stand_under_figures_and_on_notebooks(built, run):
-    html, _ = built
+    html = built.html
     index = (html / "index.html").read_text(encoding="utf-8")
     assert index.count('<details class="passport">') == 1
     title, commit = run.record["data"]["title"], run.record["commit"]

@@ -1,13 +1,10 @@
 """What a reader meets first: heads of pages, notation, reading times, live numbers."""
 
 import json
-import os
 import pkgutil
 import re
-import subprocess
-import sys
-from types import SimpleNamespace
 
+import books
 import live
 import notation
 import page_head
@@ -232,20 +229,13 @@ def build(book, changes=None):
     for old, new in (changes or {}).items():
         assert old in files["section-3.md"]
         files["section-3.md"] = files["section-3.md"].replace(old, new)
-    for name, content in files.items():
-        (book / name).parent.mkdir(parents=True, exist_ok=True)
-        (book / name).write_text(content, encoding="utf-8")
-    program = os.path.join(os.path.dirname(sys.executable), "jupyter-book")
-    command = [program, "build", str(book), "-W", "-n", "--keep-going", "--all"]
-    environment = os.environ | {"NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    return SimpleNamespace(status=done.returncode, said=done.stdout + done.stderr)
+    return books.build(book, files)
 
 
 def test_heads_and_symbols_are_shown(tmp_path):
     done = build(tmp_path)
     assert done.status == 0, done.said
-    html = (tmp_path / "_build/html/section-3.html").read_text(encoding="utf-8")
+    html = (done.html / "section-3.html").read_text(encoding="utf-8")
     head = re.search(r'<dl class="[^"]*\bpage-head\b.*?</dl>', html, re.DOTALL)[0]
     said = " ".join(re.sub(r"<[^>]*>", "", head).split())
     for label in page_head.LABELS:
@@ -275,7 +265,7 @@ def test_heads_and_symbols_are_shown(tmp_path):
     assert re.findall(r'aria-(\w+)by="tip-\d"', html) == [
         "labelled" if r"\(" in tip[2] else "described" for tip in tips
     ]
-    listed = (tmp_path / "_build/html/notation.html").read_text(encoding="utf-8")
+    listed = (done.html / "notation.html").read_text(encoding="utf-8")
     assert listed.count('<dt id="sym-j">') == listed.count('<dt id="sym-word">') == 1
     assert "1 minute." in re.sub(r"<[^>]*>", "", html)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lying import CutSine, EnlargedSine, Sine, SineWithRules
 from strategies import inputs
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -86,54 +87,6 @@ def parameter(*shape):
 class Ste(nn.Module):
     def forward(self, x):
         return x + (torch.sign(x) - x).detach()
-
-
-class Sine(torch.autograd.Function):
-    """The sine, with its derivative."""
-
-    @staticmethod
-    def forward(ctx, s):
-        ctx.save_for_backward(s)
-        return s.sin()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0].cos()
-
-
-class Wrong(Sine):
-    @staticmethod
-    def backward(ctx, g):
-        return 1.5 * g * ctx.saved_tensors[0].cos()
-
-
-class Once(Sine):
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0].detach().cos()
-
-
-class WithJvp(torch.autograd.Function):
-    """The sine, with rules for both modes."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(s):
-        return s.sin()
-
-    @staticmethod
-    def setup_context(ctx, args, _):
-        ctx.save_for_backward(*args)
-        ctx.save_for_forward(*args)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0].cos()
-
-    @staticmethod
-    def jvp(ctx, t):
-        return t * ctx.saved_tensors[0].cos()
 
 
 class NoCopy(nn.Module):
@@ -396,7 +349,7 @@ GENERAL = {
     "vmap": torch.vmap(lambda a: a.sin() * a.mean()),
     "a gradient": torch.vmap(torch.func.grad(lambda a: a.sin().sum() * a.mean())),
     "a function of one's own": Sine.apply,
-    "with both rules": WithJvp.apply,
+    "with both rules": SineWithRules.apply,
     "causal": lambda s: F.scaled_dot_product_attention(
         heads(s), heads(s), heads(s), is_causal=True
     ).flatten(1),
@@ -472,9 +425,11 @@ CASES = {
     "detached mean": refused(
         lambda: plain(lambda s: s.sin() + s.mean(1, keepdim=True).detach()), f"Own: {CUT}", "layers"
     ),
-    "another backward": refused(lambda: plain(Wrong.apply), f"Own: {CUT}", "layers"),
+    "another backward": refused(lambda: plain(EnlargedSine.apply), f"Own: {CUT}", "layers"),
     "no second backward": refused(
-        lambda: plain(Once.apply), "second derivative is not the derivative of the first", "layers"
+        lambda: plain(CutSine.apply),
+        "second derivative is not the derivative of the first",
+        "layers",
     ),
     "no_grad": refused(
         lambda: Own(without_grad, a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
@@ -778,6 +733,7 @@ def message_of(model, x, options):
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.says is None])
 def test_there_is_an_answer(name):
     case = CASES[name]
@@ -875,6 +831,7 @@ TRANSFORMERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_in_single_precision_too(name):
     build, x = TRANSFORMERS[name]
@@ -882,6 +839,7 @@ def test_in_single_precision_too(name):
     check_answer(built(build, torch.float32), x, {}, 1e-3)
 
 
+@pytest.mark.long
 def test_a_small_language_model():
     """1,400 parameters in three blocks; some of every kind are compared."""
     model, one = built(Gpt), IDS[:1]

@@ -8,16 +8,34 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from by_cell import SMOKE
 from project import NOT_COPIED, copy, make
 from support import book, data, figures, results, runs
 
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
+# Runs that only `make test-full` makes: other tests execute their notebooks cell by cell.
+BY_CELL = (*SMOKE, "log-sigmoid", "population", "empirical", "sweep", "decay", "regression")
+BY_CELL += ("saturation", "cost")
+
+
+@pytest.fixture(
+    scope="module", params=["some runs", pytest.param("all runs", marks=pytest.mark.full)]
+)
+def project(request, tmp_path_factory):
     """A copy of the project in a folder with a space, for this environment's Python."""
-    return copy(tmp_path_factory.mktemp("copy"))
+    made = copy(tmp_path_factory.mktemp("copy"))
+    if request.param == "some runs":
+        path = made / "notebooks" / "runs.yml"
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plan["runs"] = {name: run for name, run in plan["runs"].items() if name not in BY_CELL}
+        path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+    return made
+
+
+def specs(project):
+    return runs.specs(project / "notebooks" / "runs.yml", smoke=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +49,14 @@ def smoke(project):
     return make(project, "smoke", *extra, **OFFLINE), "mnist" if folder else "digits"
 
 
+def test_what_is_left_out_is_executed_elsewhere():
+    plan = runs.read_plan(runs.NOTEBOOKS / "runs.yml")["runs"]
+    texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")]
+    for name in set(BY_CELL) - set(SMOKE):
+        call = re.compile(rf'execute\(\s*"{plan[name]["notebook"]}"')
+        assert any(call.search(text) for text in texts), name
+
+
 def html(project, page):
     return (project / "results/smoke/_build/html" / page).read_text(encoding="utf-8")
 
@@ -38,7 +64,7 @@ def html(project, page):
 def test_the_whole_path(project, smoke):
     done, chosen = smoke
     assert done.returncode == 0, done.stdout + done.stderr
-    planned = set(runs.specs(smoke=True))
+    planned = set(specs(project))
     assert f"=== {len(planned)} of {len(planned)} runs done ===" in done.stdout
     assert re.search(r"=== \d+ of \d+ runs done, \d under way, about .* left ===", done.stdout)
     assert "epoch  1/1  loss" in done.stdout
@@ -137,6 +163,7 @@ def test_a_picture_that_cannot_be_shown_is_named(tmp_path, monkeypatch, cells, m
 def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
     """The book's own figures keep their names, and what does not count draws nothing."""
     monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
+    monkeypatch.setattr(book.explorers, "write", lambda *_: {})  # which has tests of its own
     reference = results.load(results.ROOT / "data/reference", ["sigmoid-seed-0", "sigmoid-seed-1"])
     record = reference["sigmoid-seed-0"].record | {"counts": False, "experiment": "extra"}
     extra = {}
@@ -156,7 +183,7 @@ def test_a_second_call_keeps_what_is_finished(project, smoke):
     extra = [] if smoke[1] == "digits" else [f"MNIST_DIR={data.find_mnist()}"]
     done = make(project, "experiments", "SMOKE=1", *extra, **OFFLINE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept, finished") == len(runs.specs(smoke=True))
+    assert done.stdout.count("kept, finished") == len(specs(project))
     after = results.load(project / "results/smoke" / smoke[1])
     assert {n: r.record for n, r in before.items()} == {n: r.record for n, r in after.items()}
 

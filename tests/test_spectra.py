@@ -56,6 +56,7 @@ def test_three_classes_against_every_direction(noise):
     assert lambda_max(FAMILY, h).item() >= on_grid * (1 - 1e-13)
 
 
+@pytest.mark.long
 def test_pairs_of_classes_are_needed_among_the_starts():
     """From single classes alone the ascent misses the maximum here, by 7e-4."""
 
@@ -84,6 +85,7 @@ def test_no_random_start_climbs_higher(seed, scale):
     assert rival <= lambda_max(FAMILY, h).item() * (1 + 1e-9)
 
 
+@pytest.mark.long
 def test_one_local_optimisation_can_make_the_upper_bound_false():
     """Finding: a single random start ends in a local maximum, even below the V₁ of real weights.
 
@@ -99,6 +101,7 @@ def test_one_local_optimisation_can_make_the_upper_bound_false():
     assert many == pytest.approx(ours, rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("probabilities", ADVERSARIAL.values(), ids=ADVERSARIAL)
 def test_spectrum_of_adversarial_softmax(probabilities):
     h = logits_of(probabilities)
@@ -127,6 +130,7 @@ def test_minimize_reaches_confident_softmax():
     assert lambda_max(FAMILY, h, method="minimize").item() == pytest.approx(ours, rel=1e-4, abs=0)
 
 
+@pytest.mark.long
 def test_spectrum_uses_the_method_that_it_is_given():
     h = inputs(2, 6)
     for method in ("multistart", "certified", "minimize"):
@@ -363,6 +367,7 @@ def test_power_method_is_monotone(largest, seed):
     assert (steps[0] > 0).any()
 
 
+@pytest.mark.long
 def test_convexity_at_the_iterate_alone_is_not_enough():
     """Finding: without the safeguard the value falls by far."""
     falls = 0.0
@@ -473,6 +478,7 @@ def test_a_hundred_classes_fit():
         assert lambda_max(FAMILY, h).item() <= largest <= 2 * spectrum(FAMILY, h).max_cov.item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [1e-200, 1e-50, 1e-13, 1e30])
 def test_the_power_method_does_not_depend_on_the_scale_of_the_tensor(scale):
     A = FAMILY.fourth_moment(inputs(1, 4))[0]

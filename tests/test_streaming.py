@@ -641,6 +641,7 @@ def test_memory_does_not_grow_with_the_data(engine):
     accumulate(net, watched(10), Categorical(), batch_size=4, engine=engine)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"bounds": "certified"}, {"quantities": ["V1"]}, {}], ids=str)
 @pytest.mark.parametrize("kind", ["deep", "wide", "cnn", "many classes"])
 def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
@@ -769,6 +770,7 @@ def test_a_thousand_classes_without_a_matrix_of_them_times_the_parameters(widths
     assert all((mean > 0).all() for mean in estimate.values())
 
 
+@pytest.mark.long
 def test_a_thousand_classes_of_a_data_set(monkeypatch):
     monkeypatch.setattr(memory, "KEPT_BYTES", 1)  # it is never written to
     net, x = classifier([64, 32, 1000]), inputs(5, 64)

@@ -231,6 +231,7 @@ def test_the_error_of_an_estimate_is_that_of_its_probes_or_of_its_inputs(count, 
         assert row.labels_needed_i2 == max(1, math.ceil(wanted * (1 - 1e-9)))
 
 
+@pytest.mark.long
 def test_large_networks_without_an_exact_s_are_estimated(monkeypatch):
     monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", 20)
     x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -250,6 +251,7 @@ def test_large_networks_without_an_exact_s_are_estimated(monkeypatch):
     assert found.layers[-1].relative_sd_i1 == pytest.approx(float((total / norm) ** 0.5))
 
 
+@pytest.mark.long
 def test_the_callers_random_numbers_stay(monkeypatch):
     x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
     network = attends()
@@ -429,6 +431,7 @@ def test_the_figure_shows_the_numbers():
     plt.close(figure)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("num_samples", [1, 50])
 def test_names_stand_beside_their_lines_and_meet_nothing(family, num_samples):

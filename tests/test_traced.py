@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import lying
 import pytest
 import reference
 import torch
@@ -428,6 +429,7 @@ def test_tangents_and_rows_give_the_same(case, forward, monkeypatch):
         assert float((ours - exact).abs().max()) <= 1e-11 * max(1, float(exact.abs().max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4, 5])
 @pytest.mark.parametrize("case", VECTORS)
 def test_batches_as_large_as_a_layer_is_wide(case, size):
@@ -524,6 +526,7 @@ def test_embeddings_of_integers(options):
     assert_first_order(net, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lookup", [None, F.embedding])
 @pytest.mark.parametrize("order", [1, 2])
 def test_padding_that_the_outputs_depend_on_counts_or_is_refused(order, lookup):
@@ -837,33 +840,6 @@ def test_the_model_is_left_as_it_was(context):
     assert not any(block.S.requires_grad or block.J.requires_grad for block in derivs.blocks)
 
 
-class Cubed(torch.autograd.Function):
-    """Its derivative is wrong, as only its author can know."""
-
-    @staticmethod
-    def forward(ctx, s):
-        ctx.save_for_backward(s)
-        return s**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (s,) = ctx.saved_tensors
-        return g * s
-
-
-class Sigmoid(torch.autograd.Function):
-    """Its node is called nearly as that of torch.sigmoid, and no torch function is called."""
-
-    @staticmethod
-    def forward(ctx, s):
-        ctx.mark_dirty(s)
-        return s
-
-    @staticmethod
-    def backward(_ctx, g):
-        return 2 * g
-
-
 def no_grad(s):
     with torch.no_grad():
         return s.exp()
@@ -1021,9 +997,9 @@ TRAPS = {
         linears(lambda self, x: self.b(self.a(x) @ self.a(x).T @ self.a(x))),
         "both factors",
     ),
-    "custom function": (between(Cubed.apply), r"pow\(\) .*autograd.Function"),
+    "custom function": (between(lying.WrongCube.apply), r"pow\(\) .*autograd.Function"),
     "custom function with a known name": (
-        between(lambda s: Sigmoid.apply(s.clone())),
+        between(lambda s: lying.Sigmoid.apply(s.clone())),
         "SigmoidBackward, of no function of torch",
     ),
     "detach": (between(lambda s: s * s.detach()), r"detach\(\) in module '' \(Call\) cuts"),

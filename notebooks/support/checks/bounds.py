@@ -32,7 +32,7 @@ def theorem_4_1(which: int, cases: int, *, centred: bool = False) -> tuple[Check
     families then; the upper ones on the softmax, also in trained networks, and on the others.
     """
     softmax = [(CATEGORICAL, group.derivs, group.eigenvalues) for group in make.grid(cases)]
-    softmax += [(CATEGORICAL, *trained(activation)) for activation in ACTIVATIONS]
+    softmax += [(CATEGORICAL, *trained(activation, inputs(cases))) for activation in ACTIVATIONS]
     others = [(f, group.derivs, group.eigenvalues) for f, group in make.other_groups(cases)]
     groups: list[tuple[Family, Derivatives, Spectrum]] = [*softmax, *([] if centred else others)]
     sides = [one_theorem_4_1(which, f, d, lam, centred) for f, d, lam in groups]
@@ -40,10 +40,15 @@ def theorem_4_1(which: int, cases: int, *, centred: bool = False) -> tuple[Check
     return together(*(low for low, _ in lowers)), together(*(high for _, high in sides))
 
 
+def inputs(cases: int) -> int:
+    """At how many inputs a trained network is looked at."""
+    return 20 if cases >= make.MANY else 5
+
+
 @functools.cache
-def trained(activation: make.Activation) -> tuple[Derivatives, Spectrum]:
-    """Derivatives of a trained network, and the eigenvalues at its outputs."""
-    derivs = make.trained_derivatives(activation)
+def trained(activation: make.Activation, count: int) -> tuple[Derivatives, Spectrum]:
+    """Derivatives of a trained network at some inputs, and the eigenvalues at its outputs."""
+    derivs = make.trained_derivatives(activation, count)
     return derivs, fimlib.spectrum(CATEGORICAL, derivs.outputs)
 
 
@@ -200,8 +205,7 @@ def matrices(cases: int) -> tuple[Matrices, ...]:
         J[third : 2 * third] *= torch.arange(num_classes)[:, None] == 0
         derivs = make.as_derivatives(h.repeat(repeats, 1), J, S)
         groups.append(Matrices(derivs, Spectrum(*(e.repeat(repeats) for e in lam))))
-    trained = make.trained_derivatives()
-    return (*groups, Matrices(trained, fimlib.spectrum(CATEGORICAL, trained.outputs)))
+    return (*groups, Matrices(*trained(nn.Sigmoid, inputs(cases))))
 
 
 def totals(derivs: Derivatives) -> tuple[Tensor, Tensor, Tensor]:

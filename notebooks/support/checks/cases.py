@@ -19,6 +19,7 @@ Activation = Callable[[], nn.Module]
 CLASSES = (2, 3, 4, 5, 7, 10, 20, 50, 100)
 RESTS = (*range(1, 13), 14, 16, 30, 100)  # exponents of what a nearly certain class leaves
 SCALES = (1e-3, 0.1, 1.0, 3.0, 10.0, 30.0)
+MANY = 10_000  # cases; with fewer, fewer outputs of ten classes are taken, whose spectra cost most
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -99,7 +100,8 @@ def grid(cases: int) -> tuple[Group, ...]:
     """At least so many pairs of a softmax vector and a derivative vector, C from 2 to 100."""
     groups = []
     for index, num_classes in enumerate(CLASSES):
-        inputs = 25 if num_classes <= 10 else 5 if num_classes <= 20 else 2
+        most = 10 if cases >= MANY else 7
+        inputs = 25 if num_classes <= most else 5 if num_classes <= 20 else 2
         count = -(-cases // (len(CLASSES) * inputs))
         chosen = torch.randperm(120, generator=torch.Generator().manual_seed(index))[:inputs]
         h = logits(num_classes, 120, seed=index)[chosen]

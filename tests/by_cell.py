@@ -1,0 +1,35 @@
+"""A notebook's cells, executed in this process, without a kernel."""
+
+import matplotlib as mpl
+import nbformat
+import pandas as pd
+import torch
+from support import results, runs
+
+# Runs that test_notebooks makes in this way, at smoke size.
+SMOKE = ("statements", "bounds", "joint", "shortcuts", "recipes")
+
+
+def run(notebook, **parameters):
+    """Execute the cells with these parameters in the place of the notebook's own."""
+    runs.check_parameters(runs.NOTEBOOKS / notebook, parameters)
+    namespace = {"__name__": "notebook"}
+    with mpl.rc_context(), torch.random.fork_rng():
+        for cell in nbformat.read(runs.NOTEBOOKS / notebook, as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", []):
+                namespace |= parameters
+
+
+def execute(notebook, folder, **parameters):
+    """The table and the record that the cells leave in a folder; fimlib may be spoilt beneath."""
+    run(notebook, out=str(folder), **parameters)
+    values = pd.read_csv(folder / "values.csv", dtype={"layer": str})
+    record = results.read_record(folder)
+    assert list(values.columns) == results.COLUMNS
+    assert set(record["parameters"]) == runs.check_parameters(runs.NOTEBOOKS / notebook, {}) - {
+        "name",
+        "out",
+    }
+    return values, record
