@@ -8,7 +8,6 @@ paper ("Eq. 24", "Theorem 4.1", or an inequality's "(10)") to its place in the b
 libraries own are not linked: the book needs no network.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -68,10 +67,10 @@ class ApiList(Api):
 
     def run(self) -> list[nodes.Node]:
         """A bullet list."""
-        lines = []
+        lines = [".. currentmodule:: fimlib", ""]
         for name in of_modules(self.arguments[0].split()):
-            first = docstring(getattr(fimlib, name)).partition("\n")[0]
-            lines.append(f"* {reference(name)}: {prose(first, anchors(self.env.srcdir))}")
+            first = (inspect.getdoc(getattr(fimlib, name)) or "").partition("\n")[0]
+            lines.append(f"* :py:obj:`{name}`: {prose(first, anchors(self.env.srcdir))}")
         return parse(self, lines)
 
 
@@ -86,20 +85,16 @@ def parse(directive: SphinxDirective, lines: list[str]) -> list[nodes.Node]:
 
 def of_modules(modules: list[str]) -> list[str]:
     """Public names that modules define: functions, then classes, then what functions return."""
-    found: list[str] = []
-    for module in modules:
-        importlib.import_module(module)
+    found: dict[str, tuple[bool, bool, int, int]] = {}
+    for place, module in enumerate(modules):
         here = [n for n in fimlib.__all__ if getattr(fimlib, n).__module__ == module]
         if not here:
             raise ValueError(f"{module} defines no public name of fimlib: correct the page.")
-        found += sorted(here, key=lambda n: inspect.getsourcelines(getattr(fimlib, n))[1])
-    return sorted(found, key=kind)  # a stable sort
-
-
-def kind(name: str) -> int:
-    """0 for a function, 1 for a class, 2 for a named tuple."""
-    target = getattr(fimlib, name)
-    return inspect.isclass(target) + (inspect.isclass(target) and issubclass(target, tuple))
+        for name in here:
+            target = getattr(fimlib, name)
+            is_class, line = inspect.isclass(target), inspect.getsourcelines(target)[1]
+            found[name] = (is_class, is_class and issubclass(target, tuple), place, line)
+    return sorted(found, key=lambda name: found[name])
 
 
 def entry(name: str) -> list[str]:
@@ -129,11 +124,6 @@ def members(target: type) -> list[str]:
         for name, value in vars(target).items()
         if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
     ]
-
-
-def docstring(target: object) -> str:
-    """A docstring without its indentation."""
-    return inspect.getdoc(target) or ""
 
 
 @cache
@@ -237,11 +227,6 @@ def has_entry(name: str) -> bool:
         return public in fimlib.__all__
     target = getattr(fimlib, public)
     return inspect.isclass(target) and member in members(target)
-
-
-def reference(name: str) -> str:
-    """A link to the entry of a public name."""
-    return literal(f"``{name}``")
 
 
 def linked(text: str, known: dict[str, str]) -> str:
