@@ -70,7 +70,7 @@ class ApiList(Api):
 
     def run(self) -> list[nodes.Node]:
         """A bullet list."""
-        lines = []
+        lines = [".. currentmodule:: fimlib", ""]
         for name in of_modules(self.arguments[0].split()):
             first = docstring(public()[name]).partition("\n")[0]
             lines.append(f"* {reference(name)}: {prose(first, anchors(self.env.srcdir))}")
@@ -159,11 +159,6 @@ def members(target: type) -> list[str]:
         for name, value in vars(target).items()
         if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
     ]
-
-
-def docstring(target: object) -> str:
-    """A docstring without its indentation."""
-    return inspect.getdoc(target) or ""
 
 
 @cache
@@ -266,11 +261,6 @@ def has_entry(name: str) -> bool:
         return owner in public()
     target = public()[owner]
     return inspect.isclass(target) and member in members(target)
-
-
-def reference(name: str) -> str:
-    """A link to the entry of a public name."""
-    return literal(f"``{name}``")
 
 
 def linked(text: str, known: dict[str, str]) -> str:
