@@ -130,7 +130,7 @@ test: lint ## lint, types, tests and doctests
 	@"$(PY)" -m pytest $(TWO) -m "not full" --durations=25
 
 # Files of tests that need the library alone, no process, kernel or book; but for the longest ones.
-FAST := activations agreement bounds confirm derivatives device empirical engines_page families \
+FAST := activations agreement bounds confirm derivatives device empirical engines_page estimate families \
   first_order fisher functional hutchinson joint plan precision probabilities refusals rewrite \
   spectra streaming summary trace_bounds traced
 

@@ -153,6 +153,7 @@ def test_other_families_say_that_importance_needs_classes():
 # Estimates.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("squares", ["batch", "input"])
 @pytest.mark.parametrize("kind", DRAWS)
 def test_means_and_spreads_of_a_classifier(kind, squares):
@@ -169,6 +170,7 @@ def test_means_and_spreads_of_a_classifier(kind, squares):
     assert torch.cat(ratios).median() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("squares", ["batch", "input"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name, squares):
@@ -198,6 +200,7 @@ class Tied(nn.Module):
         return mixed[:, -1] @ self.table.weight.T
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("squares", ["batch", "input"])
 def test_attention_and_tied_tables(squares):
     net, family = Tied().double(), fimlib.Categorical()

@@ -28,7 +28,7 @@ def some(count, most):
     return [range(count), pytest.param(range(count, most), marks=pytest.mark.full)]
 
 
-@pytest.mark.parametrize("seeds", some(50, 3000), ids=str)
+@pytest.mark.parametrize("seeds", some(150, 3000), ids=str)
 def test_random_networks(seeds):
     tally = fuzz.fuzz(seeds)
     check(tally)
@@ -36,7 +36,7 @@ def test_random_networks(seeds):
     assert len(reasons) <= MOST_REFUSED * len(seeds), "\n".join(reasons)
 
 
-@pytest.mark.parametrize("seeds", some(22, 880), ids=str)
+@pytest.mark.parametrize("seeds", some(44, 880), ids=str)
 def test_networks_whose_graph_lies_or_that_mix_their_inputs(seeds):
     check(fuzz.fuzz(seeds, traps=True))
 

@@ -67,6 +67,7 @@ def private_names(nodes, strings):
     yield from ((path, line) for _, path, line in imported if has_private_part(path))
     start = {n: "torch" if n == "torch" else path for n, path, _ in imported}
     inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    inner |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in nodes:
         if isinstance(node, ast.Attribute):
             path = path_of(node, start)
@@ -75,7 +76,7 @@ def private_names(nodes, strings):
             elif not path and PRIVATE.fullmatch(node.attr):
                 yield node.attr, node.lineno
         elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = node.value
+            text = "" if id(node) in inner else node.value  # no ending of an f-string
             if PRIVATE.fullmatch(text) or (PATH.fullmatch(text) and has_private_part(text)):
                 yield text, node.lineno
 

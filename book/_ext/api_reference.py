@@ -72,8 +72,9 @@ class ApiList(Api):
         """A bullet list."""
         lines = [".. currentmodule:: fimlib", ""]
         for name in of_modules(self.arguments[0].split()):
-            first = docstring(public()[name]).partition("\n")[0]
-            lines.append(f"* {reference(name)}: {prose(first, anchors(self.env.srcdir))}")
+            first = (inspect.getdoc(public()[name]) or "").partition("\n")[0]
+            link = f":py:obj:`{name} <{full(name)}>`"
+            lines.append(f"* {link}: {prose(first, anchors(self.env.srcdir))}")
         return parse(self, lines)
 
 
