@@ -178,7 +178,9 @@ def html(tmp_path_factory):
 
 def test_the_pages_have_the_entries_and_no_markup(html):
     for entry in ENTRIES:
-        assert sum(page.count(f'id="{api_reference.full(entry)}"') for page in html.values()) == 1, entry
+        assert (
+            sum(page.count(f'id="{api_reference.full(entry)}"') for page in html.values()) == 1
+        ), entry
     for stem, page in html.items():
         text = unescape(re.sub(r"<[^>]*>", "", page[page.index("<h1") :]))
         assert "Alias for field" not in text

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib.derivatives import Batch, Block, Share
+from fimlib.derivatives import Block, Share, Sweep
 from fimlib.engines import functional
 from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
@@ -422,7 +422,7 @@ def entrances(h: Tensor, rows: Tensor, places: Mapping[Place, Layout]) -> dict[P
 Planned = tuple[str, list[Entrance] | None, dict[str, Tensor | None]]
 
 
-def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None) -> Batch:
+def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None) -> Sweep:
     """J of any network; see ``fimlib.differentiate``.
 
     Raises:
@@ -454,7 +454,7 @@ def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None)
         return block
 
     inputs = tuple((layer, factors) for layer, _, factors in plan)
-    return Batch.block_by_block(
+    return Sweep.block_by_block(
         outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional"
     )  # fmt: skip
 

@@ -83,10 +83,14 @@ def kept_random_state(x: object) -> AbstractContextManager[None]:
     return torch.random.fork_rng([x.device] if isinstance(x, Tensor) and x.is_cuda else [])
 
 
-EMPTY = (dict, OrderedDict, set)  # types that ``separate`` copies by hand where they hold nothing
+EMPTY = (
+    dict,
+    OrderedDict,
+    set,
+)  # types that ``private_copy`` copies by hand where they hold nothing
 
 
-def separate(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module) -> nn.Module:
     """A copy to be called, so that nothing that a call changes is the caller's.
 
     Raises:
@@ -149,7 +153,7 @@ def call(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
     return h.detach() if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
 
 
-def perturb(model: nn.Module, strength: float) -> None:
+def perturb_weights(model: nn.Module, strength: float) -> None:
     """Move all weights at random, by so much of their size, those that are 0 as well."""
     if strength == 0:
         return
