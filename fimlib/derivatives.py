@@ -124,7 +124,7 @@ class Derivatives:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Sweep:
     """B inputs after their forward pass, whose J and S come when they are asked for.
 
     What is carried or multiplied for a few inputs at a time stays in the processor's cache; for
@@ -150,7 +150,7 @@ class Batch:
     shares: tuple[Share, ...] = ()
 
     @classmethod
-    def of(cls, derivs: Derivatives) -> Batch:
+    def from_derivatives(cls, derivs: Derivatives) -> Sweep:
         """Derivatives that are there already, in one piece."""
         inputs = tuple((block.layer, block.inputs) for block in derivs.blocks)
         size = max(1, len(derivs.outputs))
@@ -164,7 +164,7 @@ class Batch:
         one: Callable[[int, slice | Tensor, slice], Block],
         shares: tuple[Share, ...],
         engine: str,
-    ) -> Batch:
+    ) -> Sweep:
         """Inputs whose blocks come one by one."""
 
         def sweep(at: slice | Tensor) -> Derivatives:

@@ -19,7 +19,7 @@ from fimlib._checks import check_integer, check_num_samples
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal, Term
 from fimlib.engines.checks import check_module
-from fimlib.engines.choose import checked
+from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import STRENGTHS, Truth, shifted, step_of
 from fimlib.engines.forward_mode import twice_differentiable
 from fimlib.engines.functional import (
@@ -31,7 +31,7 @@ from fimlib.engines.functional import (
     split,
     values_of,
 )
-from fimlib.engines.model import perturb, selected, separate
+from fimlib.engines.model import perturb_weights, private_copy, selected
 from fimlib.families.base import Family
 from fimlib.memory import PROBE_NUMBERS
 
@@ -117,7 +117,7 @@ def hutchinson_variance_i2(
     size, num_blocks = blocks_of(num_probes)
     model = check_module(model)
     wanted = selected(model, layers)
-    derivs = checked(model, x, "auto", 1, wanted).batch.derivatives()
+    derivs = differentiate_checked(model, x, "auto", 1, wanted).batch.derivatives()
     h = family.natural(derivs.outputs)
     outputs = derivs.outputs
     with torch.inference_mode(False), twice_differentiable():
@@ -376,9 +376,9 @@ def is_derivative(
     As in the functional engine: kinks go away when the weights move, a cut does not.
     """
     for strength in (0.0, *STRENGTHS):
-        moved = separate(own)
+        moved = private_copy(own)
         if strength:
-            perturb(moved, strength)
+            perturb_weights(moved, strength)
         parts = split(own, x, names, num_outputs)
         x = torch.cat([part[~confirmed(way, moved, part, names)] for part in parts])
         if not len(x):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fimlib._checks import check_dtype, check_estimator, check_integer
-from fimlib.derivatives import Batch, Derivatives
+from fimlib.derivatives import Derivatives, Sweep
 from fimlib.families.base import (
     QUANTITIES,
     Family,
@@ -106,14 +106,14 @@ class Joint:
                 outputs or of another family; float32 is too narrow. The accumulator is then left
                 as it was.
         """
-        self.update_batch(Batch.of(derivs), labels)
+        self.update_sweep(Sweep.from_derivatives(derivs), labels)
 
-    def update_batch(self, batch: Batch, labels: Labels | None = None) -> None:
+    def update_sweep(self, sweep: Sweep, labels: Labels | None = None) -> None:
         """Take in a batch of inputs whose derivatives come piece by piece; see ``update``."""
-        means, float32 = self._batch_means(batch, labels)
-        check_means(means, float32, self.family, batch)
+        means, float32 = self._batch_means(sweep, labels)
+        check_means(means, float32, self.family, sweep)
         fresh = self._empty()
-        fresh.count = len(batch.outputs)
+        fresh.count = len(sweep.outputs)
         mean_square = means.pop("I²", {})
         fresh._means = means
         fresh._scatter = {
@@ -121,7 +121,7 @@ class Joint:
             for name, square in mean_square.items()
         }
         layers: dict[str, list[str]] = defaultdict(list)
-        for layer, inputs in batch.inputs:
+        for layer, inputs in sweep.inputs:
             layers[layer].extend(inputs)
         fresh.layers = dict(layers)
         self.merge(fresh)
@@ -130,16 +130,16 @@ class Joint:
         return Joint(self.family, quantities=self.quantities, bounds=self.bounds, dtype=self.dtype)
 
     def _batch_means(
-        self, batch: Batch, labels: Labels | None
+        self, sweep: Sweep, labels: Labels | None
     ) -> tuple[dict[str, PerParameter], list[Float32Check]]:
         """Every quantity averaged over the inputs of a batch; "I²" among them for Var_x I."""
         if labels is not None:
             check_same_family(self.family, family_of(labels))
-            check_labels(batch.outputs, labels)
+            check_labels(sweep.outputs, labels)
         means: dict[str, PerParameter] = defaultdict(dict)
         float32: list[Float32Check] = []
-        for index, factors in self._left_factors(batch, labels):
-            layer, inputs = batch.inputs[index]
+        for index, factors in self._left_factors(sweep, labels):
+            layer, inputs = sweep.inputs[index]
             largest = factors.largest() if self.dtype == torch.float32 else None
             if largest is not None:
                 by_key = dict(zip(factors.keys, largest, strict=True))
@@ -147,20 +147,20 @@ class Joint:
             for name, z in inputs.items():
                 for key, mean in factors.means(z, self.dtype, largest):
                     means[key][name] = mean
-        names = [name for _, inputs in batch.inputs for name in inputs]
+        names = [name for _, inputs in sweep.inputs for name in inputs]
         return {key: {n: of[n] for n in names} for key, of in means.items()}, float32
 
     def _left_factors(
-        self, batch: Batch, labels: Labels | None
+        self, sweep: Sweep, labels: Labels | None
     ) -> Iterator[tuple[int, LeftFactors | Totals]]:
         """Left factors of every quantity, for each block of the batch, in any order."""
-        h = natural_without_sync(self.family, batch.outputs)
+        h = natural_without_sync(self.family, sweep.outputs)
         eigenvalues = None
         if self.bounds is not None and labels is None:
-            eigenvalues = spectrum(self.family, batch.outputs, method=self.bounds)
+            eigenvalues = spectrum(self.family, sweep.outputs, method=self.bounds)
         found: dict[int, list[LeftFactors]] = defaultdict(list)
         totals: dict[int, dict[int | None, Totals]] = defaultdict(dict)
-        for i, at, rows, derivs, is_last in batch.pieces():
+        for i, at, rows, derivs, is_last in sweep.pieces():
             contract = self._contraction(h[at], labels)
             (block,) = self.family.natural_derivatives(derivs).blocks
             lefts = contract(block.J, block.S)
@@ -529,7 +529,7 @@ def owning_its_memory(t: Tensor) -> Tensor:
 
 
 def check_means(
-    means: dict[str, PerParameter], float32: list[Float32Check], family: Family, batch: Batch
+    means: dict[str, PerParameter], float32: list[Float32Check], family: Family, sweep: Sweep
 ) -> None:
     """A ValueError if anything is NaN, infinite or lost; one synchronisation if all is well."""
     sums = [t.sum() for mean in means.values() for t in mean.values()]  # infinite if one of them is
@@ -538,7 +538,7 @@ def check_means(
         is_fine = is_fine & ~torch.stack([check.is_low for check in float32]).any()
     if is_fine:
         return
-    family.natural(batch.outputs)  # its message comes first
+    family.natural(sweep.outputs)  # its message comes first
     for mean in means.values():
         for name, tensor in mean.items():
             if not torch.isfinite(tensor).all():
@@ -547,7 +547,7 @@ def check_means(
                     "raised to the fourth power: check the weights and the inputs."
                 )
     for index, layer, is_low, which in float32:
-        pieces = (p.derivs.blocks[0] for p in batch.pieces() if p.block == index)
+        pieces = (p.derivs.blocks[0] for p in sweep.pieces() if p.block == index)
         if is_low and any(getattr(block, which).any() for block in pieces):
             raise ValueError(
                 f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "

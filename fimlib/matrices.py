@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.engines.checks import check_model, check_module
-from fimlib.engines.choose import checked
+from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import confirm_hessian
 from fimlib.engines.forward_mode import twice_differentiable
-from fimlib.engines.model import call_with, kept_random_state, separate
+from fimlib.engines.model import call_with, kept_random_state, private_copy
 from fimlib.engines.rewrite import rewritten
 from fimlib.families.base import Family, Labels
 from fimlib.families.probabilities import warn_of_probabilities
@@ -82,7 +82,7 @@ def estimate_i2_matrix(
         return at_outputs(functional(model, names, flat, x))
 
     def curvature(model: nn.Module) -> Tensor:
-        own = separate(model)
+        own = private_copy(model)
         with twice_differentiable(), rewritten():
             hessian = torch.func.hessian(partial(residual_output, own))
             try:
@@ -109,7 +109,7 @@ def jacobian(
     model = check_module(model)
     check_model(model, x)
     check_names(model, names)
-    derivs = checked(model, x, "auto", 1, frozenset(names)).batch.derivatives()
+    derivs = differentiate_checked(model, x, "auto", 1, frozenset(names)).batch.derivatives()
     natural = family.natural_derivatives(derivs)
     family.natural(derivs.outputs)
     J = torch.cat([natural.jacobian(name).flatten(2) for name in names], dim=2)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.engines.checks import check_module
-from fimlib.engines.choose import checked
-from fimlib.engines.model import call_with, selected, separate
+from fimlib.engines.choose import differentiate_checked
+from fimlib.engines.model import call_with, private_copy, selected
 from fimlib.memory import live_bytes
 
 REPETITIONS = 3
@@ -73,13 +73,13 @@ def plan(
     model = check_module(model)
     wanted = selected(model, layers)
     x = x.detach().clone() if isinstance(x, Tensor) else x
-    chosen = checked(model, x, engine, order, wanted)
+    chosen = differentiate_checked(model, x, engine, order, wanted)
     taken, refusals = chosen.batch.engine, {n: str(e) for n, e in chosen.refusals.items()}
 
     def work(x: Tensor) -> None:
-        checked(model, x, taken, order, wanted).batch.derivatives()
+        differentiate_checked(model, x, taken, order, wanted).batch.derivatives()
 
-    own = separate(model)  # a forward pass may leave its traces
+    own = private_copy(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)
     unit = median_time(lambda: forward_backward(own, x), x.device)
     peak = max(live_bytes(work, x))

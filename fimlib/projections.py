@@ -37,9 +37,9 @@ from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.engines import first_order
 from fimlib.engines.checks import check_forward, check_model, check_module, check_outputs
-from fimlib.engines.choose import checked
+from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import few
-from fimlib.engines.model import call, kept_random_state, selected, separate
+from fimlib.engines.model import call, kept_random_state, private_copy, selected
 from fimlib.families.base import Family, check_family, random_signs, weighted_variance
 from fimlib.families.categorical import Categorical
 from fimlib.families.probabilities import warn_of_probabilities
@@ -315,7 +315,7 @@ class Square:
                 an input depend on the others.
         """
         some = x[few(len(x), self.model).to(x.device)]
-        h = call(separate(self.model), some, grad=True)
+        h = call(private_copy(self.model), some, grad=True)
         if h is None or h.ndim != 2:
             check_model(self.model, some)
             check_forward(self.model, some)
@@ -323,7 +323,7 @@ class Square:
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
         try:
-            checked(Combined(self.model, h), some, "functional", 1, wanted)
+            differentiate_checked(Combined(self.model, h), some, "functional", 1, wanted)
         except (ValueError, NotImplementedError) as error:
             kind = ValueError if isinstance(error, ValueError) else NotImplementedError
             raise kind(str(error).replace("'network.", "'").replace("'network'", "''")) from error
@@ -377,7 +377,7 @@ class SquaredBatches(Square):
     @cached_property
     def own(self) -> nn.Module:
         """A copy of the model that may be differentiated."""
-        own = separate(self.model)
+        own = private_copy(self.model)
         for name, parameter in own.named_parameters():
             parameter.requires_grad_(self.wanted is None or name in self.wanted)
         return own

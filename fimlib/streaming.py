@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fimlib._checks import check_integer
-from fimlib.derivatives import Batch, all_finite
+from fimlib.derivatives import Sweep, all_finite
 from fimlib.engines.checks import WRAPPER, add_axis, check_module
-from fimlib.engines.choose import differentiate, prepare
+from fimlib.engines.choose import differentiate, differentiator
 from fimlib.engines.confirm import few
-from fimlib.engines.model import call, separate
+from fimlib.engines.model import call, private_copy
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.joint import Joint
@@ -115,7 +115,7 @@ def accumulate(
     joint = empty()
     order = 2 if {"V2", "C12"} & joint.quantities else 1
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
-    again = prepare(model, **choice)
+    differentiate_batch = differentiator(model, **choice)
     size = None if batch_size is None else check_integer(batch_size, "batch_size")
     shape, number = None, 0
     before: list[Part] = []
@@ -125,8 +125,10 @@ def accumulate(
             shape = check_shape(batch, shape)
             if size is None:
                 some = batch[few(len(batch), model).to(batch.device)]
-                again(some.to(device))  # the first call is not like the others
-                size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
+                differentiate_batch(some.to(device))  # the first call is not like the others
+                size = default_batch_size(
+                    partial(take, differentiate_batch, empty), batch[:1].to(device)
+                )
         whole = isinstance(inputs, Tensor)  # then the batches are parts of it
         for i, part in enumerate(batch.split(size), start=1):
             span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
@@ -136,11 +138,11 @@ def accumulate(
                 check_finite(part)
                 try:
                     here = part.to(device)
-                    done = again(here)
+                    done = differentiate_batch(here)
                     if joint.count == 0:
                         warn_of_probabilities(family, done.outputs, model)
                         check_rounding(model, here, done.outputs, family)
-                    joint.update_batch(done)
+                    joint.update_sweep(done)
                     before = before or parts_of(model)
                 except ValueError:
                     differentiate(model, part.to(device), **choice)  # with all checks
@@ -165,7 +167,7 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
         return
     at = few(len(x), model).to(x.device)
     z = x[at].double() if x.is_floating_point() else x[at]
-    exact = call(separate(model).double(), z, grad=True)
+    exact = call(private_copy(model).double(), z, grad=True)
     if exact is None or exact.shape != outputs[at].shape:
         return  # a network that insists on its type
     means = [family.mean(family.natural(h)) for h in (outputs[at], exact)]
@@ -177,9 +179,11 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
         )
 
 
-def take(again: Callable[[Tensor], Batch], empty: Callable[[], Joint], x: Tensor) -> None:
+def take(
+    differentiate_batch: Callable[[Tensor], Sweep], empty: Callable[[], Joint], x: Tensor
+) -> None:
     """One batch, and nothing else."""
-    empty().update_batch(again(x))
+    empty().update_sweep(differentiate_batch(x))
 
 
 # What is x.
@@ -323,7 +327,9 @@ def named(place: str) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        raise NotImplementedError(f"{place}: {error}") from error
+        # in terms of the call: accumulate takes no order
+        told = str(error).replace("order=1", "quantities=['Var_x I', 'V1']")
+        raise NotImplementedError(f"{place}: {told}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 

@@ -176,7 +176,7 @@ def test_only_what_is_wanted_is_reported():
 def test_without_the_checks_it_is_the_same(order, monkeypatch):
     net, x = mlp(DEEP, nn.Tanh), inputs(2, 3)
     expected = differentiate(net, x, order=order)
-    monkeypatch.setattr("support.bench.approximate.checked", None)
+    monkeypatch.setattr("support.bench.approximate.differentiate_checked", None)
     ours = carried_back(net, x, order=order)
     assert torch.equal(ours.outputs, expected.outputs)
     for a, b in zip(ours.blocks, expected.blocks, strict=True):

@@ -661,20 +661,20 @@ def test_tied_parameters_have_their_total_derivatives():
 
 
 def test_prepared_derivatives_are_the_same_and_refuse_other_types():
-    from fimlib.engines.choose import prepare
+    from fimlib.engines.choose import differentiator
 
     net, x = mlp([3, 5, 3], nn.Sigmoid), inputs(4, 3)
-    again = prepare(net)
+    again = differentiator(net)
     for _ in range(2):
         for name, _ in net.named_parameters():
             found = again(x).derivatives().second(name)
             assert torch.equal(found, differentiate(net, x).second(name))
     with pytest.raises(ValueError, match=r"float32.*those before were torch.float64"):
         again(x.float())
-    by_trace = prepare(net, engine="traced")
+    by_trace = differentiator(net, engine="traced")
     assert [by_trace(x).engine for _ in range(2)] == ["traced", "traced"]
     with pytest.raises(ValueError, match="NaN"):
-        prepare(net)(x * torch.nan)
+        differentiator(net)(x * torch.nan)
 
 
 def test_known_activations_are_differentiated_like_unknown_ones():

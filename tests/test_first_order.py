@@ -212,7 +212,7 @@ def test_pieces_change_nothing(name, monkeypatch):
     assert any(share.rows for share in rows.shares) == (name in ("tokens", "tied"))
     joints = [fimlib.Joint(family) for _ in range(2)]
     for joint, batch in zip(joints, (whole, rows), strict=True):
-        joint.update_batch(batch)
+        joint.update_sweep(batch)
     for quantity in ("fisher_information", "input_variance"):
         one, other = (getattr(joint, quantity)() for joint in joints)
         assert one.keys() == other.keys()

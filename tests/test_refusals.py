@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import fimlib
 from fimlib import differentiate
 from fimlib.engines import forward_mode
-from fimlib.engines.model import separate
+from fimlib.engines.model import private_copy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
@@ -700,7 +700,7 @@ def check_answer(model, x, options, tolerance=1e-6):
     """J and S by fimlib agree with difference quotients, by either step (kinks may be near)."""
     found = differentiate(model, x, **options)
     names = {n for block in found.blocks for n in block.inputs}
-    wide = separate(getattr(model, "_orig_mod", model)).double()
+    wide = private_copy(getattr(model, "_orig_mod", model)).double()
     z = x.double() if x.is_floating_point() else x
     left = {}
     for step in STEPS:

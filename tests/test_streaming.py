@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fimlib
 from fimlib import Categorical, Gaussian, Joint, differentiate, left_factors, memory, streaming
 from fimlib.engines import layerwise
-from fimlib.engines.choose import prepare
+from fimlib.engines.choose import differentiator
 from fimlib.memory import LiveBytes, default_batch_size, live_bytes
 from fimlib.streaming import accumulate
 
@@ -433,6 +433,24 @@ def test_what_differentiate_refuses_keeps_its_kind():
         accumulate(net, X, Categorical(), batch_size=2, engine="layerwise")
 
 
+def test_where_second_derivatives_take_too_long_the_error_says_what_to_accumulate(monkeypatch):
+    monkeypatch.setattr("fimlib.engines.forward_mode.MANY_PARAMETERS", 5)
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.GRU(4, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x[:, None])[0][:, 0]
+
+    net = Recurrent().double()
+    message = r"^batch 1: .*take quantities=\['Var_x I', 'V1'\]\.$"
+    with pytest.raises(NotImplementedError, match=message):
+        accumulate(net, X, Categorical())
+    assert accumulate(net, X, Categorical(), quantities=["Var_x I", "V1"]).count == 11
+
+
 class Shift(nn.Module):
     """Adds the buffers of a batch norm."""
 
@@ -655,16 +673,16 @@ def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
     family, sizes = Categorical(), []
 
     def prepared(*arguments, **options):
-        again = prepare(*arguments, **options)
+        again = differentiator(*arguments, **options)
         return lambda x: (sizes.append(len(x)), again(x))[1]
 
-    monkeypatch.setattr(streaming, "prepare", prepared)
+    monkeypatch.setattr(streaming, "differentiator", prepared)
     many = x.repeat(3000, *[1] * (x.ndim - 1))
     accumulate(net, many[: 4 * 2**20 // 2000], family, **options)
     assert sizes[:4] == [8, 1, 2, 3]  # to be confirmed, then to be measured
     size = sizes[4]
     assert 1 < size < len(many)
-    monkeypatch.setattr(streaming, "prepare", prepare)
+    monkeypatch.setattr(streaming, "differentiator", differentiator)
     alone, batch = (
         peak(lambda n=n: accumulate(net, many[:n], family, batch_size=n, **options))
         for n in (1, size)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fimlib.derivatives import Block, Derivatives
 from fimlib.engines.checks import check_no_global_hooks, check_outputs, failed, short
-from fimlib.engines.model import separate, tensors
+from fimlib.engines.model import private_copy, tensors
 
 
 def differentiate(
@@ -22,7 +22,7 @@ def differentiate(
 ) -> Derivatives:
     """J and S by T passes of BackPACK over a copy of the model; see ``fimlib.differentiate``."""
     check_no_global_hooks()
-    return passes(separate(model), x, order, wanted)
+    return passes(private_copy(model), x, order, wanted)
 
 
 def passes(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None) -> Derivatives:

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fimlib.derivatives import all_finite
-from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, separate
+from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, private_copy
 
 FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
@@ -111,7 +111,7 @@ def check_forward(model: nn.Module, x: Tensor) -> None:
 
 def run_alone(model: nn.Module, x: Tensor) -> None:
     """Call a copy; a ForwardError if that fails or returns no [B, T] tensor."""
-    own, inside = separate(model), list[str]()
+    own, inside = private_copy(model), list[str]()
 
     def leave(*_: Any) -> None:
         inside.pop()

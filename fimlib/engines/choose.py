@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Batch, Derivatives, all_finite
+from fimlib.derivatives import Derivatives, Sweep, all_finite
 from fimlib.engines import backpack, first_order, forward_mode, functional, layerwise
 from fimlib.engines.checks import (
     ForwardError,
@@ -37,7 +37,7 @@ from fimlib.engines.confirm import (
 from fimlib.engines.model import kept_random_state, selected, tied
 from fimlib.engines.traced import second_order as traced
 
-Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None], Batch]
+Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None], Sweep]
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Engine:
 def plain_engine(name: str, function: Callable[..., Derivatives]) -> Engine:
     """An engine with one attempt, which carries back the rows of the outputs only."""
 
-    def attempt(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None) -> Batch:
-        return Batch.of(function(model, x.clone(), order=order, wanted=wanted))
+    def attempt(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None) -> Sweep:
+        return Sweep.from_derivatives(function(model, x.clone(), order=order, wanted=wanted))
 
     return Engine(name, lambda _: (attempt,))
 
 
 def attempt_layerwise(
     model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
-) -> Batch:
+) -> Sweep:
     """The layerwise engine, which writes to nothing that it is given."""
     return layerwise.differentiate(model, x, order=order, wanted=wanted)
 
@@ -82,7 +82,7 @@ def attempts_functional(order: int) -> tuple[Attempt, ...]:
 
 def attempt_first_order(
     model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None
-) -> Batch:
+) -> Sweep:
     """J by one backward pass for each output."""
     try:
         return first_order.differentiate(model, x.clone(), wanted=wanted)
@@ -94,9 +94,9 @@ def attempt_first_order(
 def functional_attempt(way: functional.Way) -> Attempt:
     """One of these ways."""
 
-    def attempt(model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None) -> Batch:
+    def attempt(model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None) -> Sweep:
         found = functional.differentiate(model, x.clone(), wanted=wanted, way=way)
-        return Batch.of(found)
+        return Sweep.from_derivatives(found)
 
     return attempt
 
@@ -151,12 +151,12 @@ class Chosen(NamedTuple):
         refusals: Why the engines before it failed, by name.
     """
 
-    batch: Batch
+    batch: Sweep
     attempt: Attempt
     refusals: dict[str, Exception]
 
 
-def checked(
+def differentiate_checked(
     model: nn.Module,
     x: Tensor,
     engine: str,
@@ -258,16 +258,18 @@ def differentiate(
     """
     model = check_module(model)
     x = x.detach().clone() if isinstance(x, Tensor) else x  # the result keeps parts of it
-    return checked(model, x, engine, order, selected(model, layers)).batch.derivatives()
+    return differentiate_checked(
+        model, x, engine, order, selected(model, layers)
+    ).batch.derivatives()
 
 
-def prepare(
+def differentiator(
     model: nn.Module,
     *,
     engine: str = "auto",
     order: int = 2,
     layers: Sequence[str] | None = None,
-) -> Callable[[Tensor], Batch]:
+) -> Callable[[Tensor], Sweep]:
     """``differentiate`` for many similar batches; the first is checked in full.
 
     Where that has very few inputs the next are, too, as one dead ReLU may hide everything.
@@ -282,7 +284,7 @@ def prepare(
     first: list[tuple[Attempt, str, torch.dtype, torch.device]] = []
     seen = 0  # inputs of confirmed batches
 
-    def again(x: Tensor) -> Batch:
+    def differentiate_batch(x: Tensor) -> Sweep:
         nonlocal seen
         if first:
             attempt, name, *kind = first[0]
@@ -298,12 +300,12 @@ def prepare(
                     return replace(found, engine=name)
                 except NotImplementedError:  # these inputs take another path through the network
                     pass
-        chosen = checked(model, x, engine, order, wanted)
+        chosen = differentiate_checked(model, x, engine, order, wanted)
         seen += len(x)
         first[:] = [(chosen.attempt, chosen.batch.engine, x.dtype, x.device)]
         return chosen.batch
 
-    return again
+    return differentiate_batch
 
 
 def choose(
@@ -344,7 +346,7 @@ def tried(
     x: Tensor,
     order: int,
     wanted: frozenset[str] | None,
-) -> Batch:
+) -> Sweep:
     """The derivatives of one attempt, confirmed.
 
     Raises:

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from fimlib.derivatives import Block, Derivatives, all_finite
 from fimlib.engines.blame import mixing_module, wrong_module
-from fimlib.engines.model import call, perturb, separate
+from fimlib.engines.model import call, perturb_weights, private_copy
 from fimlib.engines.truth import (
     PerParameter,
     Truth,
@@ -166,8 +166,8 @@ def check_finite(found: Derivatives) -> None:
 def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, most: int) -> None:
     """Raise an error unless the inputs in doubt are confirmed at other weights, close by."""
     for strength in STRENGTHS:
-        nearby = separate(model)
-        perturb(nearby, strength)
+        nearby = private_copy(model)
+        perturb_weights(nearby, strength)
         claim = Claim(Truth.of(nearby, x), again(nearby, x))
         doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
@@ -191,7 +191,7 @@ def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, mos
 def explanation(claim: Claim) -> str:
     """Which module is differentiated wrongly, and why."""
     is_first = bool(first_order_doubts(claim).any())
-    where = wrong_module(separate(claim.truth.own), claim.truth.x, order=1 if is_first else 2)
+    where = wrong_module(private_copy(claim.truth.own), claim.truth.x, order=1 if is_first else 2)
     if where is None:
         names = wrong_parameters(claim) or ["?"]
         which = "first" if is_first else "second"
@@ -279,7 +279,7 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
     for i in reversed(range(len(x))):
         fine = fine and fits(call(truth.alone, x[i : i + 1], grad=i % 2 == 0), h[[i]], slack[i])
     if not (fine and is_alone_elsewhere(truth, pair, 0.0 if len(x) == 1 else 0.5)):
-        where = mixing_module(separate(truth.own), pair)
+        where = mixing_module(private_copy(truth.own), pair)
         prefix = f"{where}: " if where else ""
         raise Unconfirmed(f"{prefix}{MIXES}. Make forward() a function of each input alone.")
 
@@ -448,8 +448,8 @@ def confirm_hessian(
         Unconfirmed: it is not.
     """
     for strength in (0.0, *STRENGTHS):
-        nearby = separate(model)
-        perturb(nearby, strength)
+        nearby = private_copy(model)
+        perturb_weights(nearby, strength)
         truth = Truth.of(nearby, x)
         v = {n: truth.v[n] for n in names}
         flat = torch.cat([v[n].flatten() for n in names]).double()
@@ -462,7 +462,7 @@ def confirm_hessian(
             slack = torch.finfo(found.dtype).eps ** 0.35 * (scale + 1e-6 * scale.amax()) + noise
             if bool(((H @ flat - (plus - minus) / (2 * step)).abs() <= slack).all()):
                 return
-    where = wrong_module(separate(truth.own), truth.x, order=2)
+    where = wrong_module(private_copy(truth.own), truth.x, order=2)
     raise Unconfirmed(f"{where or type(model).__name__}: {NO_SECOND}")
 
 
@@ -552,7 +552,7 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
 def slope_noise(truth: Truth, entry: Entry, weights: Tensor) -> Tensor:
     """Rounding errors to expect in a slope, measured in float32, as for the outputs."""
     exact = slope(truth, truth.own.get_parameter(entry.name), entry, 0.0, weights)
-    narrow = separate(truth.own).float().requires_grad_()
+    narrow = private_copy(truth.own).float().requires_grad_()
     x = truth.x.float() if truth.x.is_floating_point() else truth.x
     other = replace(truth, own=narrow, x=x)
     try:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib.derivatives import Batch, Block, Share
+from fimlib.derivatives import Block, Share, Sweep
 from fimlib.engines import functional
 from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
@@ -428,7 +428,7 @@ def differentiate(
     *,
     wanted: frozenset[str] | None,
     combine: Callable[[Tensor], Tensor] | None = None,
-) -> Batch:
+) -> Sweep:
     """J of any network; see ``fimlib.differentiate``.
 
     Args:
@@ -468,7 +468,7 @@ def differentiate(
         return block
 
     inputs = tuple((layer, factors) for layer, _, factors in plan)
-    return Batch.block_by_block(
+    return Sweep.block_by_block(
         outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional"
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from fimlib.derivatives import Block, Derivatives, all_finite
 from fimlib.engines import forward_mode
 from fimlib.engines.checks import check_outputs, short
 from fimlib.engines.forward_mode import Curves
-from fimlib.engines.model import call_with, separate, tensors
+from fimlib.engines.model import call_with, private_copy, tensors
 from fimlib.engines.rewrite import exact_activations, rewritten
 from fimlib.engines.traced.graph import Uncaptured, walk, without_randomness
 
@@ -88,7 +88,7 @@ def recorded(
     model: nn.Module, x: Tensor, wanted: frozenset[str] | None
 ) -> tuple[nn.Module, Tensor]:
     """The same, and the graph of the outputs, in which the wanted parameters alone count."""
-    own = separate(model)
+    own = private_copy(model)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(wanted is None or name in wanted)
     foreign = {id(p): n for n, p in model.named_parameters()}

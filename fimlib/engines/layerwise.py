@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Batch, Block, Derivatives, all_finite
+from fimlib.derivatives import Block, Derivatives, Sweep, all_finite
 from fimlib.engines import activations as curves
 from fimlib.engines.activations import Curve
 from fimlib.engines.checks import check_no_global_hooks
-from fimlib.engines.model import is_same, separate
+from fimlib.engines.model import is_same, private_copy
 from fimlib.engines.traced.graph import CapturedError, Uncaptured
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -98,7 +98,7 @@ def differentiate(
     *,
     order: int = 2,
     wanted: frozenset[str] | None = None,
-) -> Batch:
+) -> Sweep:
     """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``."""
     outputs, steps = record(model, x)
     rows = identity(outputs)
@@ -118,7 +118,7 @@ def differentiate(
     inputs = tuple((name, own) for name, own in factors if own)
     on_cpu = outputs.device.type == "cpu"
     size = piece_size(steps, rows, order) if on_cpu else max(1, len(outputs))
-    return Batch(outputs, inputs, sweep, size, "layerwise")
+    return Sweep(outputs, inputs, sweep, size, "layerwise")
 
 
 PIECE_BYTES = 4 * 2**20  # of the largest array that a piece carries
@@ -153,7 +153,7 @@ def identity(outputs: Tensor) -> Tensor:
 
 def forward_of_copy(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
     """As ``forward``, of a model with modules that may do anything: they do it to a copy."""
-    own = separate(model)
+    own = private_copy(model)
     # a parameter in a list of the copy is the copy's, in a closure it is the model's
     parameters = {id(p): n for m in (model, own) for n, p in m.named_parameters()}
     outputs, steps = forward(chain(own), x.clone(), parameters)
@@ -347,7 +347,7 @@ def reshaped(module: nn.Linear, z: Tensor) -> str:
 def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
     """The result of a module before the first parameter, a function of each input alone."""
     parts = [part for part in (x[:1], x[1:]) if len(part)]
-    fresh = [separate(module) for _ in parts]  # which have kept nothing of the batch
+    fresh = [private_copy(module) for _ in parts]  # which have kept nothing of the batch
     z: Tensor = module(x.clone())
     try:
         alone = torch.cat([own(part.clone()) for own, part in zip(fresh, parts, strict=True)])

@@ -86,7 +86,7 @@ def kept_random_state(x: object) -> AbstractContextManager[None]:
 EMPTY = (dict, OrderedDict, set)  # empty ones are copied by hand
 
 
-def separate(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module) -> nn.Module:
     """A copy to be called, so that nothing that a call changes is the caller's.
 
     Raises:
@@ -149,7 +149,7 @@ def call(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
     return h.detach() if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
 
 
-def perturb(model: nn.Module, strength: float) -> None:
+def perturb_weights(model: nn.Module, strength: float) -> None:
     """Move all weights at random by a share of their size, weights of 0 too."""
     if strength == 0:
         return

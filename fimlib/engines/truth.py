@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fimlib.engines.model import call, separate
+from fimlib.engines.model import call, private_copy
 
 PerParameter = dict[str, Tensor]
 
@@ -53,11 +53,11 @@ class Truth:
             Unconfirmed: the network rounds numbers to a narrower type than its own, or changes its
                 parameters.
         """
-        own, alone = separate(model).requires_grad_(), separate(model)
+        own, alone = private_copy(model).requires_grad_(), private_copy(model)
         h = outputs_without_narrowing(own, x)
         check_unchanged(model, own)
         if h.dtype == torch.float64:
-            narrow = call(separate(model).float(), x.float() if x.is_floating_point() else x)
+            narrow = call(private_copy(model).float(), x.float() if x.is_floating_point() else x)
             return cls(own, alone, x, h, noise_of(h, narrow), h)
         z, wide = in_double(own, x)
         if wide is None:

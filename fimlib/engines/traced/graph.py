@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from fimlib.engines.checks import check_outputs, failed
-from fimlib.engines.model import separate, tensors
+from fimlib.engines.model import private_copy, tensors
 from fimlib.engines.rewrite import Activation, rewritten
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
@@ -245,7 +245,7 @@ def trace(model: nn.Module, x: Tensor, wanted: frozenset[str] | None = None) -> 
         ValueError: the input does not fit, or the outputs are not [B, T] and finite.
         NotImplementedError: the pass is random, or cuts the graph.
     """
-    private = separate(model).requires_grad_(False)
+    private = private_copy(model).requires_grad_(False)
     parameters = {n: p for n, p in private.named_parameters() if wanted is None or n in wanted}
     names = {made_by(p.requires_grad_()): n for n, p in parameters.items()}
     watch = Watch(names, {id(p): n for n, p in model.named_parameters()})

@@ -45,7 +45,7 @@ from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal, Term
 from fimlib.engines import layerwise
 from fimlib.engines.checks import check_module
-from fimlib.engines.choose import checked
+from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.layerwise import ElementwiseStep, LinearStep, Steps, identity, right_factors
 from fimlib.engines.model import kept_random_state
 from fimlib.families.base import Labels
@@ -235,7 +235,7 @@ def confirmed(
     """The network and a copy of the inputs, once the layerwise engine is confirmed at them."""
     model = check_module(model)
     x = x.detach().clone() if isinstance(x, Tensor) else x
-    checked(model, x, "layerwise", order, wanted)
+    differentiate_checked(model, x, "layerwise", order, wanted)
     return model, x
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fimlib.engines.choose import prepare
+from fimlib.engines.choose import differentiator
 from support import results
 from support.bench import agreement, candidates, networks
 from support.bench.candidates import Call, Candidate, Values
@@ -304,7 +304,7 @@ def confirmation(case: Case, order: int) -> Row:
     yardstick = candidates.unit(copy.deepcopy(model))
     rounds = []
     for _ in range(4 if case.quick else 12):
-        again = prepare(model, order=order)
+        again = differentiator(model, order=order)
         calls = (lambda: yardstick(x, y), *2 * [lambda: again(x).derivatives()])  # noqa: B023
         meter = Meter(case.device)
         rounds.append([meter.time(call) for call in calls])
