@@ -315,10 +315,12 @@ class Square:
                 an input depend on the others.
         """
         some = x[few(len(x), self.model).to(x.device)]
-        h = call(private_copy(self.model), some, grad=True)
+        with torch.inference_mode(False), kept_random_state(x):
+            h = call(private_copy(self.model), some, grad=True)
         if h is None or h.ndim != 2:
-            check_model(self.model, some)
-            check_forward(self.model, some)
+            with kept_random_state(x):
+                check_model(self.model, some)
+                check_forward(self.model, some)
         assert h is not None
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)

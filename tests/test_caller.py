@@ -45,6 +45,11 @@ def loader(x):
     return DataLoader(TensorDataset(x), 2, generator=torch.Generator())  # else it seeds by torch's
 
 
+def accumulate(model, x, order=2, **options):
+    quantities = None if order == 2 else ["I", "V1"]
+    return fimlib.accumulate(model, x, FAMILY, quantities=quantities, bounds="certified", **options)
+
+
 # The size of a batch is found out as well; every engine does that in the same way.
 AUTO = choices()[:2]
 SMALL_BATCHES = [
@@ -57,7 +62,7 @@ TRACED_AT_ONCE = {"batch_size": 3, "engine": "traced"}
 # Name → ways to call it, from the model, x and labels.
 CALLS = {
     "accumulate": [
-        lambda m, x, _, c=c: fimlib.accumulate(m, x, FAMILY, **c)
+        lambda m, x, _, c=c: accumulate(m, x, **c)
         for c in (*AUTO, *SMALL_BATCHES, {"batch_size": 1}, TRACED_AT_ONCE)
     ]
     + [
