@@ -49,7 +49,11 @@ def loader(x):
 CALLS = {
     "accumulate": [
         lambda m, x, _, c=c: fimlib.accumulate(m, x, FAMILY, **c)
-        for c in (*choices(), {"batch_size": 1}, {"batch_size": 3, "engine": "traced"})
+        for c in (
+            *({"engine": e, "quantities": q} for e in ("auto", *ENGINES) for q in (None, ["V1"])),
+            {"batch_size": 1},
+            {"batch_size": 3, "engine": "traced", "bounds": "certified"},
+        )
     ]
     + [
         lambda m, x, _: fimlib.accumulate(m, [(x[:1],), (x[1:],)], FAMILY),
