@@ -400,11 +400,9 @@ class Judge:
             case.model,
             case.x,
             case.family,
+            quantities=quantities,
             batch_size=1 + case.seed % 3,
             engine=engine,
-            order=order,
-            method=None,
-            quantities=quantities,
         )
         if self.hopeless:
             raise WrongError("an answer, where there is none")
@@ -508,7 +506,8 @@ class Tally:
 def call_of(engine, order, joint, case):
     if joint:
         size = 1 + case.seed % 3
-        arguments = f"batch_size={size}, engine={engine!r}, order={order}, method=None"
+        quantities = "['V1', 'Var_x I']" if order == 1 else None
+        arguments = f"batch_size={size}, engine={engine!r}, quantities={quantities}"
         return f"joint = fimlib.accumulate(model, x, family, {arguments})"
     return f"derivs = fimlib.differentiate(model, x, engine={engine!r}, order={order})"
 
