@@ -38,8 +38,8 @@ from fimlib.diagonal import Diagonal
 from fimlib.engines import first_order
 from fimlib.engines.checks import check_forward, check_model, check_module, check_outputs
 from fimlib.engines.choose import differentiate_checked
-from fimlib.engines.confirm import few
-from fimlib.engines.model import call, kept_random_state, private_copy, selected
+from fimlib.engines.confirm import positions_to_check
+from fimlib.engines.model import finite_outputs, kept_random_state, private_copy, selected
 from fimlib.families.base import Family, check_family, random_signs, weighted_variance
 from fimlib.families.categorical import Categorical
 from fimlib.families.probabilities import warn_of_probabilities
@@ -314,9 +314,9 @@ class Square:
             NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of
                 an input depend on the others.
         """
-        some = x[few(len(x), self.model).to(x.device)]
+        some = x[positions_to_check(len(x), self.model).to(x.device)]
         with torch.inference_mode(False), kept_random_state(x):
-            h = call(private_copy(self.model), some, grad=True)
+            h = finite_outputs(private_copy(self.model), some, grad=True)
         if h is None or h.ndim != 2:
             with kept_random_state(x):
                 check_model(self.model, some)

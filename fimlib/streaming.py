@@ -21,8 +21,8 @@ from fimlib._checks import check_integer
 from fimlib.derivatives import Sweep, all_finite
 from fimlib.engines.checks import WRAPPER, add_axis, check_module
 from fimlib.engines.choose import differentiate, differentiator
-from fimlib.engines.confirm import few
-from fimlib.engines.model import call, private_copy
+from fimlib.engines.confirm import positions_to_check
+from fimlib.engines.model import finite_outputs, private_copy
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.joint import Joint
@@ -124,7 +124,7 @@ def accumulate(
         with named(f"batch {number}"):
             shape = check_shape(batch, shape)
             if size is None:
-                some = batch[few(len(batch), model).to(batch.device)]
+                some = batch[positions_to_check(len(batch), model).to(batch.device)]
                 differentiate_batch(some.to(device))  # the first call is not like the others
                 size = default_batch_size(
                     partial(take, differentiate_batch, empty), batch[:1].to(device)
@@ -165,9 +165,9 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
     """
     if outputs.dtype == torch.float64:
         return
-    at = few(len(x), model).to(x.device)
+    at = positions_to_check(len(x), model).to(x.device)
     z = x[at].double() if x.is_floating_point() else x[at]
-    exact = call(private_copy(model).double(), z, grad=True)
+    exact = finite_outputs(private_copy(model).double(), z, grad=True)
     if exact is None or exact.shape != outputs[at].shape:
         return  # a network that insists on its type
     means = [family.mean(family.natural(h)) for h in (outputs[at], exact)]

@@ -31,8 +31,8 @@ from fimlib.engines.confirm import (
     Unconfirmed,
     check_inputs_apart,
     confirm,
-    enough,
-    few,
+    inputs_to_check,
+    positions_to_check,
 )
 from fimlib.engines.model import kept_random_state, selected, tied
 from fimlib.engines.traced import second_order as traced
@@ -293,7 +293,7 @@ def differentiator(
                     f"the input is {x.dtype} on {x.device}, those before were {kind[0]} on "
                     f"{kind[1]}: convert it with .to(...)."
                 )
-            if seen >= enough(model):
+            if seen >= inputs_to_check(model):
                 try:
                     with torch.inference_mode(False), kept_random_state(x):
                         found = attempt(model, x.detach(), order, wanted)
@@ -361,7 +361,7 @@ def tried(
         )
     try:
         batch = replace(attempt(model, x, order, wanted), engine=name)
-        at = few(len(x), model).to(x.device)
+        at = positions_to_check(len(x), model).to(x.device)
         sample = batch.at(at)
 
         def again(moved: nn.Module, inputs: Tensor) -> Derivatives:
@@ -385,7 +385,7 @@ def check_first_order(model: nn.Module, x: Tensor, wanted: frozenset[str] | None
     Raises:
         Unconfirmed: they are.
     """
-    at = few(len(x), model).to(x.device)
+    at = positions_to_check(len(x), model).to(x.device)
     first = choose(("functional",), model, x[at], 1, wanted, unasked=False)
     if isinstance(first, dict) and isinstance(first["functional"], Unconfirmed):
         raise first["functional"]

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from fimlib.derivatives import Block, Derivatives, all_finite
 from fimlib.engines.blame import mixing_module, wrong_module
-from fimlib.engines.model import call, perturb_weights, private_copy
+from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
 from fimlib.engines.truth import (
     PerParameter,
     Truth,
@@ -60,16 +60,16 @@ STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the de
 Again = Callable[[nn.Module, Tensor], Derivatives]
 
 
-def enough(model: nn.Module) -> int:
+def inputs_to_check(model: nn.Module) -> int:
     """The least number of inputs to check, if the batch has as many."""
     count = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     is_large = count > PARAMETERS_AT_ALL_INPUTS
     return 2 if is_large else INPUTS
 
 
-def few(size: int, model: nn.Module) -> Tensor:
+def positions_to_check(size: int, model: nn.Module) -> Tensor:
     """Positions of the inputs to check, spread over a batch."""
-    count = min(size, INPUTS, max(enough(model), size // 8))
+    count = min(size, INPUTS, max(inputs_to_check(model), size // 8))
     return torch.linspace(0, size - 1, count, device="cpu").round().long()
 
 
@@ -274,10 +274,12 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
     pair, fine = x[:2], True
     if len(x) == 1:
         pair = torch.cat([x, neighbour(x)])
-        fine = fits(call(truth.own, x), h, slack)
-        call(truth.alone, pair[1:])  # which it may remember
+        fine = fits(finite_outputs(truth.own, x), h, slack)
+        finite_outputs(truth.alone, pair[1:])  # which it may remember
     for i in reversed(range(len(x))):
-        fine = fine and fits(call(truth.alone, x[i : i + 1], grad=i % 2 == 0), h[[i]], slack[i])
+        fine = fine and fits(
+            finite_outputs(truth.alone, x[i : i + 1], grad=i % 2 == 0), h[[i]], slack[i]
+        )
     if not (fine and is_alone_elsewhere(truth, pair, 0.0 if len(x) == 1 else 0.5)):
         where = mixing_module(private_copy(truth.own), pair)
         prefix = f"{where}: " if where else ""
@@ -303,7 +305,7 @@ def neighbour(x: Tensor) -> Tensor:
 def is_alone_elsewhere(truth: Truth, pair: Tensor, strength: float) -> bool:
     """The same for two inputs at other weights, since weights of 0 hide earlier layers."""
     with shifted(truth.alone, truth.v, strength):
-        whole, *halves = (call(truth.alone, part) for part in (pair, *pair.split(1)))
+        whole, *halves = (finite_outputs(truth.alone, part) for part in (pair, *pair.split(1)))
     if whole is None or any(half is None for half in halves):
         return True  # it rejects these inputs, or has no finite value there
     size, eps = whole.abs(), torch.finfo(whole.dtype).eps

@@ -137,7 +137,7 @@ def tensors(values: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def call(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
+def finite_outputs(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor | None:
     """The outputs, without a graph, if there are any and they are finite."""
     try:
         with torch.set_grad_enabled(grad):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fimlib.engines.model import call, private_copy
+from fimlib.engines.model import finite_outputs, private_copy
 
 PerParameter = dict[str, Tensor]
 
@@ -57,7 +57,9 @@ class Truth:
         h = outputs_without_narrowing(own, x)
         check_unchanged(model, own)
         if h.dtype == torch.float64:
-            narrow = call(private_copy(model).float(), x.float() if x.is_floating_point() else x)
+            narrow = finite_outputs(
+                private_copy(model).float(), x.float() if x.is_floating_point() else x
+            )
             return cls(own, alone, x, h, noise_of(h, narrow), h)
         z, wide = in_double(own, x)
         if wide is None:
