@@ -42,7 +42,15 @@ from fimlib.engines.truth import (
     step_of,
 )
 
-__all__ = ["Truth", "Unconfirmed", "confirm", "confirm_hessian", "few", "shifted", "step_of"]
+__all__ = [
+    "Truth",
+    "Unconfirmed",
+    "confirm",
+    "confirm_hessian",
+    "positions_to_check",
+    "shifted",
+    "step_of",
+]
 
 INPUTS = 8  # at most, spread over the batch
 PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is checked at fewer inputs
