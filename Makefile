@@ -129,22 +129,17 @@ test: lint ## lint, types, tests and doctests
 	@echo "pytest …"
 	@"$(PY)" -m pytest $(TWO) -m "not full" --durations=25
 
-# Files of tests that need the library alone, no process, kernel or book; but for the longest ones.
-FAST := activations agreement bounds confirm derivatives device empirical engines_page estimate families \
-  first_order fisher functional hutchinson joint plan precision probabilities refusals rewrite \
-  spectra streaming summary trace_bounds traced
-
 test-fast: $(ENV) ## the library's own tests, but for the longest (two minutes on two cores)
-	@"$(PY)" -m pytest $(TWO) -m "not full and not long" $(FAST:%=tests/test_%.py) fimlib
+	@"$(PY)" -m pytest $(TWO) -m "not full and not long" tests/fimlib fimlib
 
 test-full: lint ## the same with the long loops
 	@"$(PY)" -m pytest
 
 test-book: $(ENV) ## open every page of the book in Chromium and see that it is right (some minutes)
-	@"$(PY)" -m pytest -m browser -rs tests/test_book_browser.py
+	@"$(PY)" -m pytest -m browser -rs tests/book/test_book_browser.py
 
 mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (an hour)
-	@"$(PY)" tests/mutants.py
+	@"$(PY)" tests/tools/mutants.py
 
 bench: $(ENV) ## measure the cost beside other libraries, in about a quarter of an hour (QUICK=1: try it out)
 	@"$(PY)" -m support.bench $(if $(QUICK),--quick)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parent.parent / "book" / "engines.md"
+PAGE = Path(__file__).parents[2] / "book" / "engines.md"
 
 
 @pytest.mark.long

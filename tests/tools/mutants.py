@@ -21,9 +21,9 @@ from pathlib import Path
 import yaml
 from support import book, runs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = ROOT / "mutants"
-ARGUED = ROOT / "tests" / "surviving_mutants.yml"
+ARGUED = ROOT / "tests" / "tools" / "surviving_mutants.yml"
 KILLED = {1, 3, -24, 24, 36, 152, 255}  # a failed test, or a time limit (mutmut's exit codes)
 TARGET = 0.95
 

@@ -172,7 +172,7 @@ Section 3:
     anchor: eq-5
     proof: proof-eq-5-6
     code: [fimlib.Family.mean]
-    checks: [eq_5, "tests/test_checks.py::test_the_other_kinds"]
+    checks: [eq_5, "tests/support/test_checks.py::test_the_other_kinds"]
 """
 PAGE = r"""
 # Section 3. Some softmax
@@ -210,7 +210,7 @@ FACTS = {
 LISTED = [
     results.ROOT / "fimlib" / "families" / "base.py",
     results.ROOT / "notebooks" / "support" / "checks" / "exact.py",
-    results.ROOT / "tests" / "test_checks.py",
+    results.ROOT / "tests" / "support" / "test_checks.py",
 ]
 
 
@@ -246,7 +246,11 @@ def test_heads_and_symbols_are_shown(tmp_path):
     )
     assert "Family.mean · checks exact · tests checks · and by hand" in said
     assert "It is 294 of a" in said
-    for link in ("proof-eq-5-6.html", "report.html", "_generated/source/tests-test_checks.html"):
+    for link in (
+        "proof-eq-5-6.html",
+        "report.html",
+        "_generated/source/tests-support-test_checks.html",
+    ):
         assert f'href="{link}"' in head
     # Two symbols by hand, a word and a formula by themselves; not the title's, nor code, nor what
     # comes a second time or has been explained by hand.

@@ -326,5 +326,5 @@ def test_no_path_of_a_machine_in_the_project():
         if path.is_relative_to(results.ROOT / "data/reference"):
             assert "site-packages" not in text, path
         searched.add(str(path.relative_to(results.ROOT)))
-    assert searched >= {"Makefile", "notebooks/support/runs.py", "tests/test_reproduce.py"}
+    assert searched >= {"Makefile", "notebooks/support/runs.py", "tests/project/test_reproduce.py"}
     assert any(name.startswith("data/reference/") for name in searched)

@@ -222,7 +222,7 @@ Section one:
   Lemma A.1: {title: on it, anchor: lemma-a-1, code: [fimlib.variance_i1], checks: [kl_bound]}
 Section two:
   Table 1:
-    {title: numbers, anchor: table-1, runs: [run], checks: ["tests/test_checks.py::TEST"]}
+    {title: numbers, anchor: table-1, runs: [run], checks: ["tests/support/test_checks.py::TEST"]}
   Figure 1: {title: later, anchor: table-1, status: open, reason: not drawn}
 """.replace("TEST", "test_the_other_kinds")
 
@@ -231,7 +231,7 @@ LISTED = [
     results.ROOT / "fimlib" / "families" / "base.py",
     results.ROOT / "fimlib" / "fisher.py",
     results.ROOT / "notebooks" / "support" / "checks" / "exact.py",
-    results.ROOT / "tests" / "test_checks.py",
+    results.ROOT / "tests" / "support" / "test_checks.py",
 ]
 
 
@@ -282,7 +282,7 @@ def test_the_map_is_shown(tmp_path):
     ):  # fmt: skip
         assert html.count(f'href="{link}"') >= 1, link
     for page, name in (
-        ("tests-test_checks", "test_the_other_kinds"),
+        ("tests-support-test_checks", "test_the_other_kinds"),
         ("fimlib-families-base", "Family"),
     ):
         listing = (done.html / f"_generated/source/{page}.html").read_text("utf-8")

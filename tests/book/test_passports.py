@@ -11,7 +11,7 @@ from by_cell import execute
 from support import cells, figures, passports, results, runs
 
 SIZE = {"epochs": 1, "train_limit": 100, "num_samples": 20, "hidden": [5], "activation": "tanh"}
-EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
+EXTENSIONS = Path(__file__).parents[2] / "book" / "_ext"
 PAGE = "notebooks/tiny.ipynb"
 
 CONFIG = f"""

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fimlib
 from fimlib.engines.choose import ENGINES
 
+pytestmark = pytest.mark.long
+
 FAMILY = fimlib.Gaussian()
 
 

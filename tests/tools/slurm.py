@@ -1,6 +1,6 @@
 """A real Slurm on this machine, for a test: one node, as root, all files in one scratch folder.
 
-``python tests/slurm.py COMMAND …`` runs a command with it; ``--install`` before the command
+``python tests/tools/slurm.py COMMAND …`` runs a command with it; ``--install`` before the command
 installs Debian's packages first.
 """
 

@@ -13,6 +13,8 @@ from torch import nn
 
 import fimlib
 
+pytestmark = pytest.mark.long
+
 # Of the networks without traps, at order 2, by all engines together.
 MOST_REFUSED = 0.03
 

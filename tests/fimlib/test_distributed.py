@@ -17,6 +17,8 @@ from fimlib import Categorical, Gaussian, Joint
 from fimlib.distributed import all_reduce
 from fimlib.streaming import accumulate
 
+pytestmark = pytest.mark.long
+
 TIME_LIMIT = 120  # seconds; a process that waits in vain is one that fails
 
 # Every case goes through in the same processes: starting them takes longest.

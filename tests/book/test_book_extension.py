@@ -5,7 +5,7 @@ from pathlib import Path
 import books
 import pytest
 
-EXTENSIONS = Path(__file__).parents[1] / "book" / "_ext"
+EXTENSIONS = Path(__file__).parents[2] / "book" / "_ext"
 
 CONFIG = """
 title: tiny

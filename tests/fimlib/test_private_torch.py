@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from support import results
 from torch import nn
 
+pytestmark = pytest.mark.long
+
 FOLDERS = ("fimlib", "notebooks/support", "book/_ext", "tests")
 PRIVATE = re.compile(r"_(?!_)\w*[a-zA-Z]\w*(?<!__)")
 PATH = re.compile(r"torch(\.\w+)+")

@@ -63,8 +63,6 @@ def test_there_is_a_form_for_every_kind_of_report():
 
 # The fast tests.
 
-FAST = set(re.search(r"^FAST := (.*?[^\\])\n", MAKEFILE, re.M | re.S)[1].replace("\\", "").split())
-LONG = {"fuzz", "caller"}  # minutes each
 OUTSIDE = re.compile(
     r"^\s*(?:from|import) "
     r"(?:support|subprocess|nbclient|architecture|books|by_cell|torch\.multiprocessing)\b",
@@ -72,9 +70,7 @@ OUTSIDE = re.compile(
 )
 
 
-def test_the_fast_tests_are_those_of_the_library():
-    """A file that needs nothing but fimlib is fast, or is said here to take long."""
-    every = {path.stem.removeprefix("test_"): path for path in ROOT.glob("tests/test_*.py")}
-    plain = {n for n, path in every.items() if not OUTSIDE.search(path.read_text("utf-8"))}
-    assert not FAST & LONG
-    assert plain == FAST | LONG, f"correct FAST in the Makefile: {sorted((FAST | LONG) ^ plain)}"
+def test_tests_of_the_library_start_no_process_or_are_long():
+    for path in ROOT.glob("tests/fimlib/test_*.py"):
+        text = path.read_text("utf-8")
+        assert not OUTSIDE.search(text) or "\npytestmark = pytest.mark.long\n" in text, path.name

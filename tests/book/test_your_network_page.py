@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import book, excerpts, runs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "book" / "your-network.md").read_text()
 NOTEBOOK = ROOT / "notebooks" / "your-network.ipynb"
 INCLUDED = re.findall(r"```\{include\} _generated/([\w-]+)\.md", PAGE)

@@ -15,7 +15,9 @@ import torch
 import fimlib
 from fimlib.__main__ import as_json, main
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parents[2]
 NETWORK = """\
 import torch
 

@@ -24,7 +24,7 @@ from support import browser, pdf, report, results
 
 import fimlib
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAPER = 643  # pixels: 170 mm, A4 within its margins
 pytestmark = [pytest.mark.browser, pytest.mark.full]
 
