@@ -138,7 +138,7 @@ def functions_of(file):
 def test_checks_exist(check):
     file, _, name = check.rpartition("::")
     if file:
-        assert re.fullmatch(r"tests/test_\w+\.py", file)
+        assert re.fullmatch(r"tests/\w+/test_\w+\.py", file)
         assert name.startswith("test_")
         assert name in functions_of(file)
     else:

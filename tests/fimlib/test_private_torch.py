@@ -13,6 +13,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import lying
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from support import results

@@ -18,7 +18,7 @@ def test_commands_and_files_are_there():
     assert {"lint", "test", "test-fast", "reproduce"} <= set(commands)
     for target in commands:
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
-    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT) + re.findall(r"tests/\w+\.py", TEXT):
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT) + re.findall(r"tests/[\w/]+\.py", TEXT):
         assert (ROOT / target).exists(), target
     readme = (ROOT / "README.md").read_text("utf-8")
     assert "(CONTRIBUTING.md)" in readme

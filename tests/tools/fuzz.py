@@ -4,8 +4,8 @@ A seed gives a script (``draw``) that defines ``model``, ``x`` and ``family``. T
 autograd, difference quotients and sums over labels, and nothing of fimlib. What fimlib returns is
 exact, refused (an error of its own, that says why) or wrong.
 
-    python tests/tools/fuzz.py --seeds 0 300            # networks that are smooth almost everywhere
-    python tests/tools/fuzz.py --seeds 0 300 --traps    # networks whose graph lies, or that mix inputs
+    python tests/tools/fuzz.py --seeds 0 300            # smooth almost everywhere
+    python tests/tools/fuzz.py --seeds 0 300 --traps    # with graphs that lie, or mixed inputs
 """
 
 from __future__ import annotations
