@@ -62,7 +62,8 @@ STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8)  # large outputs need long, ste
 STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 VISIBLE = 0.05  # an error of J·v, in units of its terms, that is no rounding
-SMOOTH = 1e-5  # a kink, in units of that error, that is none
+SMOOTH = 1e-4  # a kink, in units of the derivative, that is none
+STEPS_OF_KINKS = (1.0, 2.0**-4, 2.0**-8)
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 Again = Callable[[nn.Module, Tensor], Derivatives]
@@ -372,19 +373,23 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
 def check_kinks(claim: Claim) -> None:
     """Refuse a J·v that is wrong where the outputs have a derivative, though it is right close by.
 
-    At a kink the quotients to both sides differ, at a jump those of two steps. Where all agree,
-    autograd alone has a kink.
+    At a kink the quotients to both sides differ, at a jump those of two steps. Where all agree, for
+    long steps and short ones, autograd alone has a kink.
 
     Raises:
         Unconfirmed: as with relu(s) - relu(-s) at 0.
     """
-    step = step_of(claim.truth.dtype)
     for w, found, scale in along(claim):
-        h = {k: outputs_at(claim.truth, w, k * step).double() for k in (-2, -1, 0, 1, 2)}
-        quotient, longer = (h[1] - h[-1]) / (2 * step), (h[2] - h[-2]) / (4 * step)
-        error = (found - quotient).abs()
-        kink = (h[1] - 2 * h[0] + h[-1]).abs() / step + (longer - quotient).abs()
-        if bool(((error > VISIBLE * scale) & (kink < SMOOTH * error)).any()):
+        wrong = torch.ones_like(found, dtype=torch.bool)
+        for factor in STEPS_OF_KINKS:
+            step = factor * step_of(claim.truth.dtype)
+            h = {k: outputs_at(claim.truth, w, k * step).double() for k in (-2, -1, 0, 1, 2)}
+            quotient, longer = (h[1] - h[-1]) / (2 * step), (h[2] - h[-2]) / (4 * step)
+            kink = (h[1] - 2 * h[0] + h[-1]).abs() / step + (longer - quotient).abs()
+            rounding = 8 * claim.noise / step
+            wrong &= (found - quotient).abs() > VISIBLE * scale + rounding
+            wrong &= kink <= SMOOTH * quotient.abs() + rounding
+        if bool(wrong.any()):
             raise Unconfirmed(
                 "at some of these inputs autograd's derivative is not that of the outputs, though "
                 "it is at other weights, as of relu(s) - relu(-s) at s = 0: write the function "

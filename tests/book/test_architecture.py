@@ -53,6 +53,7 @@ def build(folder, project=PROJECT, modules=MODULES):
     book.mkdir(exist_ok=True)
     (book / "index.md").write_text("# Tiny\n\n```{architecture} ../pyproject.toml\n```\n", "utf-8")
     settings = {"extensions": ["myst_parser", "architecture"], "html_theme": "basic"}
+    settings["source_suffix"] = {".md": "markdown"}  # else later books of this process have it
     with patch_docutils(), docutils_namespace():
         app = Sphinx(
             book, None, folder / "html", folder / "trees", "html", settings, None, said,

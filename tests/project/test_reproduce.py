@@ -163,7 +163,9 @@ def test_a_picture_that_cannot_be_shown_is_named(tmp_path, monkeypatch, cells, m
 def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
     """The book's own figures keep their names, and what does not count draws nothing."""
     monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
-    monkeypatch.setattr(book.explorers, "write", lambda *_: {})  # which has tests of its own
+    monkeypatch.setattr(
+        book.explorers, "write_explorers", lambda *_: {}
+    )  # which has tests of its own
     for name in ("fill_gaps", "draw_values", "draw_errors", "write_fragments"):
         monkeypatch.setattr(book, name, lambda *_: {})  # nothing that this test looks at
     reference = results.load(results.ROOT / "data/reference", ["sigmoid-seed-0", "sigmoid-seed-1"])

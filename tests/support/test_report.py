@@ -454,7 +454,7 @@ def test_another_experiment_does_not_demote_the_real_one(here, monkeypatch, tmp_
     assert folders(main) == dict.fromkeys(known, "here")
     assert folders(aside) == {"extra": "here"}
     monkeypatch.setattr(book, "GENERATED", tmp_path / "generated")
-    for part in (book.explorers, "write"), (book, "draw_values"), (book, "save_pictures"):
+    for part in (book.explorers, "write_explorers"), (book, "draw_values"), (book, "save_pictures"):
         monkeypatch.setattr(*part, lambda *_: {})  # figures that this test does not look at
     book.prepare(main, aside)
     page = nbformat.read(tmp_path / "generated/not-counted/extra.ipynb", as_version=4)
