@@ -680,6 +680,19 @@ def test_kinks_of_the_outputs_are_let_be(f):
         fimlib.differentiate(net, torch.zeros(1, 3).double(), order=1)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_kinks_behind_kinks_are_let_be(seed):
+    """Slopes 0.01 and 1 may make one slope of both sides, which autograd takes for 0.01²."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(3, 1), nn.LeakyReLU(), nn.Linear(1, 1), nn.LeakyReLU(), nn.Linear(1, 1)
+    ).double()
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    fimlib.differentiate(net, torch.zeros(2, 3).double())
+
+
 def test_too_coarse_numbers_are_told_from_wrong_ones():
     net, x, story = right_network(1092)
     assert "float32" in story
