@@ -180,24 +180,26 @@ def estimate(
         model, layers, source
     )
     record = Record.of(square.shapes)
-    try:
-        with progress(most) as bar:
-            while record.passes < most:
-                record.add(*source.run(record.passes, square))
-                if bar.update() and record.passes > 1:  # it was drawn
-                    bar.set_postfix_str(f"relative error {record.relative_error():.2g}")
-                if relative_error is None or record.passes < PASSES_BEFORE_STOP:
-                    continue
-                if record.relative_error() <= relative_error:
-                    break
-    except KeyboardInterrupt:
-        if record.passes < 2:
-            raise
-        warnings.warn(
-            f"interrupted after {record.passes} of {most} passes, which this estimate rests on.",
-            UserWarning,
-            stacklevel=2,
-        )
+    with progress(most) as bar:
+        while record.passes < most:
+            try:
+                found = source.run(record.passes, square)
+            except KeyboardInterrupt:
+                if record.passes < 2:
+                    raise
+                warnings.warn(
+                    f"interrupted: this estimate rests on {record.passes} of {most} passes.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                break
+            record.add(*found)
+            if bar.update() and record.passes > 1:  # it was drawn
+                bar.set_postfix_str(f"relative error {record.relative_error():.2g}")
+            if relative_error is None or record.passes < PASSES_BEFORE_STOP:
+                continue
+            if record.relative_error() <= relative_error:
+                break
     return record.estimate(estimator, squares)
 
 
