@@ -641,7 +641,7 @@ def test_right_networks_are_let_be_at_length():
 
 
 class Pieces(nn.Module):
-    """Functions of piece and piece, which autograd differentiates by the piece at 0."""
+    """A function at its kink."""
 
     def __init__(self, f):
         super().__init__()
@@ -651,23 +651,6 @@ class Pieces(nn.Module):
 
     def forward(self, x):
         return self.b(self.f(self.a(x)).tanh())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda s: torch.relu(s) - torch.relu(-s),
-        lambda s: functional.leaky_relu(s, 0.5) - torch.relu(-s) / 2,
-        lambda s: functional.softshrink(s + 0.5) + functional.hardtanh(s + 0.5, -0.5, 0.5),
-    ],
-)
-def test_a_kink_of_autograd_alone_is_refused(f, order, dtype):
-    net, x = Pieces(f).to(dtype), torch.zeros(3, 3, dtype=dtype)
-    with pytest.raises(NotImplementedError, match=r"relu\(s\) - relu\(-s\)"):
-        fimlib.differentiate(net, x, order=order)
-    fimlib.differentiate(net, x + 1, order=order)
 
 
 @pytest.mark.parametrize("f", [torch.relu, torch.abs, torch.sign, torch.ceil, functional.relu6])
