@@ -13,8 +13,8 @@ several together: an output must be a function of its own input.
 
 Every output has its own tolerance, from its size and its rounding error, so that no large output
 hides a small one. At a kink (a ReLU at 0) no quotient is the derivative. A kink disappears when all
-weights move a little, so inputs in doubt are compared again at other weights. So J escapes the check
-at a kink that only autograd has, as that of relu(s) - relu(-s) at exactly 0.
+weights move a little, so inputs in doubt are compared again at other weights. So J escapes the
+check at a kink that only autograd has, as that of relu(s) - relu(-s) at exactly 0.
 """
 
 from __future__ import annotations
