@@ -19,6 +19,7 @@ check at a kink that only autograd has, as that of relu(s) - relu(-s) at exactly
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -395,19 +396,21 @@ def is_ordinary(J: Tensor) -> bool:
 
 
 def directions(influence: dict[str, float], most: float) -> Iterator[dict[str, float]]:
-    """Parameters of similar influence together, each with the share that makes them alike.
+    """Parameters of similar influence together, each with a share that makes them similar.
 
-    So no parameter hides another, and no share exceeds 1. Parameters without influence come
-    first, together.
+    So no parameter hides another, and no share exceeds 1. They are not made equal, or a weight and
+    a bias of one unit would cancel at one input. Parameters without influence come first, together.
     """
     group: dict[str, float] = {}
     least = 0.0
+    uneven = random.Random(0)
     for n in sorted(influence, key=lambda n: influence[n]):
         if group and influence[n] > most * least:
             yield group
             group = {}
         least = least if group else influence[n]
-        group[n] = least / influence[n] if influence[n] > 0 else 1.0
+        alike = least / influence[n] if influence[n] > 0 else 1.0
+        group[n] = alike * uneven.uniform(0.5, 1)
     yield group
 
 

@@ -653,6 +653,16 @@ class Pieces(nn.Module):
         return self.b(self.f(self.a(x)).tanh())
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_weight_and_a_bias_of_one_unit_do_not_cancel(seed):
+    """At one input both move the same number."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 2)).double()
+    cut = nn.Sequential(*net[:2], Function(lambda s: s + (s.sign() - s).detach()), net[2])
+    with pytest.raises(NotImplementedError, match="autograd's derivative"):
+        fimlib.differentiate(cut, torch.ones(1, 1).double(), order=1, engine="functional")
+
+
 @pytest.mark.parametrize("f", [torch.relu, torch.abs, torch.sign, torch.ceil, functional.relu6])
 def test_kinks_of_the_outputs_are_let_be(f):
     for seed in range(5):
