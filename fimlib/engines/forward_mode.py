@@ -13,11 +13,10 @@ check of all engines refuses it, and reverse mode over reverse mode follows, out
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fimlib._progress import progress
 from fimlib.derivatives import Block, Derivatives
 from fimlib.engines.model import call_with
 from fimlib.engines.rewrite import rewritten
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 NUMBERS_AT_A_TIME = 2**22  # that all operations of a forward pass make together
 DIRECTIONS_AT_A_TIME = 512
 DIRECTIONS_TO_TIME = 64
 MANY_PARAMETERS = 10_000  # passes that are no longer done unasked
-SECONDS_BEFORE_PROGRESS = 5
 
 Curves = Callable[[nn.Module, Tensor, str, Tensor], tuple[Tensor, Tensor]]
 
@@ -77,7 +73,7 @@ def differentiate(
     size = directions_at_a_time(own, x)
     total = sum(own.get_parameter(n).numel() for n in names)
     blocks = []
-    with progress(total) as bar, twice_differentiable():
+    with progress(total, "second derivatives", "parameters") as bar, twice_differentiable():
         for name in names:
             parameter = own.get_parameter(name)
             J = outputs.new_empty(*outputs.shape, parameter.numel())
@@ -90,20 +86,6 @@ def differentiate(
             layer = name.rpartition(".")[0]
             blocks.append(Block(layer, J.view(shape), S.view(shape), {name: None}))
     return Derivatives(outputs, tuple(blocks))
-
-
-def progress(total: int) -> tqdm[NoReturn]:
-    """A bar that appears when it takes long."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without widgets gets a bar of characters
-        from tqdm.auto import tqdm
-    return tqdm(
-        total=total,
-        desc="second derivatives",
-        unit=" parameters",
-        delay=SECONDS_BEFORE_PROGRESS,
-        leave=False,
-    )
 
 
 def basis(parameter: Tensor, chunk: Tensor) -> Tensor:
