@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
 from fimlib.joint import Joint
@@ -51,9 +53,9 @@ def all_reduce(joint: Joint, group: dist.ProcessGroup | None = None) -> Joint:
         raise ValueError("this process does not belong to the group: only its members may call.")
     total: Joint | None = None
     for rank in range(dist.get_world_size(group)):
-        sent = [joint.to("cpu") if rank == own else None]
+        sent: list[Any] = [joint.to("cpu") if rank == own else None]
         dist.broadcast_object_list(sent, group=group, group_src=rank)
-        theirs: Joint = sent[0]  # type: ignore[assignment]
+        theirs: Joint = sent[0]
         if total is None:
             total = theirs
             continue

@@ -27,7 +27,14 @@ from fimlib.families.base import (
 )
 from fimlib.fisher import check_labels, family_of
 from fimlib.intervals import Interval
-from fimlib.left_factors import Float32Check, LeftFactors, Totals, bound_factors, float32_checks
+from fimlib.left_factors import (
+    Float32Check,
+    LeftFactors,
+    Totals,
+    bound_factors,
+    float32_checks,
+    left_factors,
+)
 from fimlib.precision import chebyshev
 from fimlib.spectra.extreme import Spectrum, spectrum
 
@@ -158,9 +165,8 @@ class Joint:
         eigenvalues = None
         if self.bounds is not None and labels is None:
             eigenvalues = spectrum(self.family, sweep.outputs, method=self.bounds)
-        found: dict[int, list[LeftFactors]] = defaultdict(list)
-        totals: dict[int, dict[int | None, Totals]] = defaultdict(dict)
-        for i, at, rows, derivs, is_last in sweep.pieces():
+
+        def of_piece(derivs: Derivatives, at: slice) -> dict[str, Tensor]:
             contract = self._contraction(h[at], labels)
             (block,) = self.family.natural_derivatives(derivs).blocks
             lefts = contract(block.J, block.S)
@@ -169,14 +175,9 @@ class Joint:
             if eigenvalues is not None:
                 lam = Spectrum(*(values[at] for values in eigenvalues))
                 lefts.update(bound_factors(block.J, block.S, lam, self.dtype))
-            if all(z is None for z in block.inputs.values()):
-                totals[i][rows.start] = Totals.of(lefts, totals[i].get(rows.start))
-                if is_last:
-                    yield i, Totals.joined(list(totals.pop(i).values()))
-                continue
-            found[i].append(LeftFactors.of(lefts))
-            if is_last:
-                yield i, LeftFactors.joined(found.pop(i))
+            return lefts
+
+        return left_factors(sweep, of_piece)
 
     def _contraction(self, h: Tensor, labels: Labels | None) -> Moments:
         """From J and S of a block, left factors [B, *K] of I and of the other quantities."""
@@ -237,10 +238,11 @@ class Joint:
         """All numbers, for ``torch.save``; see ``load_state_dict``.
 
         Returns:
-            "count"; "layers"; "means": quantity → parameter name → its average over the inputs;
-            and "scatter": parameter name → Σ_x (I(θᵢ|x) − E_x I)².
+            "settings" of the Joint; "count"; "layers"; "means": quantity → parameter name → its
+            average over the inputs; and "scatter": parameter name → Σ_x (I(θᵢ|x) − E_x I)².
         """
         return {
+            "settings": self._settings(),
             "count": self.count,
             "layers": {layer: list(names) for layer, names in self.layers.items()},
             "means": {key: dict(means) for key, means in self._means.items()},
@@ -248,9 +250,30 @@ class Joint:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace all numbers by those of a ``state_dict`` of a Joint with the same settings."""
+        """Replace all numbers by those of a ``state_dict``.
+
+        Raises:
+            ValueError: it is no such state, or that of a Joint with other settings.
+        """
+        mine, theirs = self._settings(), state.get("settings", {})
+        differ = [k for k in mine if k not in theirs or not are_equal(mine[k], theirs[k])]
+        if differ or mine.keys() != theirs.keys():
+            raise ValueError(
+                "this is not the state of a Joint with the same settings, which are "
+                f"{', '.join(mine)}: make the Joint as the one that was saved."
+            )
         self.count, self.layers = state["count"], state["layers"]
         self._means, self._scatter = state["means"], state["scatter"]
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that the numbers depend on, in types that ``torch.load`` accepts."""
+        return {
+            "family": type(self.family).__name__,
+            **{f"family.{name}": value for name, value in vars(self.family).items()},
+            "quantities": sorted(self.quantities),
+            "bounds": self.bounds,
+            "dtype": str(self.dtype),
+        }
 
     @property
     def device(self) -> torch.device:
@@ -570,4 +593,4 @@ def are_equal(a: object, b: object) -> bool:
     """Whether two settings of a family have the same value."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a.cpu(), b.cpu())
-    return a is b or np.array_equal(a, b)  # type: ignore[arg-type]
+    return a is b or bool(np.array_equal(np.asarray(a), np.asarray(b)))

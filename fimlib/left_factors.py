@@ -6,7 +6,8 @@ matmul for each layer averages all of them, and nothing of size inputs × parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimlib.derivatives import Derivatives, Sweep
 from fimlib.spectra.extreme import Spectrum
 
 DEGREE_2 = ("I", "I_lower")  # in J, where S counts twice; all others are of degree 4
@@ -142,6 +144,30 @@ class Totals:
         """As of ``LeftFactors``; every parameter has a tensor of its own."""
         for key, total in self.sums.items():
             yield key, total / self.size
+
+
+def left_factors(
+    sweep: Sweep, of_piece: Callable[[Derivatives, slice], dict[str, Tensor]]
+) -> Iterator[tuple[int, LeftFactors | Totals]]:
+    """Left factors of several quantities for each block of a batch, in any order.
+
+    Args:
+        sweep: The batch.
+        of_piece: From the derivatives of one block at some inputs, and these, to [b, *K] for every
+            quantity.
+    """
+    found: dict[int, list[LeftFactors]] = defaultdict(list)
+    totals: dict[int, dict[int | None, Totals]] = defaultdict(dict)
+    for i, at, rows, derivs, is_last in sweep.pieces():
+        lefts = of_piece(derivs, at)
+        if all(z is None for z in derivs.blocks[0].inputs.values()):
+            totals[i][rows.start] = Totals.of(lefts, totals[i].get(rows.start))
+            if is_last:
+                yield i, Totals.joined(list(totals.pop(i).values()))
+            continue
+        found[i].append(LeftFactors.of(lefts))
+        if is_last:
+            yield i, LeftFactors.joined(found.pop(i))
 
 
 def largest_of(t: Tensor, *, signed: bool) -> Tensor:

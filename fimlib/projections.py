@@ -23,31 +23,30 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections import defaultdict
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fimlib._checks import check_integer
+from fimlib._progress import progress
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
-from fimlib.engines import first_order
-from fimlib.engines.checks import check_forward, check_model, check_module, check_outputs
+from fimlib.engines import first_order, functional
+from fimlib.engines.checks import check_model, check_module, check_outputs, check_plain
 from fimlib.engines.choose import differentiate_checked
-from fimlib.engines.confirm import positions_to_check
-from fimlib.engines.model import finite_outputs, kept_random_state, private_copy, selected
-from fimlib.families.base import Family, check_family, random_signs, weighted_variance
+from fimlib.engines.confirm import inputs_to_check, positions_to_check
+from fimlib.engines.model import kept_random_state, private_copy, selected
+from fimlib.families.base import Family, check_family, random_signs, sum_of_pairs, weighted_variance
 from fimlib.families.categorical import Categorical
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.fisher import natural
+from fimlib.left_factors import left_factors
 from fimlib.streaming import Pick, batches, check_finite, check_shape, named
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 __all__ = ["Estimate", "LayerEstimate", "estimate", "variance_importance", "variance_signs"]
 
@@ -57,13 +56,12 @@ Draw = Callable[[Family, Tensor, torch.Generator], Tensor]
 DRAWS: dict[str, Draw] = {
     "signs": lambda family, h, generator: family.draw_signs(h, generator),
     "labels": lambda family, h, generator: family.draw_residual(h, generator),
-    "importance": lambda family, h, generator: family.draw_important(h, generator),
+    "importance": lambda family, h, generator: of_classes(family).draw_important(h, generator),
 }
 SQUARES = ("batch", "input")
 PASSES = 32
 PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
 MOST_PASSES = 10_000
-SECONDS_BEFORE_PROGRESS = 2.0
 
 
 class LayerEstimate(NamedTuple):
@@ -71,7 +69,8 @@ class LayerEstimate(NamedTuple):
 
     Attributes:
         total: ΣÎ.
-        standard_error: Of that sum; the entries share their passes, so it is no sum of errors.
+        standard_error: Of that sum. It is not the sum of the parameters' errors, which depend on
+            the same random vectors.
         relative_error: √(Σ SE² / Σ I²) over the layer's parameters, as in ``num_samples_needed``.
     """
 
@@ -119,24 +118,29 @@ def estimate(
     pick: Pick = None,
     seed: int = 0,
 ) -> Estimate:
-    r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated, with error bars.
+    r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated with standard errors.
 
-    Every pass goes through all inputs with fresh random vectors (the mathematics stands above, in
-    ``fimlib.projections``). It costs one forward and one backward pass, for any number of outputs,
-    where the exact I takes a backward pass for each output.
+    Each pass draws a random vector w for every input, with E w = 0 and E wwᵀ = 𝓘, and squares the
+    gradient of ``Σ_x w·h(x)``; the mean of these squares is ``Σ_x I(θᵢ|x)``. A pass costs one
+    forward and one backward pass for any number of outputs. The exact I takes a backward pass for
+    each output.
 
     Args:
         model: Maps inputs to natural parameters [B, T]; in eval mode, float32 or float64.
-        inputs: [M, ...], or an iterable of batches that can be used again, as ``accumulate`` takes.
+        inputs: [M, ...], or an iterable of batches that can be used again, as in ``accumulate``.
         family: The output family.
-        estimator: "signs" (default), "labels" or "importance" (``Categorical`` alone).
+        estimator: How w is drawn. "signs": w = Lξ with random signs ξ and 𝓘 = LLᵀ, so that one
+            pass has a relative standard deviation of √2 at most, for every parameter (Martens et
+            al., arXiv:1206.6464; Sun, arXiv:2505.13614). "labels": the residual of one label that
+            the model draws, as in Î₁ (Eq. 5). "importance": the same, but rare classes are drawn
+            more often and count less, for ``Categorical`` alone.
         squares: "batch" squares the gradient of a whole batch, for the price of a training step.
-            "input" squares those of each input, which takes more memory and scatters less.
+            "input" squares the gradient of each input: more memory, less variance.
         passes: How many, at least 2; 32 by default, where the relative error of "signs" is at most
             25 %. With ``relative_error`` the most that it may take.
         relative_error: ε. Stop once √(Σ SE² / Σ I²) over all parameters is at most ε. "signs" take
-            2/ε² passes at most. Stopping by the measured error makes it look smaller than it is, by
-            a few per cent.
+            2/ε² passes at most. Stopping by the measured error makes it look slightly smaller than
+            it is: 0.203 for 0.207 in a small classifier with ε = 0.2.
         batch_size: Of a tensor ``inputs``, how many at a time.
         layers: Names of the modules to report, all by default; see ``differentiate``.
         pick: Which part of every batch is x; see ``accumulate``.
@@ -146,11 +150,12 @@ def estimate(
         The estimate. Ctrl-C after two passes or more ends it early, with a warning.
 
     Raises:
-        ValueError: an argument out of its range; no batches, or an iterator, which can be used only
-            once; other inputs in a later pass; and what ``accumulate`` refuses, with the batch.
+        ValueError: an argument is out of its range; there are no batches, or an iterator, which can
+            be used only once; the number of inputs changes between passes; or ``accumulate`` would
+            refuse a batch, which the message names.
         NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of an
-            input depend on the others of the batch: looked at in the first batch, for up to 8
-            inputs, as in ``differentiate``.
+            input depend on the others of the batch. Up to 8 inputs are checked, as in
+            ``differentiate``.
 
     Memory: that of a training step, a copy of the weights, and three float64 numbers per parameter.
 
@@ -180,7 +185,7 @@ def estimate(
         model, layers, source
     )
     record = Record.of(square.shapes)
-    with progress(most) as bar:
+    with progress(most, "estimate", "passes") as bar:
         while record.passes < most:
             try:
                 found = source.run(record.passes, square)
@@ -221,16 +226,6 @@ def one_of(what: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}.")
     return value
-
-
-def progress(total: int) -> tqdm[NoReturn]:
-    """A bar that appears when it takes long."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without widgets gets a bar of characters
-        from tqdm.auto import tqdm
-    return tqdm(
-        total=total, desc="estimate", unit=" passes", delay=SECONDS_BEFORE_PROGRESS, leave=False
-    )
 
 
 # One pass.
@@ -289,7 +284,7 @@ class Source:
         return w[:, None]
 
 
-class Square:
+class Square(ABC):
     """Adds the squares of one batch to a total, after a check at the first.
 
     Attributes:
@@ -304,39 +299,36 @@ class Square:
             for n, p in model.named_parameters()
             if wanted is None or n in wanted
         ]
-        self.is_checked = False
+        self.checked = 0  # inputs of checked batches
 
     def check(self, x: Tensor) -> None:
-        """Compare autograd with difference quotients at a few inputs, as every engine must.
+        """Compare autograd with difference quotients at a few inputs, as for every engine.
 
-        One random combination of the outputs is looked at, each in units of its size, so that
-        thousands of outputs cost no more than one.
+        The outputs are combined at random, each in units of its size, so that thousands of outputs
+        cost no more than one.
 
         Raises:
             NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of
                 an input depend on the others.
         """
         some = x[positions_to_check(len(x), self.model).to(x.device)]
+        check_model(self.model, some)
+        check_plain(self.model)
         with torch.inference_mode(False), kept_random_state(x):
-            h = finite_outputs(private_copy(self.model), some, grad=True)
-        if h is None or h.ndim != 2:
-            with kept_random_state(x):
-                check_model(self.model, some)
-                check_forward(self.model, some)
-        assert h is not None
+            _, h = functional.private(self.model, some)
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
         try:
             differentiate_checked(Combined(self.model, h), some, "functional", 1, wanted)
         except (ValueError, NotImplementedError) as error:
-            kind = ValueError if isinstance(error, ValueError) else NotImplementedError
-            raise kind(str(error).replace("'network.", "'").replace("'network'", "''")) from error
+            message = str(error).replace("'network.", "'").replace("'network'", "''")
+            raise type(error)(message) from error
 
     def add(self, x: Tensor, total: PerParameter) -> None:
         """Add this batch's squares to the total; nothing if one of them is not finite."""
-        if not self.is_checked:
+        if self.checked < inputs_to_check(self.model):
             self.check(x)
-            self.is_checked = True
+            self.checked += len(x)
         found = self.squares(x)
         for name, square in found.items():
             if not torch.isfinite(square.sum()):
@@ -347,16 +339,16 @@ class Square:
         for name, square in found.items():
             total[name] += square
 
+    @abstractmethod
     def squares(self, x: Tensor) -> PerParameter:
-        """(Σ_x w_x·J)², or Σ_x (w_x·J)²; parameters without a part in the outputs may lack."""
-        raise NotImplementedError
+        """(Σ_x w_x·J)², or Σ_x (w_x·J)²; a parameter that the outputs do not use may be missing."""
 
 
 class Combined(nn.Module):
     """A random combination of a network's outputs, each in units of its size at some inputs.
 
     Attributes:
-        network: It.
+        network: The network.
         weights: [T].
     """
 
@@ -409,26 +401,20 @@ class SquaredInputs(Square):
     def squares(self, x: Tensor) -> PerParameter:
         """Σ_x (w_x·J)²."""
         with torch.inference_mode(False), kept_random_state(x):
-            batch = first_order.differentiate(
+            sweep = first_order.differentiate(
                 self.model, x.detach().clone(), wanted=self.wanted, combine=self.source.rows
             )
-        found: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
-        for _, _, part, derivs, _ in batch.pieces():
-            (block,) = derivs.blocks
-            left = block.J[:, 0].double().square()
-            for name, z in block.inputs.items():
-                here = weighted_sum(left, z)
-                parts = found[name]
-                parts[part.start] = parts[part.start] + here if part.start in parts else here
         return {
-            n: torch.cat(list(p.values())) if len(p) > 1 else p.popitem()[1]
-            for n, p in found.items()
+            name: mean * len(x)
+            for i, factors in left_factors(sweep, squared)
+            for name, z in sweep.inputs[i][1].items()
+            for _, mean in factors.means(z, torch.float64, None)
         }
 
 
-def weighted_sum(left: Tensor, z: Tensor | None) -> Tensor:
-    """Σ_b of left ⊗ z²."""
-    return left.sum(0) if z is None else torch.einsum("b...,bn->...n", left, z.double().square())
+def squared(derivs: Derivatives, _: slice) -> dict[str, Tensor]:
+    """Left factors of (w·J)², for one row w per input."""
+    return {"I": derivs.blocks[0].J[:, 0].double().square()}
 
 
 # All passes.
@@ -504,6 +490,16 @@ class Record:
         return Estimate(self.mean, errors, layers, reached, k, self.num_inputs, estimator, squares)
 
 
+def of_classes(family: Family) -> Categorical:
+    """The family, if its labels are classes."""
+    if not isinstance(family, Categorical):
+        raise ValueError(
+            f"importance sampling needs classes, Categorical(); got {type(family).__name__}. Take "
+            "random signs, estimator='signs', which need no labels."
+        )
+    return family
+
+
 def layer_of(name: str) -> str:
     """The module that holds a parameter."""
     return name.rpartition(".")[0]
@@ -553,8 +549,7 @@ def variance_signs(derivs: Derivatives, family: Family) -> Diagonal:
 
     def form(block: Block) -> Tensor:
         squares = torch.einsum("btr,bt...->br...", factor, block.J.double()).square()
-        before = torch.cat([torch.zeros_like(squares[:, :1]), squares[:, :-1]], dim=1).cumsum(1)
-        return 4 * (before * squares).sum(1)
+        return 4 * sum_of_pairs(squares)
 
     return derivs.contract(form, degree=4)
 
@@ -567,11 +562,7 @@ def variance_importance(derivs: Derivatives, family: Categorical) -> Diagonal:
 
     Args, Returns, Raises: as ``variance_signs``; and ValueError for another family.
     """
-    if not isinstance(family, Categorical):
-        raise ValueError(
-            f"importance sampling needs classes, Categorical(); got {type(family).__name__}."
-        )
-    derivs, h = natural(derivs, family)
+    derivs, h = natural(derivs, of_classes(family))
     sigma, q = family.mean(h), family.importance(h)
     ratio = torch.where(q > 0, sigma / q, 0)
 

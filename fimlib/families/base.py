@@ -336,21 +336,6 @@ class Family(ABC):
             return labels.mean_residual()
         return self.residuals(h, labels.values)[:, 0]
 
-    def draw_important(
-        self,
-        h: Tensor,  # noqa: ARG002
-        generator: torch.Generator | None,  # noqa: ARG002
-    ) -> Tensor:
-        """ξ δ_k √(p_k/q_k) of one label k ~ q, which weighs rare labels more, [B, T].
-
-        Raises:
-            ValueError: the labels of this family cannot be enumerated.
-        """
-        raise ValueError(
-            f"{type(self).__name__}: importance sampling needs classes (Categorical). Take "
-            "estimator='signs', which needs no labels."
-        )
-
     # What the spectra need of M (Eq. 13), and Proposition 4.3 of δ.
 
     @abstractmethod
@@ -403,6 +388,12 @@ def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
     shape, device = like.shape, like.device
     bits = torch.randint(2, shape, generator=generator, device=device, dtype=torch.float64)
     return 2 * bits - 1
+
+
+def sum_of_pairs(x: Tensor) -> Tensor:
+    """Σ_{a<b} x_a x_b, [B, T, ...] → [B, ...]; of numbers ≥ 0 nothing cancels."""
+    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1).cumsum(1)
+    return (before * x).sum(1)
 
 
 def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Categorical(Family):
         return residual_of(sigma, torch.multinomial(sigma, 1, generator=generator))
 
     def draw_important(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        """As for every family, with q_k ∝ σ_k ‖e_k − σ‖."""
+        """ξ √(σ_k/q_k) (e_k − σ) of one class k ~ ``importance``, with a random sign ξ."""
         sigma, q = self.mean(h), self.importance(h)
         k = torch.multinomial(q, 1, generator=generator)
         weight = (sigma.gather(1, k) / q.gather(1, k)).sqrt()
@@ -209,13 +209,9 @@ class Categorical(Family):
         """q_k ∝ σ_k ‖e_k − σ‖, [B, C]; σ where the likeliest class has probability 1."""
         sigma = self.mean(h)
         top = sigma.argmax(1, keepdim=True)
-        others = sigma.scatter(1, top, 0)  # 1 − σ_top and ‖σ‖² − σ_top² would cancel
-        squares = sigma.square().sum(1, keepdim=True)
-        norms = ((1 - sigma).square() + squares - sigma.square()).clamp_min(0)
-        norms = norms.scatter(
-            1, top, others.sum(1, keepdim=True).square() + others.square().sum(1, keepdim=True)
-        )
-        q = sigma * norms.sqrt()
+        norms = (1 - 2 * sigma + sigma.square().sum(1, keepdim=True)).clamp_min(0)
+        of_top = residual_of(sigma, top).square().sum(1, keepdim=True)  # which would cancel
+        q = sigma * norms.scatter(1, top, of_top).sqrt()
         total = q.sum(1, keepdim=True)
         return torch.where(total > 0, q / total, sigma)
 

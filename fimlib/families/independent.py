@@ -16,6 +16,7 @@ from fimlib.families.base import (
     Labels,
     pairings,
     random_signs,
+    sum_of_pairs,
     weighted_mean,
 )
 
@@ -70,9 +71,8 @@ class Independent(Family):
         """2I² + Σκ₄J⁴ as ΣVar(δ_a²)J_a⁴ + 4Σ_{a<b}κ₂_aκ₂_bJ_a²J_b², where nothing cancels."""
         squares = J.double().square()
         terms = torch.einsum("bt,bt...->bt...", self.cumulants(h)[0], squares)
-        before = torch.cat([torch.zeros_like(terms[:, :1]), terms[:, :-1]], dim=1).cumsum(1)
         own = weighted_mean(self.squares_variance(h), squares.square())
-        return own + 4 * (before * terms).sum(1)
+        return own + 4 * sum_of_pairs(terms)
 
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """−Σκ₃J²S."""

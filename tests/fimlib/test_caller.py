@@ -10,11 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from strategies import inputs
+from strategies import Failing, inputs
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import prune
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
@@ -496,20 +495,6 @@ def test_a_compiled_network_is_the_one_that_was_compiled(function):
         compiled.named_parameters = plain.named_parameters  # in whose names the functions are asked
         found = numbers_in(way(compiled, x, labels))
         assert_same(expected, found[:3] if function == "plan" else found, (function,))
-
-
-class Failing(TorchDispatchMode):
-    """Lets so many operations pass, and then breaks."""
-
-    def __init__(self, passes):
-        super().__init__()
-        self.left = passes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("function", CALLS)

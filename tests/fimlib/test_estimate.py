@@ -332,6 +332,18 @@ def test_networks_whose_numbers_would_be_wrong_are_refused(module, says, squares
         fimlib.estimate(net, inputs(5, 4), fimlib.Categorical(), squares=squares)
 
 
+@pytest.mark.parametrize("squares", ["batch", "input"])
+def test_one_input_is_not_enough_to_trust_a_network(squares):
+    """The first is behind a dead ReLU, which hides the wrong derivative."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), Cut(), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        net[0].weight.fill_(1.0), net[0].bias.fill_(0.0)
+    batches = [torch.tensor([[x]], dtype=torch.float64) for x in (-5.0, 3.0)]
+    fimlib.estimate(net, batches[:1], fimlib.Categorical(), squares=squares, passes=2)
+    with pytest.raises(NotImplementedError, match="batch 2: .*autograd's derivative"):
+        fimlib.estimate(net, batches, fimlib.Categorical(), squares=squares)
+
+
 def nan_in(x):
     x = x.clone()
     x[0, 0] = math.nan

@@ -8,7 +8,7 @@ import reference
 import torch
 import torch.nn.functional as F  # noqa: N812
 from lying import ForgottenFactor, NoBackward, Sine, StraightThrough
-from strategies import inputs, mlp
+from strategies import Call, inputs, mlp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
@@ -16,23 +16,6 @@ from torch.nn.utils import parametrizations
 import fimlib
 from fimlib import differentiate
 from fimlib.engines import first_order, forward_mode, functional
-
-
-class Call(nn.Module):
-    """A forward pass written out, ``forward(self, x)``, over modules and parameters by name."""
-
-    def __init__(self, forward, seed=0, **parts):
-        super().__init__()
-        self.run = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-        torch.manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.7)
-        self.double().eval()
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def pair(forward):

@@ -879,6 +879,26 @@ def test_a_family_with_a_link_of_its_own_is_streamed():
         assert torch.allclose(capped[1].fisher_information()[name], value, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        Joint(Categorical()),
+        Joint(Gaussian(2 * torch.eye(3))),
+        Joint(Gaussian(), quantities=["I"]),
+        Joint(Gaussian(), bounds="certified"),
+        Joint(Gaussian(), dtype=torch.float32),
+    ],
+    ids=["family", "covariance", "quantities", "bounds", "dtype"],
+)
+def test_a_state_of_other_settings_is_refused(other):
+    joint = Joint(Gaussian())
+    joint.update(differentiate(mlp([3, 4, 3], nn.Sigmoid), inputs(5, 3)))
+    for state in (joint.state_dict(), {}):
+        with pytest.raises(ValueError, match="not the state of a Joint with the same settings"):
+            other.load_state_dict(state)
+    assert other.count == 0
+
+
 def test_a_state_goes_into_another_accumulator_and_on_from_there():
     net, x = mlp([3, 4, 3], nn.Sigmoid), inputs(5, 3)
     whole, part = (Joint(Categorical(), bounds="certified") for _ in range(2))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from strategies import inputs, mlp
+from strategies import Failing, inputs, mlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -519,20 +519,6 @@ def test_weights_made_in_inference_mode():
         net = mlp([4, 5, 3], nn.Tanh, scale=1.5)
         joint = accumulate(net, X, Categorical())
     assert_same(joint, whole(NET, X, Categorical()))
-
-
-class Failing(TorchDispatchMode):
-    """Lets so many operations pass, and then breaks."""
-
-    def __init__(self, passes):
-        super().__init__()
-        self.left = passes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_an_accumulator_is_never_half_updated():

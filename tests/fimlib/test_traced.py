@@ -8,33 +8,12 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F  # noqa: N812
-from strategies import inputs, mlp
+from strategies import Call, inputs, mlp
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import fimlib
 from fimlib import differentiate
-
-
-class Call(nn.Module):
-    """A forward pass written out, ``forward(self, x)``, over modules and parameters by name."""
-
-    def __init__(self, forward, seed=0, **parts):
-        super().__init__()
-        self.run = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-        torch.manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.7)
-        for module in self.modules():
-            if getattr(module, "running_mean", None) is not None:
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-        self.double().eval()
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def chain(*layers):

@@ -1,10 +1,11 @@
-"""Networks, inputs and softmax vectors that the tests share."""
+"""Networks, inputs, softmax vectors and interruptions that the tests share."""
 
 from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Cube(nn.Module):
@@ -12,6 +13,41 @@ class Cube(nn.Module):
 
     def forward(self, s):
         return s**3 / 3 + torch.sin(s)
+
+
+class Call(nn.Module):
+    """A forward pass written out, ``forward(self, x)``, over modules and parameters by name."""
+
+    def __init__(self, forward, seed=0, **parts):
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+        torch.manual_seed(seed)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.7)
+        for module in self.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        self.double().eval()
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+class Failing(TorchDispatchMode):
+    """Lets so many operations pass, and then breaks."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.left = passes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return func(*args, **(kwargs or {}))
 
 
 def mlp(widths, activation, seed=0, scale=1.0, **linear):
