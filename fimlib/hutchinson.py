@@ -32,6 +32,7 @@ from fimlib.engines.functional import (
     values_of,
 )
 from fimlib.engines.model import perturb_weights, private_copy, selected
+from fimlib.engines.rewrite import exact_lookups
 from fimlib.families.base import Family
 from fimlib.memory import PROBE_NUMBERS
 
@@ -339,7 +340,7 @@ def twice_backward(own: nn.Module, x: Tensor, names: list[str], v: PerParameter)
 
     found = []
     for b, one in enumerate(x.split(1)):
-        with torch.enable_grad():
+        with torch.enable_grad(), exact_lookups():
             h = own(one.clone())[0]
             rows = [row(output, [v[n][b] for n in names]) for output in h]
         found.append([torch.stack(d) for d in zip(*rows, strict=True)])

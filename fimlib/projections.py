@@ -41,6 +41,7 @@ from fimlib.engines.checks import check_model, check_module, check_outputs, chec
 from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import inputs_to_check, positions_to_check
 from fimlib.engines.model import kept_random_state, private_copy, selected
+from fimlib.engines.rewrite import exact_lookups
 from fimlib.families.base import Family, check_family, random_signs, sum_of_pairs, weighted_variance
 from fimlib.families.categorical import Categorical
 from fimlib.families.probabilities import warn_of_probabilities
@@ -382,7 +383,8 @@ class SquaredBatches(Square):
         """(Σ_x w_x·J)²."""
         parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
         with torch.inference_mode(False), torch.enable_grad(), kept_random_state(x):
-            h = self.own(x.clone())
+            with exact_lookups():
+                h = self.own(x.clone())
             check_outputs(h, len(x))
             rows = self.source.rows(h.detach())[:, 0].to(h.dtype)
             if not h.requires_grad:

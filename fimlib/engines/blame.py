@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fimlib.engines.rewrite import exact_lookups
+
 STEPS = (1e-6, 1e-5, 1e-4, 1e-8)  # steep functions need short ones, large numbers long ones
 TOLERANCE = 1e-7
 
@@ -145,7 +147,8 @@ def is_derivative(call: Call, order: int) -> bool:
             n: t.to(p) for (n, p), t in zip(parameters.items(), points[len(moving) :], strict=True)
         }
         args, kwargs = tree_unflatten(own, form)
-        result = torch.func.functional_call(call.module, values, args, kwargs)
+        with exact_lookups():
+            result = torch.func.functional_call(call.module, values, args, kwargs)
         found = [t for t in tree_leaves(result) if is_real(t)]
         while len(weights) < len(found):
             weights.append(noise(found[len(weights)].detach(), generator))

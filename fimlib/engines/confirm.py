@@ -31,6 +31,7 @@ from torch.nn.parameter import is_lazy
 from fimlib.derivatives import Block, Derivatives, all_finite
 from fimlib.engines.blame import mixing_module, wrong_module
 from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
+from fimlib.engines.rewrite import exact_lookups
 from fimlib.engines.truth import (
     PerParameter,
     Truth,
@@ -461,7 +462,7 @@ def gradient(
     truth: Truth, v: PerParameter, step: float, objective: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The gradient of the objective in the parameters that v moves, at θ + step · v: [P]."""
-    with shifted(truth.own, v, step), torch.enable_grad():
+    with shifted(truth.own, v, step), torch.enable_grad(), exact_lookups():
         parameters = [truth.own.get_parameter(n).requires_grad_() for n in v]
         y = objective(truth.own(truth.x.clone()))
         if not y.requires_grad:
@@ -580,7 +581,7 @@ def slope(
     truth: Truth, parameter: nn.Parameter, entry: Entry, shift: float, weights: Tensor
 ) -> Tensor:
     """The derivative of Σ_a weights_a h_a along one entry, where that is shifted."""
-    with moved(parameter, entry.index, shift), torch.enable_grad():
+    with moved(parameter, entry.index, shift), torch.enable_grad(), exact_lookups():
         h = truth.own(truth.x[entry.b : entry.b + 1].clone())[0]
         if not h.requires_grad:
             return weights.new_zeros((), dtype=torch.float64)

@@ -19,7 +19,7 @@ from fimlib.engines import forward_mode
 from fimlib.engines.checks import check_outputs, short
 from fimlib.engines.forward_mode import Curves
 from fimlib.engines.model import call_with, private_copy, tensors
-from fimlib.engines.rewrite import exact_activations, rewritten
+from fimlib.engines.rewrite import exact_activations, exact_lookups, rewritten
 from fimlib.engines.traced.graph import Uncaptured, walk, without_randomness
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
@@ -167,7 +167,7 @@ def one_by_one(own: nn.Module, x: Tensor, names: list[str]) -> PerParameter:
 
 def rows_at(own: nn.Module, one: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     """J at one input, [T, *shape] for each of the parameters."""
-    with torch.enable_grad():
+    with torch.enable_grad(), exact_lookups():
         h = own(one.clone())[0]
         found = rows_of(h, parameters) if h.requires_grad else [None] * len(parameters)
     return [

@@ -114,8 +114,6 @@ def private_copy(model: nn.Module) -> nn.Module:
     for module in own.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # the same gradients, which can be read
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # autograd has no derivative for that row
     return own
 
 

@@ -86,6 +86,13 @@ def exact_activations() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def exact_lookups() -> Iterator[None]:
+    """Every row of a table has its derivative; of everything else torch's own are taken."""
+    with Rewriting(node=True, rules=OF_LOOKUPS):
+        yield
+
+
 def rule_for(func: Any, node: bool) -> Rule | None:
     """The rule in the place of a function, if there is one."""
     if func is elementwise:
@@ -599,6 +606,23 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Any
 def pdist(input: Tensor, p: float = 2.0) -> Any:
     first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
     return torch.linalg.vector_norm(input[first] - input[second], p, -1)
+
+
+@replaces(torch.embedding)
+def embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Autograd leaves out the row of padding, divides others by their counts, or is sparse."""
+    if padding_idx < 0 and not scale_grad_by_freq and not sparse:
+        return NotImplemented
+    return torch.embedding(weight, indices)
+
+
+OF_LOOKUPS = frozenset({F.embedding, torch.embedding})
 
 
 @replaces(torch.embedding_bag)

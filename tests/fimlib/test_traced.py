@@ -508,45 +508,40 @@ def test_embeddings_of_integers(options):
 @pytest.mark.long
 @pytest.mark.parametrize("lookup", [None, F.embedding])
 @pytest.mark.parametrize("order", [1, 2])
-def test_padding_that_the_outputs_depend_on_counts_or_is_refused(order, lookup):
-    """Autograd tells no derivative of the row; where a module looks it up, it is like any other."""
-    table = nn.Embedding(5, 2, padding_idx=None if lookup else 0)
+@pytest.mark.parametrize("options", [{"padding_idx": -5}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("engine", ["traced", "functional"])
+def test_every_row_that_is_looked_up_has_its_derivative(order, lookup, options, engine):
+    """Autograd leaves out the row of padding, and divides the others by their counts."""
 
     def forward(self, x):
-        z = lookup(x, self.table.weight, padding_idx=-5) if lookup else self.table(x)
+        z = lookup(x, self.table.weight, **options) if lookup else self.table(x)
         return self.head(torch.tanh(self.mix(z.flatten(1))))
 
-    net = Call(forward, table=table, mix=nn.Linear(6, 3), head=nn.Linear(3, 2))
-    options = {"engine": "traced", "order": order}
-    for padded in ([[4, 0, 2]], [[3, 1, 2], [0, 0, 0]]):
-        if lookup:
-            said = r"embedding\(\).*padding_idx=None, and mask"
-            with pytest.raises(NotImplementedError, match=said):
-                differentiate(net, torch.tensor(padded), **options)
-            continue
-        plain = copy.deepcopy(net)
-        plain.table.padding_idx = None
-        expected, _ = reference.derivatives(plain, torch.tensor(padded[-1:]))
-        ours = differentiate(net, torch.tensor(padded), **options).jacobian("table.weight")[-1]
-        assert torch.allclose(ours, expected["table.weight"])
-        assert ours[:, 0].any()
-    x = torch.tensor([[4, 1, 2]])
-    derivs = differentiate(net, x, **options)
-    expected, _ = reference.derivatives(net, x)
-    assert torch.allclose(derivs.jacobian("table.weight")[0], expected["table.weight"])
-    # where no table is asked for, padding does not matter
-    differentiate(net, torch.tensor([[4, 0, 2]]), layers=["head"], **options)
+    parts = {"mix": nn.Linear(6, 3), "head": nn.Linear(3, 1)}
+    net = Call(forward, table=nn.Embedding(5, 2, **({} if lookup else options)), **parts)
+    plain = Call(token_net, table=nn.Embedding(5, 2), **parts)
+    plain.load_state_dict(net.state_dict())
+    for x in (torch.tensor([[4, 0, 2]]), torch.tensor([[3, 1, 2], [0, 0, 0]])):
+        derivs = differentiate(net, x, engine=engine, order=order)
+        for one, J in zip(x.split(1), derivs.jacobian("table.weight"), strict=True):
+            expected, _ = reference.derivatives(plain, one)
+            assert torch.allclose(J, expected["table.weight"])
+        if order == 2:
+            expected = differentiate(plain, x).second("table.weight")
+            assert torch.allclose(derivs.second("table.weight"), expected)
+    gaussian, one = fimlib.Gaussian(), x[1:]  # of one output and one input, signs are exact
+    exact = fimlib.fisher_matrix(net, one, gaussian, parameters=["table.weight"]).diagonal()
+    for squares in ("batch", "input"):
+        estimate = fimlib.estimate(net, one, gaussian, squares=squares, passes=2)
+        assert torch.allclose(estimate.value["table.weight"].flatten(), exact)
+    assert exact[0] > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"scale_grad_by_freq": True}, "scaled by counts"), ({"max_norm": 0.1}, "no_grad")],
-)
 @pytest.mark.parametrize("order", [1, 2])
-def test_embeddings_that_do_more_than_look_up_are_refused(options, message, order):
-    net = Call(token_net, table=nn.Embedding(5, 2, **options), mix=nn.Linear(6, 3))
+def test_an_embedding_that_changes_its_table_is_refused(order):
+    net = Call(token_net, table=nn.Embedding(5, 2, max_norm=0.1), mix=nn.Linear(6, 3))
     net.head = nn.Linear(3, 2).double()
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(NotImplementedError, match="no_grad"):
         differentiate(net, torch.tensor([[0, 2, 2]]), engine="traced", order=order)
 
 

@@ -410,7 +410,13 @@ TRAPS = {
         (
             "self.m# = nn.Embedding(3, 2, padding_idx=1)",
             f"z = z + self.m#((z.flatten(1)[:, :2] > 0).long()).flatten(1).sum(1){SPREAD}",
-        )
+        ),
+        (
+            "self.p# = nn.Parameter(torch.randn(2, 2))",
+            "how# = {} if self.plain else {'padding_idx': 1, 'scale_grad_by_freq': True}\n"
+            "i# = (z.flatten(1)[:, :2] > 0).long()\n"
+            f"z = z + F.embedding(i#, self.p#, **how#).flatten(1).sum(1){SPREAD}",
+        ),
     ],
     # Only a refusal is right of these.
     "counter": [

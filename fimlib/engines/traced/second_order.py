@@ -189,25 +189,9 @@ def check_nodes(t: Trace) -> None:
     for node in t.nodes:
         if getattr(node, "_saved_training", False):
             raise t.refusal(node, "it normalises by the statistics of the batch.")
-        if getattr(node, "_saved_scale_grad_by_freq", False):
-            raise t.refusal(node, "its gradient is scaled by counts, and no derivative.")
-        if looks_up_padding(node):
-            raise t.refusal(
-                node,
-                "padding_idx is among the indices, and its row counts in the outputs but not in "
-                "the gradient: set padding_idx=None, and mask the padded positions where they "
-                "should not count.",
-            )
         others = {m.dtype for m in node._input_metadata} - {t.outputs.dtype, torch.int64}
         if others:
             raise t.refusal(node, f"it changes the type of the numbers to {others.pop()}.")
-
-
-def looks_up_padding(node: Any) -> bool:
-    """Whether it looks up the one row of a table that autograd gives no derivative."""
-    if kind(node) != "Embedding" or node._saved_padding_idx > torch.iinfo(torch.int64).max:
-        return False  # −1, without a sign, stands for none
-    return bool((node._saved_indices == node._saved_padding_idx).any())
 
 
 def curvature(t: Trace, node: Any) -> list[Bend]:
