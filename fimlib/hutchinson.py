@@ -33,7 +33,7 @@ from fimlib.engines.functional import (
 )
 from fimlib.engines.model import perturb_weights, private_copy, selected
 from fimlib.engines.rewrite import exact_lookups
-from fimlib.families.base import Family
+from fimlib.families.base import Family, random_signs
 from fimlib.memory import PROBE_NUMBERS
 
 BLOCKS = 32  # means of probes that are kept, at most
@@ -184,13 +184,8 @@ def draw_signs(
     own: nn.Module, batch: int, names: list[str], generator: torch.Generator | None
 ) -> PerParameter:
     """Independent random signs for every parameter and input: [B, *shape]."""
-
-    def signs(p: Tensor) -> Tensor:
-        device = p.device if generator is None else generator.device
-        bits = torch.randint(2, (batch, *p.shape), generator=generator, device=device)
-        return (2 * bits - 1).to(p)
-
-    return {n: signs(own.get_parameter(n).detach()) for n in names}
+    alike = {n: own.get_parameter(n).detach() for n in names}
+    return {n: random_signs(p.expand(batch, *p.shape), generator).to(p) for n, p in alike.items()}
 
 
 def pairs(
@@ -297,29 +292,6 @@ def forward_over_reverse(
     return {n: d.detach() for n, d in found.items()}
 
 
-def reverse_over_reverse(
-    own: nn.Module, x: Tensor, names: list[str], v: PerParameter
-) -> PerParameter:
-    """H^a v at all inputs at once, for what has no rule in forward mode: the gradient of J^a·v."""
-    outputs = outputs_from(own, names)
-    values = values_of(own, names)
-
-    def product(v: PerParameter, one: Tensor) -> PerParameter:
-        def slope(w: PerParameter, seed: Tensor) -> Tensor:
-            first = torch.func.grad(lambda u: (outputs(u, one) * seed).sum())(w)
-            return torch.stack([(first[n] * v[n]).sum() for n in names]).sum()
-
-        seeds = torch.eye(outputs(values, one).shape[0], dtype=own_dtype, device=x.device)
-        rows = torch.func.vmap(torch.func.grad(slope), in_dims=(None, 0))
-        found: PerParameter = rows(values, seeds)
-        return found
-
-    own_dtype = values[names[0]].dtype
-    with quiet(), torch.enable_grad():
-        found: PerParameter = torch.func.vmap(product)(v, x)
-    return {n: d.detach() for n, d in found.items()}
-
-
 def twice_backward(own: nn.Module, x: Tensor, names: list[str], v: PerParameter) -> PerParameter:
     """H^a v at one input after the other: the gradient of J^a·v, by plain autograd."""
     parameters = [own.get_parameter(n) for n in names]
@@ -348,13 +320,13 @@ def twice_backward(own: nn.Module, x: Tensor, names: list[str], v: PerParameter)
 
 
 def checked_products(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Products:
-    """The first of three ways whose H v is the derivative of J along v.
+    """The first of two ways whose H v is the derivative of J along v.
 
     Raises:
         NotImplementedError: none can, or none is.
     """
     why = ""
-    for way in (forward_over_reverse, reverse_over_reverse, twice_backward):
+    for way in (forward_over_reverse, twice_backward):
         try:
             if is_derivative(way, own, x, names, outputs.shape[1]):
                 return way

@@ -1,8 +1,9 @@
 r"""What the paper's quantities need of an output family: its moments, and labels drawn from it.
 
-A family knows its moments at the natural parameters h, and how to *contract* them with
-derivatives of h. It has the dense tensors of the paper (Eqs 7–9), for teaching, tests and small T,
-and closed forms that cost O(T) per parameter, for everything else.
+A family is its log-partition function F and a way to draw labels. All moments are derivatives of F
+at the natural parameters h (Eqs 7–9), so they have defaults by automatic differentiation: dense
+ones, for teaching, tests and small T, and their *contractions* with derivatives of h. Families with
+closed forms override them.
 
 Shapes: h is [B, T] (B inputs, T outputs). A derivative array D, be it J = ∂h or S = ∂²h, is
 [B, T, ...]: one column of length T for every entry of its trailing shape. All results are float64.
@@ -14,6 +15,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,10 +87,10 @@ class Labels:
 
 
 class Family(ABC):
-    """What a quantity of the paper needs to know of the distribution of the labels.
+    """The distribution of the labels. A subclass needs ``log_partition`` and ``draw``.
 
     Functions take an instance of a subclass, as ``Categorical()``. The outputs of the network are
-    the natural parameters h, unless ``link`` says otherwise.
+    the natural parameters h, unless ``link`` says otherwise; then the defaults do not hold.
 
     Attributes:
         min_outputs: The least T that the family has a meaning for.
@@ -172,17 +174,24 @@ class Family(ABC):
     def log_partition(self, h: Tensor) -> Tensor:
         """F(h) of Eq. 1, [B]."""
 
-    @abstractmethod
     def mean(self, h: Tensor) -> Tensor:
         """η = E[t(y)] = ∇F, [B, T] (Eq. 7)."""
+        return self._cumulant(h, 1)
 
-    @abstractmethod
     def covariance(self, h: Tensor) -> Tensor:
         """𝓘 = E[δδᵀ] = ∇²F, [B, T, T] (Eq. 8)."""
+        return self._cumulant(h, 2)
 
-    @abstractmethod
     def fourth_moment(self, h: Tensor) -> Tensor:
         """𝓚 = E[δ⊗δ⊗δ⊗δ], [B, T, T, T, T] (Eq. 9). Dense: for teaching, tests and small T."""
+        return self._cumulant(h, 4) + pairings(self.covariance(h))
+
+    def _cumulant(self, h: Tensor, order: int) -> Tensor:
+        """∇ⁿF, the n-th cumulant of t(y): [B, T, …, T]."""
+        derivative: Callable[[Tensor], Tensor] = lambda row: self.log_partition(row[None])[0]  # noqa: E731
+        for _ in range(order):
+            derivative = torch.func.jacfwd(derivative)
+        return torch.func.vmap(derivative)(h.detach().double())
 
     def outer_covariance(self, h: Tensor) -> Tensor:
         """M = 𝓚 − 𝓘⊗𝓘, the covariance of δ⊗δ (Eq. 11), [B, T, T, T, T]. Dense, like 𝓚."""
@@ -269,21 +278,36 @@ class Family(ABC):
 
     # Contractions with derivatives of the natural parameters.
 
-    @abstractmethod
+    def _contracted(self, h: Tensor, *D: Tensor) -> Tensor:
+        """∇ⁿF[D₁, …, D_n], for n arrays [B, T, ...] → [B, ...], by forward mode."""
+        h = h.detach().double()
+
+        def column(*D: Tensor) -> Tensor:
+            derivative = self.log_partition
+            for direction in D:
+                derivative = partial(along, derivative, direction)
+            return derivative(h)
+
+        columns = [d.double().reshape(*h.shape, -1) for d in D]
+        found: Tensor = torch.func.vmap(column, in_dims=-1, out_dims=-1)(*columns)
+        return found.reshape(len(h), *D[0].shape[2:])
+
     def information(self, h: Tensor, J: Tensor) -> Tensor:
         """𝓘[J, J] (Eq. 23): [B, T, ...] → [B, ...]."""
+        return self._contracted(h, J, J).clamp_min(0)  # but for rounding
 
-    @abstractmethod
     def variance1(self, h: Tensor, J: Tensor) -> Tensor:
         """M[J, J, J, J], N·V₁ (Eq. 24): [B, T, ...] → [B, ...]."""
+        found = self._contracted(h, J, J, J, J) + 2 * self.information(h, J).square()
+        return found.clamp_min(0)
 
     def variance2(self, h: Tensor, S: Tensor) -> Tensor:
         """𝓘[S, S], N·V₂ (Eq. 25): [B, T, ...] → [B, ...]."""
         return self.information(h, S)
 
-    @abstractmethod
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
-        """C₁₂, the covariance of Î₁ and Î₂ on one and the same label: → [B, ...]."""
+        """C₁₂ = −∇³F[J, J, S], the covariance of Î₁ and Î₂ on one label: → [B, ...]."""
+        return -self._contracted(h, J, J, S)
 
     def moments(
         self,
@@ -338,17 +362,23 @@ class Family(ABC):
 
     # What the spectra need of M (Eq. 13), and Proposition 4.3 of δ.
 
-    @abstractmethod
     def outer_covariance_min(self, h: Tensor) -> Tensor:
-        """λ_min(M) of Eq. 13, [B]: exactly, or a certified lower bound where the family says so."""
+        """λ_min(M) of Eq. 13, [B], or a certified lower bound, as 0 ≤ Var((u·δ)²) is."""
+        return h.new_zeros(len(h), dtype=torch.float64)
 
-    @abstractmethod
     def outer_covariance_at(self, h: Tensor, u: Tensor) -> Tensor:
         """M(u, u, ·, ·) for R directions of each input: [B, R, T] → [B, R, T, T]."""
+        return torch.einsum("bijkl,bri,brj->brkl", self.outer_covariance(h), u, u)
 
-    @abstractmethod
     def directions(self, h: Tensor) -> Tensor:
-        """Directions from which a search for λ_max(M) starts: [B, R, T]."""
+        """Directions from which a search for λ_max(M) starts, [B, R, T]: outputs and axes of 𝓘.
+
+        The ascent may never leave the outputs that its start has a part in, so that all starts have
+        a small part of every output.
+        """
+        axes = torch.linalg.eigh(self.covariance(h)).eigenvectors.mT
+        outputs = torch.eye(h.shape[1], dtype=torch.float64, device=h.device).expand_as(axes)
+        return torch.cat([outputs, axes], dim=1) + 0.05
 
     def unfolding(self, h: Tensor) -> Tensor:
         """A symmetric matrix with the nonzero eigenvalues of M unfolded to T²×T²: [B, n, n]."""
@@ -383,11 +413,17 @@ def check_family(family: object) -> None:
     raise TypeError(f"{name} is no output family: {remedy}.")
 
 
+def along(function: Callable[[Tensor], Tensor], direction: Tensor, h: Tensor) -> Tensor:
+    """The derivative of a function at h along a direction."""
+    tangent: Tensor = torch.func.jvp(function, (h,), (direction,))[1]
+    return tangent
+
+
 def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """±1 with equal chances, float64."""
-    shape, device = like.shape, like.device
-    bits = torch.randint(2, shape, generator=generator, device=device, dtype=torch.float64)
-    return 2 * bits - 1
+    device = like.device if generator is None else generator.device
+    bits = torch.randint(2, like.shape, generator=generator, device=device, dtype=torch.float64)
+    return (2 * bits - 1).to(like.device)
 
 
 def sum_of_pairs(x: Tensor) -> Tensor:

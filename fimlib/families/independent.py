@@ -6,7 +6,8 @@ all results are float64.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,12 +32,6 @@ class Independent(Family):
         >>> class Heads(Independent):
         ...     def log_partition(self, h):
         ...         return 10 * torch.nn.functional.softplus(h.double()).sum(1)
-        ...     def mean(self, h):
-        ...         return 10 * h.double().sigmoid()
-        ...     def cumulants(self, h):
-        ...         p = h.double().sigmoid()
-        ...         v = p * (1 - p)
-        ...         return 10 * v, 10 * v * (1 - 2 * p), 10 * v * (1 - 6 * v)
         ...     def draw(self, h, num_samples, generator):
         ...         p = h.double().sigmoid()[:, None, None].expand(-1, num_samples, 10, -1)
         ...         return self.equally_weighted(h, torch.bernoulli(p, generator=generator).sum(2))
@@ -44,9 +39,14 @@ class Independent(Family):
         2.5
     """
 
-    @abstractmethod
     def cumulants(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """κ₂, κ₃ and κ₄ of each t_a(y), [B, T] each."""
+        """κ₂, κ₃ and κ₄ of each t_a(y), [B, T] each: derivatives of η, output by output."""
+        derivative: Callable[[Tensor], Tensor] = self.log_partition
+        found = []
+        for _ in range(4):
+            derivative = partial(slopes, derivative)
+            found.append(derivative(h.detach().double()))
+        return found[1], found[2], found[3]
 
     def squares_variance(self, h: Tensor) -> Tensor:
         """Var(δ_a²) = 2κ₂² + κ₄ of each output, [B, T]; override it where that cancels."""
@@ -118,6 +118,12 @@ class Independent(Family):
         k2 = self.cumulants(h)[0]
         a, b = torch.triu_indices(h.shape[1], h.shape[1], offset=1, device=h.device)
         return torch.diag_embed(torch.cat([self.squares_variance(h), 2 * k2[:, a] * k2[:, b]], 1))
+
+
+def slopes(function: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """Of a function of each number by itself, or their sums: its derivatives, in the shape of h."""
+    found: Tensor = torch.func.grad(lambda h: function(h).sum())(h)
+    return found
 
 
 class Bernoulli(Independent):

@@ -11,9 +11,11 @@ from torch import nn
 import fimlib
 from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
 from fimlib.families.base import Family
+from fimlib.families.independent import Independent
 from fimlib.spectra import lambda_max
 
 H = inputs(3, 4)
+SIGMA = torch.eye(4).double() + 0.3
 FAMILIES = [Categorical(), Gaussian()]
 
 
@@ -31,6 +33,39 @@ def test_moments_are_derivatives_of_the_log_partition(family):
         )
         fourth = family.fourth_moment(h[None])[0]
         assert torch.allclose(fourth, fourth_cumulant + pairings, atol=1e-12)
+
+
+CLOSED_FORMS = [Categorical(), Bernoulli(), Poisson(), Gaussian(SIGMA), Gaussian()]
+
+
+@pytest.mark.parametrize("base", [Family, Independent], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("closed", CLOSED_FORMS, ids=lambda f: type(f).__name__)
+def test_a_family_of_two_methods_agrees_with_the_closed_forms(closed, base):
+    if base is Independent and not isinstance(closed, Independent):
+        pytest.skip("its labels are not independent")
+
+    class Minimal(base):
+        def log_partition(self, h):
+            return closed.log_partition(h)
+
+        def draw(self, h, num_samples, generator):
+            return closed.draw(h, num_samples, generator)
+
+    J, S = inputs(3, 4 * 5, seed=2).view(3, 4, 5), inputs(3, 4 * 5, seed=3).view(3, 4, 5)
+    u = inputs(3, 4 * 6, seed=4).view(3, 6, 4)
+    calls = {
+        "mean": (), "covariance": (), "fourth_moment": (), "information": (J,), "variance1": (J,),
+        "variance2": (S,), "covariance12": (J, S), "outer_covariance_at": (u,),
+    }  # fmt: skip
+    for name, arguments in calls.items():
+        expected = getattr(closed, name)(H, *arguments)
+        assert torch.allclose(getattr(Minimal(), name)(H, *arguments), expected, atol=1e-12), name
+    factor = Minimal().factor(H)
+    assert torch.allclose(factor @ factor.mT, closed.covariance(H), atol=1e-12)
+    assert (Minimal().outer_covariance_min(H) <= closed.outer_covariance_min(H) + 1e-15).all()
+    for method in ("certified", "multistart"):
+        ours, theirs = (lambda_max(family, H, method=method) for family in (Minimal(), closed))
+        assert torch.allclose(ours, theirs, rtol=1e-6)
 
 
 def test_categorical_moments_by_enumeration():

@@ -12,8 +12,8 @@ BUDGETS = {
     "rest": 2200,
     "support and extensions": 11_600,
 }
-REST = {"__init__", "__main__", "_checks", "derivatives", "diagonal", "distributed", "memory"}
-REST |= {"plan", "streaming"}
+REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
+REST |= {"memory", "plan", "streaming"}
 
 
 def part_of(path: Path) -> str:
