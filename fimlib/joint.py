@@ -255,9 +255,8 @@ class Joint:
         Raises:
             ValueError: it is no such state, or that of a Joint with other settings.
         """
-        mine, theirs = self._settings(), state.get("settings", {})
-        differ = [k for k in mine if k not in theirs or not are_equal(mine[k], theirs[k])]
-        if differ or mine.keys() != theirs.keys():
+        mine = self._settings()
+        if not are_equal(mine, state.get("settings")):
             raise ValueError(
                 "this is not the state of a Joint with the same settings, which are "
                 f"{', '.join(mine)}: make the Joint as the one that was saved."
@@ -268,8 +267,7 @@ class Joint:
     def _settings(self) -> dict[str, Any]:
         """The settings that the numbers depend on, in types that ``torch.load`` accepts."""
         return {
-            "family": type(self.family).__name__,
-            **{f"family.{name}": value for name, value in vars(self.family).items()},
+            "family": settings_of(self.family),
             "quantities": sorted(self.quantities),
             "bounds": self.bounds,
             "dtype": str(self.dtype),
@@ -580,8 +578,7 @@ def check_means(
 
 def check_same_family(mine: Family, theirs: Family) -> None:
     """A ValueError unless both are of one type and have the same settings."""
-    same = type(mine) is type(theirs) and vars(mine).keys() == vars(theirs).keys()
-    if not (same and all(are_equal(value, vars(theirs)[key]) for key, value in vars(mine).items())):
+    if not are_equal(settings_of(mine), settings_of(theirs)):
         raise ValueError(
             f"this accumulator is for {type(mine).__name__} outputs, the other side for "
             f"{type(theirs).__name__} outputs or the same with other settings: keep one Joint for "
@@ -589,8 +586,22 @@ def check_same_family(mine: Family, theirs: Family) -> None:
         )
 
 
-def are_equal(a: object, b: object) -> bool:
-    """Whether two settings of a family have the same value."""
+def settings_of(value: Any) -> Any:
+    """A family's settings, in types that ``torch.load`` accepts."""
+    if isinstance(value, Family):
+        kind = type(value)
+        return {"family": f"{kind.__module__}.{kind.__qualname__}", **settings_of(vars(value))}
+    if isinstance(value, Mapping):
+        return {key: settings_of(inside) for key, inside in value.items()}
+    return [settings_of(inside) for inside in value] if isinstance(value, tuple | list) else value
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    """Whether two settings have the same value."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(are_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(are_equal, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a.cpu(), b.cpu())
     return a is b or bool(np.array_equal(np.asarray(a), np.asarray(b)))

@@ -4,6 +4,7 @@ from fimlib.families.base import Family, Labels
 from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.independent import Bernoulli, Independent, Poisson
+from fimlib.families.product import Heads, Positions
 
 __all__ = [
     "Bernoulli",
@@ -11,7 +12,9 @@ __all__ = [
     "Family",
     "Gaussian",
     "GaussianHead",
+    "Heads",
     "Independent",
     "Labels",
     "Poisson",
+    "Positions",
 ]

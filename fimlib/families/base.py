@@ -129,6 +129,11 @@ class Family(ABC):
         """
         return h
 
+    @property
+    def is_natural(self) -> bool:
+        """Whether the outputs are the natural parameters."""
+        return type(self).link is Family.link
+
     def natural_derivatives(self, derivs: Derivatives) -> Derivatives:
         """J and S of the natural parameters from those of the outputs; these stay as they are.
 
@@ -138,7 +143,7 @@ class Family(ABC):
         Raises:
             ValueError: the outputs do not fit the family.
         """
-        if type(self).link is Family.link:
+        if self.is_natural:
             return derivs
         h = self.natural(derivs.outputs)
 

@@ -1,0 +1,256 @@
+r"""Several labels for one input: of one family at every position, or of several families.
+
+Given the input the labels are independent, so that cumulants add up. With one label p,
+
+    I = Σ_p I_p,    V₂ = Σ_p V₂_p,    C₁₂ = Σ_p C₁₂_p,    V₁ = Σ_p V₁_p + 4 Σ_{p<q} I_p I_q,
+
+since V₁ is the fourth cumulant of δ·J and 2I². All quantities are those of an input, summed over
+its labels. An output that is constant, as one that is multiplied by a mask of 0, has J = S = 0 and
+adds nothing. Not in the paper.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimlib._checks import check_integer
+from fimlib.families.base import Family, Labels, check_family, sum_of_pairs
+
+Function = Callable[..., Tensor]  # of a family, its outputs, and derivatives of these
+
+
+class Product(Family):
+    """Independent labels of one input, of families that a subclass knows."""
+
+    @abstractmethod
+    def each(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
+        """One number per label: function(family, h, *D) of its outputs; → [B, P, ...]."""
+
+    @abstractmethod
+    def rows(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
+        """One number per output, in their order: [B, T]."""
+
+    @property
+    @abstractmethod
+    def families(self) -> list[Family]:
+        """Those of the labels, once each."""
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether the outputs are the natural parameters of every label."""
+        return all(family.is_natural for family in self.families)
+
+    def log_partition(self, h: Tensor) -> Tensor:
+        """Σ_p F_p."""
+        return self.each(lambda family, h: family.log_partition(h), h).sum(1)
+
+    def mean(self, h: Tensor) -> Tensor:
+        """η of every label."""
+        return self.rows(lambda family, h: family.mean(h), h)
+
+    def link(self, h: Tensor, at: Tensor) -> Tensor:
+        """That of every label."""
+        return self.rows(lambda family, h, at: family.link(h, at), h, at)
+
+    def information(self, h: Tensor, J: Tensor) -> Tensor:
+        """Σ_p I_p."""
+        return self.each(lambda family, h, J: family.information(h, J), h, J).sum(1)
+
+    def variance1(self, h: Tensor, J: Tensor) -> Tensor:
+        """Σ_p V₁_p + 4 Σ_{p<q} I_p I_q."""
+        own = self.each(lambda family, h, J: family.variance1(h, J), h, J).sum(1)
+        information = self.each(lambda family, h, J: family.information(h, J), h, J)
+        return own + 4 * sum_of_pairs(information)
+
+    def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
+        """Σ_p C₁₂_p."""
+        return self.each(lambda family, h, J, S: family.covariance12(h, J, S), h, J, S).sum(1)
+
+    def residual_bound(self, h: Tensor) -> Tensor:
+        """The sum over the labels."""
+        return self.each(lambda family, h: family.residual_bound(h), h).sum(1)
+
+    def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
+        """Draw N labels per input: A = N, and the cost grows with N."""
+        many = h.repeat_interleave(num_samples, 0)
+        drawn = self.rows(lambda family, h: statistics(family.draw(h, 1, generator)), many)
+        return self.equally_weighted(h, drawn.unflatten(0, (len(h), num_samples)))
+
+    def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Lξ of every label."""
+        return self.rows(lambda family, h: family.draw_signs(h, generator), h)
+
+    def draw_residual(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """δ of every label."""
+        return self.rows(lambda family, h: family.draw_residual(h, generator), h)
+
+
+class Positions(Product):
+    """One label at each position of a sequence or an image, all of the same family.
+
+    The outputs are [B, T], position by position: T = L·size. ``accumulate`` and ``estimate`` bring
+    outputs [B, L, size], or [B, size, H, W] with ``class_dim=1``, into this form; for
+    ``differentiate`` let the network do it.
+
+    Args:
+        family: Of the label at one position.
+        size: The outputs of one position, as V words or C classes.
+        class_dim: Their axis in what the network returns.
+
+    Raises:
+        ValueError: size is no integer, or too small for the family.
+        TypeError: it is no family.
+
+    Example: two Gaussian labels with J = 1 have I = 1 + 1 and V₁ = 2 + 2 + 4·1·1.
+        >>> from fimlib import Gaussian
+        >>> pair, h, J = Positions(Gaussian(), 1), torch.zeros(1, 2), torch.ones(1, 2)
+        >>> float(pair.information(h, J)), float(pair.variance1(h, J))
+        (2.0, 8.0)
+    """
+
+    def __init__(self, family: Family, size: int, *, class_dim: int = -1) -> None:
+        check_family(family)
+        self.family, self.class_dim = family, class_dim
+        self.size = check_integer(size, "size", family.min_outputs)
+        self.min_outputs = self.size
+
+    @property
+    def families(self) -> list[Family]:  # noqa: D102
+        return [self.family]
+
+    def flatten(self, outputs: Tensor) -> Tensor:
+        """From the network's outputs to [B, T].
+
+        Raises:
+            ValueError: ``class_dim`` is no axis of length ``size``.
+        """
+        if outputs.ndim < 3:
+            return outputs
+        axis = self.class_dim % outputs.ndim
+        if outputs.shape[axis] != self.size:
+            raise ValueError(
+                f"Positions: axis {axis} of the outputs {list(outputs.shape)} must hold the "
+                f"{self.size} outputs of one position: check size and class_dim."
+            )
+        return outputs.movedim(axis, -1).flatten(1)
+
+    def natural(self, h: Tensor) -> Tensor:
+        """As for every family; and T must be a multiple of ``size``.
+
+        Raises:
+            ValueError: also if it is not, or the family refuses the outputs of a position.
+        """
+        h = super().natural(h)
+        if h.shape[1] % self.size:
+            raise ValueError(
+                f"Positions: the model has {h.shape[1]} outputs, no multiple of size = {self.size}."
+            )
+        return self.rows(lambda family, h: family.natural(h), h)
+
+    def each(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
+        """[B, L, ...]."""
+        apart = (d.reshape(-1, self.size, *d.shape[2:]) for d in (h, *D))
+        return torch.unflatten(function(self.family, *apart), 0, (len(h), -1))
+
+    def rows(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
+        """[B, L·size]."""
+        return self.each(function, h, *D).flatten(1)
+
+    def observed(self, h: Tensor, y: Any) -> Labels:
+        """Labels that were observed: [B, L] classes, or [B, L, size] for other families.
+
+        Raises:
+            ValueError: as the family's.
+        """
+        y = torch.as_tensor(y)
+        count = y[0].numel() // max(1, self.natural(h).shape[1] // self.size)
+
+        def one(family: Family, h: Tensor) -> Tensor:
+            return statistics(family.observed(h, y.reshape(len(h), count)))
+
+        h = self.natural(h)
+        return self.equally_weighted(h, self.rows(one, h)[:, None])
+
+
+class Heads(Product):
+    """Labels of several kinds, each with outputs of its own: a class, a box, a count.
+
+    Args:
+        heads: Name → the family and its number of outputs, in the order of the outputs.
+
+    Raises:
+        ValueError: there are no heads, or a number is too small for its family.
+        TypeError: a head is no such pair.
+
+    Example: one of three classes, and a number with J = 2.
+        >>> from fimlib import Categorical, Gaussian
+        >>> heads = Heads({"class": (Categorical(), 3), "size": (Gaussian(), 1)})
+        >>> heads.information(torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, 2.0]])).item()
+        4.0
+    """
+
+    def __init__(self, heads: Mapping[str, tuple[Family, int]]) -> None:
+        if not isinstance(heads, Mapping) or not heads:
+            raise TypeError(
+                "heads must be a dict: the name of a head, then its family and its number of "
+                "outputs, as Heads({'class': (Categorical(), 10)})."
+            )
+        for name, (family, size) in heads.items():
+            check_family(family)
+            check_integer(size, f"the number of outputs of head {name!r}", family.min_outputs)
+        self.heads = dict(heads)
+        self.min_outputs = sum(size for _, size in self.heads.values())
+
+    def natural(self, h: Tensor) -> Tensor:
+        """As for every family, and for every head; T must be the sum of their outputs.
+
+        Raises:
+            ValueError: also if it is not.
+        """
+        h = super().natural(h)
+        if h.shape[1] != self.min_outputs:
+            raise ValueError(
+                f"Heads: the model has {h.shape[1]} outputs, and the heads "
+                f"{', '.join(self.heads)} have {self.min_outputs}."
+            )
+        return self.rows(lambda family, h: family.natural(h), h)
+
+    @property
+    def families(self) -> list[Family]:  # noqa: D102
+        return [family for family, _ in self.heads.values()]
+
+    def parts(self, function: Function, h: Tensor, *D: Tensor) -> list[Tensor]:
+        """The function of every head."""
+        sizes = [size for _, size in self.heads.values()]
+        columns = zip(*(d.split(sizes, dim=1) for d in (h, *D)), strict=True)
+        return [function(f, *own) for f, own in zip(self.families, columns, strict=True)]
+
+    def each(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
+        """[B, number of heads, ...]."""
+        return torch.stack(self.parts(function, h, *D), dim=1)
+
+    def rows(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
+        """[B, T]."""
+        return torch.cat(self.parts(function, h, *D), dim=1)
+
+    def observed(self, h: Tensor, y: Any) -> Labels:
+        """Labels that were observed: name of a head → what its family takes.
+
+        Raises:
+            ValueError: other heads, or as the families'.
+        """
+        if not isinstance(y, Mapping) or y.keys() != self.heads.keys():
+            raise ValueError(f"Heads: y must be a dict with the heads {', '.join(self.heads)}.")
+        h, of = self.natural(h), iter(y[name] for name in self.heads)
+        found = self.rows(lambda family, h: statistics(family.observed(h, next(of))), h)
+        return self.equally_weighted(h, found[:, None])
+
+
+def statistics(labels: Labels) -> Tensor:
+    """t(y) of one label for every input, or their mean: [B, T]."""
+    return labels.weights if labels.values is None else labels.mean(labels.values)

@@ -1,0 +1,164 @@
+"""Several labels for one input: against sums over all of them, drawn and observed; refusals."""
+
+import itertools
+
+import pytest
+import reference
+import torch
+from strategies import inputs
+
+from fimlib import Joint
+from fimlib.derivatives import Block, Derivatives
+from fimlib.families import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    GaussianHead,
+    Heads,
+    Poisson,
+    Positions,
+)
+from fimlib.spectra import lambda_max
+
+H = 0.7 * inputs(2, 6, seed=8)
+
+
+def classes(h):
+    """All one-hot labels at logits h [C], their probabilities and t(y)."""
+    eye = torch.eye(len(h), dtype=torch.float64)
+    return eye, torch.softmax(h, 0), eye
+
+
+# Family, and for each of its labels: how many outputs it has, and all its values.
+PRODUCTS = {
+    "two words": (Positions(Categorical(), 3), [(3, classes)] * 2),
+    "three pairs of answers": (Positions(Bernoulli(), 2), [(2, reference.bernoulli)] * 3),
+    "a class and two answers": (
+        Heads({"class": (Categorical(), 4), "answers": (Bernoulli(), 2)}),
+        [(4, classes), (2, reference.bernoulli)],
+    ),
+    "two numbers and a class": (
+        Heads({"numbers": (Gaussian(), 2), "class": (Categorical(), 4)}),
+        [(2, reference.gaussian(torch.eye(2).double())), (4, classes)],
+    ),
+}
+each_product = pytest.mark.parametrize("name", PRODUCTS)
+
+
+def all_labels(h, parts):
+    """Probabilities and t(y) of all combinations of the labels at outputs h [T]."""
+    found = [
+        labels(one) for one, (_, labels) in zip(h.split([n for n, _ in parts]), parts, strict=True)
+    ]
+    rows = list(itertools.product(*(range(len(p)) for _, p, _ in found)))
+    p = [torch.stack([of[1][k] for of, k in zip(found, row, strict=True)]).prod() for row in rows]
+    t = [torch.cat([of[2][k] for of, k in zip(found, row, strict=True)]) for row in rows]
+    return torch.stack(p), torch.stack(t)
+
+
+@each_product
+def test_all_quantities_are_those_of_all_labels_together(name):
+    family, parts = PRODUCTS[name]
+    J, S = (inputs(2, 6 * 5, seed=s).view(2, 6, 5) for s in (2, 3))
+    for b, h in enumerate(H):
+        p, t = all_labels(h, parts)
+        delta = t - p @ t
+        first, second = delta @ J[b], delta @ S[b]
+        I = p @ first.square()
+        expected = {
+            "mean": p @ t,
+            "covariance": torch.einsum("a,ai,aj->ij", p, delta, delta),
+            "information": I,
+            "variance1": p @ (first.square() - I).square(),
+            "variance2": p @ second.square(),
+            "covariance12": -p @ (first.square() * second),
+        }
+        if name != "two numbers and a class":
+            expected["residual_bound"] = delta.square().sum(1).max()
+        arrays = {"information": (J,), "variance1": (J,), "variance2": (S,), "covariance12": (J, S)}
+        for quantity, value in expected.items():
+            ours = getattr(family, quantity)(H, *arrays.get(quantity, ()))[b]
+            assert torch.allclose(ours, value, rtol=1e-9, atol=1e-10), quantity
+
+
+def test_the_spectrum_of_a_product():
+    family = PRODUCTS["two words"][0]
+    upper = lambda_max(family, H, method="certified")
+    assert (lambda_max(family, H, method="multistart") <= upper * (1 + 1e-9)).all()
+    assert not family.outer_covariance_min(H).any()
+
+
+@each_product
+@pytest.mark.parametrize("kind", ["signs", "residual", "labels"])
+def test_random_vectors_have_the_covariance(name, kind):
+    family, _ = PRODUCTS[name]
+    h, generator = H[:1].expand(40_000, -1), torch.Generator().manual_seed(0)
+    if kind == "labels":
+        w = family.sample(h[:1], 40_000, generator).values[0] - family.mean(h[:1])
+    else:
+        w = getattr(family, f"draw_{kind}")(h, generator)
+    cov = family.covariance(H[:1])[0]
+    scale = cov.diagonal().max()
+    assert (w.mean(0).abs() < 5 * (scale / len(w)).sqrt()).all()
+    assert ((w.T @ w / len(w) - cov).abs() < 8 * scale / len(w) ** 0.5).all()
+
+
+def test_a_head_may_have_outputs_that_are_not_natural_parameters():
+    heads = Heads({"class": (Categorical(), 2), "number": (GaussianHead(), 4)})
+    J, S = (inputs(2, 6 * 5, seed=s).view(2, 6, 5) for s in (2, 3))
+    block = Block("", J, S, {"w": None})
+    (found,) = heads.natural_derivatives(Derivatives(H, (block,))).blocks
+    own = Derivatives(H[:, 2:], (Block("", J[:, 2:], S[:, 2:], {"w": None}),))
+    (expected,) = GaussianHead().natural_derivatives(own).blocks
+    assert torch.equal(found.J[:, :2], J[:, :2])
+    assert torch.allclose(found.J[:, 2:], expected.J)
+    assert torch.allclose(found.S[:, 2:], expected.S)
+    I = GaussianHead().information(H[:, 2:], expected.J)
+    I = I + Categorical().information(H[:, :2], J[:, :2])
+    assert torch.allclose(heads.information(H, found.J), I)
+
+
+def test_observed_labels():
+    words = Positions(Categorical(), 3).observed(H, torch.tensor([[0, 2], [1, 1]]))
+    assert words.values.tolist() == [[[1, 0, 0, 0, 0, 1]], [[0, 1, 0, 0, 1, 0]]]
+    answers = Positions(Bernoulli(), 2).observed(H, torch.ones(2, 3, 2))
+    assert answers.values.tolist() == [[[1] * 6]] * 2
+    heads = PRODUCTS["a class and two answers"][0]
+    both = heads.observed(H, {"class": [3, 0], "answers": [[1.0, 0.0], [0.0, 0.0]]})
+    assert both.values.tolist() == [[[0, 0, 0, 1, 1, 0]], [[1, 0, 0, 0, 0, 0]]]
+    with pytest.raises(ValueError, match="a dict with the heads class, answers"):
+        heads.observed(H, {"class": [3, 0]})
+    with pytest.raises(ValueError, match="between 0 and 2"):
+        Positions(Categorical(), 3).observed(H, torch.tensor([[0, 3], [1, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Positions(Categorical(), 1), ValueError, "size must be an integer ≥ 2"),
+        (lambda: Positions(Categorical, 3), TypeError, "make an instance"),
+        (lambda: Heads({}), TypeError, "heads must be a dict"),
+        (lambda: Heads({"a": (Poisson(), 0)}), ValueError, "head 'a' must be an integer ≥ 1"),
+        (lambda: Positions(Categorical(), 4).natural(H), ValueError, "no multiple of size = 4"),
+        (lambda: Positions(Poisson(), 2).natural(H + 99), ValueError, "overflows"),
+        (lambda: Heads({"a": (Poisson(), 5)}).natural(H), ValueError, "6 outputs.*a have 5"),
+        (
+            lambda: Positions(Categorical(), 4).flatten(torch.ones(2, 3, 5)),
+            ValueError,
+            r"axis 2 of the outputs \[2, 3, 5\] must hold the 4 outputs",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_accumulators_know_the_families_inside():
+    joint = Joint(Positions(Categorical(), 3))
+    joint.merge(Joint(Positions(Categorical(), 3)))
+    for other in (Positions(Categorical(), 4), Positions(Bernoulli(), 3), Categorical()):
+        with pytest.raises(ValueError, match="other settings"):
+            joint.merge(Joint(other))
+        with pytest.raises(ValueError, match="not the state"):
+            joint.load_state_dict(Joint(other).state_dict())
