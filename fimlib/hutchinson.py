@@ -68,7 +68,7 @@ def hutchinson_variance_i2(
     num_probes: int,
     num_samples: int = 1,
     generator: torch.Generator | None = None,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
 ) -> HutchinsonEstimate:
     r"""An unbiased *estimate* of V₂(θᵢ|x), for any network that autograd differentiates twice.
 

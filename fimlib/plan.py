@@ -56,7 +56,7 @@ def plan(
     *,
     engine: str = "auto",
     order: int = 2,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
 ) -> Plan:
     """Say which engine ``differentiate`` takes, why not the ones before it, and what it costs.
 

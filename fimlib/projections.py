@@ -37,17 +37,26 @@ from fimlib._progress import progress
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.engines import first_order, functional
-from fimlib.engines.checks import check_model, check_module, check_outputs, check_plain
+from fimlib.engines.checks import (
+    check_forward,
+    check_model,
+    check_module,
+    check_outputs,
+    check_plain,
+    failed,
+)
 from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import inputs_to_check, positions_to_check
+from fimlib.engines.held import Forward, Held
 from fimlib.engines.model import kept_random_state, private_copy, selected
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.families.base import Family, check_family, random_signs, sum_of_pairs, weighted_variance
 from fimlib.families.categorical import Categorical
 from fimlib.families.probabilities import warn_of_probabilities
+from fimlib.families.product import Product
 from fimlib.fisher import natural
 from fimlib.left_factors import left_factors
-from fimlib.streaming import Pick, batches, check_finite, check_shape, named
+from fimlib.streaming import Pick, batches, check_finite, check_shape, check_width, named
 
 __all__ = ["Estimate", "LayerEstimate", "estimate", "variance_importance", "variance_signs"]
 
@@ -57,9 +66,10 @@ Draw = Callable[[Family, Tensor, torch.Generator], Tensor]
 DRAWS: dict[str, Draw] = {
     "signs": lambda family, h, generator: family.draw_signs(h, generator),
     "labels": lambda family, h, generator: family.draw_residual(h, generator),
-    "importance": lambda family, h, generator: of_classes(family).draw_important(h, generator),
+    "importance": lambda family, h, generator: draw_important(family, h, generator),
 }
 SQUARES = ("batch", "input")
+HALF = (torch.bfloat16, torch.float16)
 PASSES = 32
 PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
 MOST_PASSES = 10_000
@@ -115,8 +125,9 @@ def estimate(
     passes: int | None = None,
     relative_error: float | None = None,
     batch_size: int = 256,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
     pick: Pick = None,
+    forward: Forward | None = None,
     seed: int = 0,
 ) -> Estimate:
     r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated with standard errors.
@@ -127,7 +138,8 @@ def estimate(
     each output.
 
     Args:
-        model: Maps inputs to natural parameters [B, T]; in eval mode, float32 or float64.
+        model: Maps inputs to natural parameters [B, T]; in eval mode. What is float16 or bfloat16
+            is computed in a float32 copy.
         inputs: [M, ...], or an iterable of batches that can be used again, as in ``accumulate``.
         family: The output family.
         estimator: How w is drawn. "signs": w = Lξ with random signs ξ and 𝓘 = LLᵀ, so that one
@@ -145,6 +157,7 @@ def estimate(
         batch_size: Of a tensor ``inputs``, how many at a time.
         layers: Names of the modules to report, all by default; see ``differentiate``.
         pick: Which part of every batch is x; see ``accumulate``.
+        forward: From the model and a batch of any kind to the outputs; see ``accumulate``.
         seed: Of the random vectors. Equal seeds give equal numbers on one machine.
 
     Returns:
@@ -173,6 +186,8 @@ def estimate(
     draw = DRAWS[one_of("estimator", estimator, tuple(DRAWS))]
     most = passes_to_take(estimator, passes, relative_error)
     model = check_module(model)
+    if any(p.dtype in HALF for p in model.parameters()):
+        model = private_copy(model).float()
     if isinstance(inputs, Tensor):
         size = check_integer(batch_size, "batch_size")
         inputs = list(inputs.split(size)) if len(inputs) else []
@@ -181,7 +196,7 @@ def estimate(
             "inputs is an iterator, which can be used only once, and every pass goes through all "
             "of them: pass a list, a DataLoader or a tensor."
         )
-    source = Source(model, inputs, family, pick, draw, seed)
+    source = Source(model, inputs, family, pick, forward, draw, seed)
     square = (SquaredBatches if one_of("squares", squares, SQUARES) == "batch" else SquaredInputs)(
         model, layers, source
     )
@@ -239,28 +254,32 @@ class Source:
     Attributes:
         place: The pass and the batch, from 0 and 1.
         num_inputs: m, once a pass is through.
+        width: T, after the first batch.
     """
 
     model: nn.Module
     inputs: Iterable[Any]
     family: Family
     pick: Pick
+    forward: Forward | None
     draw: Draw
     seed: int
     place: tuple[int, int] = (0, 1)
     num_inputs: int = 0
+    width: int | None = None
 
     def run(self, number: int, square: Square) -> tuple[PerParameter, int]:
         """Σ_x of one pass, and how many inputs there are."""
         total = {n: torch.zeros(s, dtype=torch.float64, device=d) for n, s, d in square.shapes}
         shape, count = None, 0
         device = next(self.model.parameters()).device
-        for at, x in batches(self.model, self.inputs, self.pick):
+        for at, held, x in batches(self.model, self.inputs, self.family, self.pick, self.forward):
             self.place = (number, at)
             with named(f"batch {at}"):
                 shape = check_shape(x, shape)
                 check_finite(x)
-                square.add(x.to(device), total)
+                x = x.float() if x.dtype in HALF else x
+                square.add(held, x.to(device), total)
             count += len(x)
         if count == 0:
             raise ValueError("there are no inputs: pass M ≥ 1.")
@@ -274,11 +293,12 @@ class Source:
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Random rows w of every input at the outputs, [B, 1, T], float64."""
+        self.width = check_width(outputs, self.family, self.width)
         h = self.family.natural(outputs)
         generator = torch.Generator(h.device)
         generator.manual_seed(random.Random(f"{self.seed}/{self.place}").getrandbits(63))
         w = self.draw(self.family, h, generator)
-        if type(self.family).link is not Family.link:
+        if not self.family.is_natural:
             with torch.enable_grad():
                 z = h.clone().requires_grad_()
                 (w,) = torch.autograd.grad(self.family.link(z, at=h), z, w)
@@ -292,7 +312,9 @@ class Square(ABC):
         shapes: Name, shape and device of every parameter that is reported.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] | None, source: Source) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str] | str | None, source: Source
+    ) -> None:
         wanted = selected(model, layers)
         self.model, self.source, self.wanted = model, source, wanted
         self.shapes = [
@@ -302,7 +324,7 @@ class Square(ABC):
         ]
         self.checked = 0  # inputs of checked batches
 
-    def check(self, x: Tensor) -> None:
+    def check(self, held: nn.Module, x: Tensor) -> None:
         """Compare autograd with difference quotients at a few inputs, as for every engine.
 
         The outputs are combined at random, each in units of its size, so that thousands of outputs
@@ -313,24 +335,25 @@ class Square(ABC):
                 an input depend on the others.
         """
         some = x[positions_to_check(len(x), self.model).to(x.device)]
-        check_model(self.model, some)
-        check_plain(self.model)
+        check_model(held, some)
+        check_plain(held)
         with torch.inference_mode(False), kept_random_state(x):
-            _, h = functional.private(self.model, some)
+            check_forward(held, some)
+            _, h = functional.private(held, some)
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
         try:
-            differentiate_checked(Combined(self.model, h), some, "functional", 1, wanted)
+            differentiate_checked(Combined(held, h), some, "functional", 1, wanted)
         except (ValueError, NotImplementedError) as error:
             message = str(error).replace("'network.", "'").replace("'network'", "''")
             raise type(error)(message) from error
 
-    def add(self, x: Tensor, total: PerParameter) -> None:
+    def add(self, held: nn.Module, x: Tensor, total: PerParameter) -> None:
         """Add this batch's squares to the total; nothing if one of them is not finite."""
         if self.checked < inputs_to_check(self.model):
-            self.check(x)
+            self.check(held, x)
             self.checked += len(x)
-        found = self.squares(x)
+        found = self.squares(held, x)
         for name, square in found.items():
             if not torch.isfinite(square.sum()):
                 raise ValueError(
@@ -341,7 +364,7 @@ class Square(ABC):
             total[name] += square
 
     @abstractmethod
-    def squares(self, x: Tensor) -> PerParameter:
+    def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """(Σ_x w_x·J)², or Σ_x (w_x·J)²; a parameter that the outputs do not use may be missing."""
 
 
@@ -379,12 +402,13 @@ class SquaredBatches(Square):
             parameter.requires_grad_(self.wanted is None or name in self.wanted)
         return own
 
-    def squares(self, x: Tensor) -> PerParameter:
+    def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """(Σ_x w_x·J)²."""
+        own = held.around(self.own) if isinstance(held, Held) else self.own
         parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
         with torch.inference_mode(False), torch.enable_grad(), kept_random_state(x):
             with exact_lookups():
-                h = self.own(x.clone())
+                h = outputs_of(own, x)
             check_outputs(h, len(x))
             rows = self.source.rows(h.detach())[:, 0].to(h.dtype)
             if not h.requires_grad:
@@ -397,14 +421,28 @@ class SquaredBatches(Square):
         }
 
 
+def outputs_of(own: nn.Module, x: Tensor) -> Any:
+    """What a copy of the network makes of the inputs.
+
+    Raises:
+        ForwardError: it fails.
+    """
+    try:
+        return own(x.clone())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every network may raise its own
+        raise failed(x, error) from error
+
+
 class SquaredInputs(Square):
     """The sum of the squares of every input, by the engine for first derivatives."""
 
-    def squares(self, x: Tensor) -> PerParameter:
+    def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """Σ_x (w_x·J)²."""
         with torch.inference_mode(False), kept_random_state(x):
             sweep = first_order.differentiate(
-                self.model, x.detach().clone(), wanted=self.wanted, combine=self.source.rows
+                held, x.detach().clone(), wanted=self.wanted, combine=self.source.rows
             )
         return {
             name: mean * len(x)
@@ -490,6 +528,13 @@ class Record:
         errors = {n: (t / (k * (k - 1))).sqrt() for n, t in self.scatter.items()}
         reached = self.relative_error()
         return Estimate(self.mean, errors, layers, reached, k, self.num_inputs, estimator, squares)
+
+
+def draw_important(family: Family, h: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random vectors w of labels drawn by importance, [B, T]."""
+    if isinstance(family, Product):
+        return family.rows(lambda one, h: draw_important(one, h, generator), h)
+    return of_classes(family).draw_important(h, generator)
 
 
 def of_classes(family: Family) -> Categorical:

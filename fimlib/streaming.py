@@ -22,9 +22,11 @@ from fimlib.derivatives import Sweep, all_finite
 from fimlib.engines.checks import WRAPPER, add_axis, check_module
 from fimlib.engines.choose import differentiate, differentiator
 from fimlib.engines.confirm import positions_to_check
+from fimlib.engines.held import Forward, hold
 from fimlib.engines.model import finite_outputs, private_copy
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
+from fimlib.families.product import Positions
 from fimlib.joint import Joint
 from fimlib.memory import default_batch_size, keep_freed_memory
 
@@ -37,10 +39,11 @@ def accumulate(
     quantities: Collection[str] | None = None,
     bounds: str | None = None,
     batch_size: int | None = None,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
     engine: str = "auto",
     dtype: torch.dtype = torch.float64,
     pick: Pick = None,
+    forward: Forward | None = None,
 ) -> Joint:
     r"""Averages over a whole data set, batch by batch, in bounded memory (Theorem 4.7).
 
@@ -67,6 +70,8 @@ def accumulate(
         dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
         pick: Which part of every batch is x: a position, the key of a dict, or a function of the
             batch. The other parts are left out.
+        forward: From the model and a batch of any kind to the outputs, as ``lambda model, batch:
+            model(**batch).logits``. Every tensor of a batch counts the inputs along its first axis.
 
     Returns:
         The accumulator, on the model's device. It is empty where ``inputs`` is a tensor with
@@ -106,29 +111,46 @@ def accumulate(
         >>> joint.count, round(float(joint.fisher_information()["weight"]), 12)
         (3, 4.666666666667)
     """
+    model = check_module(model)
+    stream = batches(model, inputs, family, pick, forward)
+    joint = Joint(family, quantities=quantities, bounds=bounds, dtype=dtype)
+    return accumulate_stream(model, stream, joint, batch_size, layers, engine, inputs)
+
+
+Batch = tuple[int, nn.Module, Tensor]  # its number, and a network with its inputs
+
+
+def accumulate_stream(
+    model: nn.Module,
+    stream: Iterable[Batch],
+    joint: Joint,
+    batch_size: int | None,
+    layers: Sequence[str] | str | None,
+    engine: str,
+    inputs: object,
+) -> Joint:
+    """Take the batches of a stream into an empty accumulator; ``inputs`` is where they are from."""
 
     def empty() -> Joint:
-        return Joint(family, quantities=quantities, bounds=bounds, dtype=dtype)
+        return Joint(family, quantities=joint.quantities, bounds=joint.bounds, dtype=joint.dtype)
 
-    model = check_module(model)
+    family = joint.family
     keep_freed_memory()
-    joint = empty()
     order = 2 if {"V2", "C12"} & joint.quantities else 1
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     differentiate_batch = differentiator(model, **choice)
     size = None if batch_size is None else check_integer(batch_size, "batch_size")
-    shape, number = None, 0
+    shape, width, number = None, None, 0
     before: list[Part] = []
     device = next((p.device for p in model.parameters()), None)
-    for number, batch in batches(model, inputs, pick):
+    for number, held, batch in stream:
+        again = partial(differentiate_batch, held=held)
         with named(f"batch {number}"):
             shape = check_shape(batch, shape)
             if size is None:
                 some = batch[positions_to_check(len(batch), model).to(batch.device)]
-                differentiate_batch(some.to(device))  # the first call is not like the others
-                size = default_batch_size(
-                    partial(take, differentiate_batch, empty), batch[:1].to(device)
-                )
+                again(some.to(device))  # the first call is not like the others
+                size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
         whole = isinstance(inputs, Tensor)  # then the batches are parts of it
         for i, part in enumerate(batch.split(size), start=1):
             span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
@@ -138,14 +160,15 @@ def accumulate(
                 check_finite(part)
                 try:
                     here = part.to(device)
-                    done = differentiate_batch(here)
+                    done = again(here)
+                    width = check_width(done.outputs, family, width)
                     if joint.count == 0:
                         warn_of_probabilities(family, done.outputs, model)
-                        check_rounding(model, here, done.outputs, family)
+                        check_rounding(held, here, done.outputs, family)
                     joint.update_sweep(done)
                     before = before or parts_of(model)
                 except ValueError:
-                    differentiate(model, part.to(device), **choice)  # with all checks
+                    differentiate(held, part.to(device), **choice)  # with all checks
                     raise
     if number == 0 and not isinstance(inputs, Tensor):
         raise ValueError(
@@ -192,27 +215,79 @@ Pick = Callable[[Any], Tensor] | int | str | None
 
 
 def batches(
-    model: nn.Module, inputs: Tensor | Iterable[Any], pick: Pick = None
-) -> Iterator[tuple[int, Tensor]]:
-    """The x of every batch, counted from 1; a tensor is one batch, and none where it is empty.
+    model: nn.Module,
+    inputs: Tensor | Iterable[Any],
+    family: Family,
+    pick: Pick = None,
+    forward: Forward | None = None,
+) -> Iterator[Batch]:
+    """Of every batch: its number, from 1, and a network and its inputs x, to be differentiated.
+
+    With ``forward``, or several labels for one input, the network holds the batch, and x are
+    positions in it.
 
     Raises:
         TypeError: a data set, or a batch that holds no tensor x.
-        ValueError: what is x is in doubt, or not where ``pick`` says.
+        ValueError: what is x is in doubt, or not where ``pick`` says; or as ``hold``.
     """
+    if forward is None and not isinstance(family, Positions):
+        for number, x in inputs_of(model, inputs, pick):
+            yield number, model, x
+        return
+    if forward is not None and pick is not None:
+        raise ValueError("forward is given the whole batch: leave pick out.")
+
+    def flattened(network: nn.Module, batch: Any) -> Tensor:
+        outputs = forward(network, batch) if forward else network(batch)
+        if isinstance(outputs, Tensor) and isinstance(family, Positions):
+            return family.flatten(outputs)
+        return outputs
+
+    for number, batch in whole_batches(inputs) if forward else inputs_of(model, inputs, pick):
+        with named(f"batch {number}"):
+            held = hold(model, flattened, batch)
+        yield number, held, held.positions
+
+
+def whole_batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Every batch, counted from 1; a tensor is one batch, and none where it is empty."""
+    if isinstance(inputs, Tensor):
+        yield from [(1, inputs)] if len(inputs) else []
+        return
+    check_iterable(inputs)
+    if isinstance(inputs, tuple) and any(isinstance(t, Tensor) for t in inputs):
+        raise ValueError(
+            "inputs is a tuple of tensors, which may be one batch: pass [inputs] then, or "
+            "list(inputs) if every one is a batch of its own."
+        )
+    yield from enumerate(inputs, start=1)
+
+
+def check_iterable(inputs: object) -> None:
+    """A TypeError for one batch, or a data set, in the place of batches."""
+    if isinstance(inputs, Mapping):
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}, which may be one batch: pass [inputs], and "
+            "forward= to say what the model makes of it."
+        )
+    if isinstance(inputs, Dataset) or not hasattr(inputs, "__iter__"):
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}, which yields single inputs or none: pass "
+            "torch.utils.data.DataLoader(inputs, batch_size=...), or a tensor [M, ...]."
+        )
+
+
+def inputs_of(
+    model: nn.Module, inputs: Tensor | Iterable[Any], pick: Pick
+) -> Iterator[tuple[int, Tensor]]:
+    """The x of every batch, counted from 1; a tensor is one batch, and none where it is empty."""
     if isinstance(inputs, Tensor):
         if pick is not None:
             raise ValueError("inputs is a tensor, x itself, so that there is nothing to pick.")
         if inputs.ndim == 0 or len(inputs):
             yield 1, inputs
         return
-    if isinstance(inputs, Mapping):
-        raise TypeError(f"inputs is a {type(inputs).__name__}: {WRAPPER}")
-    if isinstance(inputs, Dataset) or not hasattr(inputs, "__iter__"):
-        raise TypeError(
-            f"inputs is a {type(inputs).__name__}, which yields single inputs or none: pass "
-            "torch.utils.data.DataLoader(inputs, batch_size=...), or a tensor [M, ...]."
-        )
+    check_iterable(inputs)
     arguments = count_arguments(model)
     if pick is None:
         check_many(inputs, arguments)
@@ -346,6 +421,14 @@ def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:
             "to one shape, or accumulate them apart and merge, joint.merge(other)."
         )
     return batch.shape[1:]
+
+
+def check_width(outputs: Tensor, family: Family, width: int | None) -> int:
+    """T, the same as before; but for sequences of any length."""
+    found = outputs.shape[1]
+    if width not in (None, found) and not isinstance(family, Positions):
+        raise ValueError(f"the model gives {found} outputs, and gave {width} before.")
+    return found
 
 
 def check_finite(batch: Tensor) -> None:

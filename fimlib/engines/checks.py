@@ -16,8 +16,8 @@ from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, privat
 
 FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
-    "for a network that takes a dict or several tensors write a module with one that unpacks it "
-    '(see "Bring your own network" in the book).'
+    "a network that takes a dict or several tensors needs forward=, as lambda model, batch: "
+    "model(**batch), in accumulate, estimate or summarise."
 )
 
 
@@ -163,9 +163,9 @@ def to_rows(outputs: Any, size: int) -> str:
     if outputs.ndim == 1:
         return "add an axis, h[:, None]"
     return (
-        "a family describes one label per input, and not one for every position. Write a module "
-        "around it that picks one, as h[:, -1] of [B, L, V], or pools them, as h.mean((2, 3)) of "
-        "[B, C, H, W]"
+        "a family describes one label per input. For one at every position take the family "
+        "fimlib.families.Positions in accumulate or estimate; else pick one, as h[:, -1] of "
+        "[B, L, V], or pool them, as h.mean((2, 3)) of [B, C, H, W]"
     )
 
 
@@ -190,26 +190,7 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         raise ValueError(f"the input is {x.layout}: pass a dense tensor, x.to_dense().")
     if torch.is_autocast_enabled(x.device.type):
         raise ValueError("torch.autocast is on and would round the derivatives: leave it first.")
-    for name, module in model.named_modules():
-        # Batch norm mixes the inputs of a batch; the others draw random numbers.
-        dropout = module.p if isinstance(module, _DropoutNd) else 0.0
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-            dropout = module.dropout
-        is_moving = isinstance(module, nn.RReLU | _BatchNorm) or any(
-            isinstance(hook, SpectralNorm) for hook in hooks_of(module)
-        )
-        if module.training and (dropout > 0 or is_moving):
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) is in training mode, so the outputs "
-                "are random, change with every call or depend on the other inputs of the batch. "
-                "Call model.eval() first."
-            )
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) has no running statistics, so that it "
-                "normalises by those of the batch in eval mode, too: make it with "
-                "track_running_stats=True, and train it."
-            )
+    check_training(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -244,3 +225,27 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         raise ValueError(f"there are no inputs: the shape is {list(x.shape)}; pass B ≥ 1.")
     if not all_finite(x):
         raise ValueError("the input holds NaN or infinite values.")
+
+
+def check_training(model: nn.Module) -> None:
+    """A ValueError if the outputs are random, or depend on the other inputs of the batch."""
+    for name, module in model.named_modules():
+        # Batch norm mixes the inputs of a batch; the others draw random numbers.
+        dropout = module.p if isinstance(module, _DropoutNd) else 0.0
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            dropout = module.dropout
+        is_moving = isinstance(module, nn.RReLU | _BatchNorm) or any(
+            isinstance(hook, SpectralNorm) for hook in hooks_of(module)
+        )
+        if module.training and (dropout > 0 or is_moving):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) is in training mode, so the outputs "
+                "are random, change with every call or depend on the other inputs of the batch. "
+                "Call model.eval() first."
+            )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has no running statistics, so that it "
+                "normalises by those of the batch in eval mode, too: make it with "
+                "track_running_stats=True, and train it."
+            )

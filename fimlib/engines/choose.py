@@ -197,7 +197,7 @@ def differentiate(
     *,
     engine: str = "auto",
     order: int = 2,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
 ) -> Derivatives:
     r"""J = ∂h and S = ∂²h of every parameter, exactly, at each of B inputs.
 
@@ -219,8 +219,8 @@ def differentiate(
             of the first three that supports the model, with order=1 "layerwise" or "functional",
             with order=2 "functional" only up to 10,000 parameters; ``plan`` says which.
         order: 2, or 1 for J alone: all that I, V₁, Î₁ and their bounds need, and cheaper.
-        layers: Names of modules, e.g. ["0", "head"]: only the parameters inside them are reported,
-            and work for others is saved. None: all.
+        layers: Names of modules or parameters, e.g. ["0", "head.bias"], or "trainable" for those
+            that require grad: only they are reported, and work for others is saved. None: all.
 
     Raises:
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
@@ -268,14 +268,15 @@ def differentiator(
     *,
     engine: str = "auto",
     order: int = 2,
-    layers: Sequence[str] | None = None,
-) -> Callable[[Tensor], Sweep]:
+    layers: Sequence[str] | str | None = None,
+) -> Callable[..., Sweep]:
     """``differentiate`` for many similar batches; the first is checked in full.
 
     Where that has very few inputs the next are, too, as one dead ReLU may hide everything.
 
     The others go to the engine that supports the first. The caller checks for finite values, so
-    that a GPU is synchronised once.
+    that a GPU is synchronised once. The function takes x, and the network that holds a batch, if
+    x are positions in one (``Held``).
 
     Args, Raises: as ``differentiate``.
     """
@@ -284,8 +285,9 @@ def differentiator(
     first: list[tuple[Attempt, str, torch.dtype, torch.device]] = []
     seen = 0  # inputs of confirmed batches
 
-    def differentiate_batch(x: Tensor) -> Sweep:
+    def differentiate_batch(x: Tensor, held: nn.Module | None = None) -> Sweep:
         nonlocal seen
+        network = held or model
         if first:
             attempt, name, *kind = first[0]
             if [x.dtype, x.device] != kind:
@@ -296,11 +298,11 @@ def differentiator(
             if seen >= inputs_to_check(model):
                 try:
                     with torch.inference_mode(False), kept_random_state(x):
-                        found = attempt(model, x.detach(), order, wanted)
+                        found = attempt(network, x.detach(), order, wanted)
                     return replace(found, engine=name)
                 except NotImplementedError:  # these inputs take another path through the network
                     pass
-        chosen = differentiate_checked(model, x, engine, order, wanted)
+        chosen = differentiate_checked(network, x, engine, order, wanted)
         seen += len(x)
         first[:] = [(chosen.attempt, chosen.batch.engine, x.dtype, x.device)]
         return chosen.batch

@@ -15,16 +15,23 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
-def selected(model: nn.Module, layers: Sequence[str] | None) -> frozenset[str] | None:
-    """Names of the parameters inside the named modules; None for all."""
+def selected(model: nn.Module, layers: Sequence[str] | str | None) -> frozenset[str] | None:
+    """Names of the parameters inside the named modules, or of those named; None for all."""
     if layers is None:
         return None
+    if layers == "trainable":
+        trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+        if not trainable:
+            raise ValueError("no parameter of the model requires grad, so none is trainable.")
+        return trainable
     if isinstance(layers, str):
-        raise ValueError(f"layers must be a list of names of modules, got the string {layers!r}.")
+        raise ValueError(
+            f"layers must be a list of names, or 'trainable', got the string {layers!r}."
+        )
     parameters = [name for name, _ in model.named_parameters()]
     found: set[str] = set()
     for layer in layers:
-        inside = [n for n in parameters if layer == "" or n.startswith(f"{layer}.")]
+        inside = [n for n in parameters if layer in ("", n) or n.startswith(f"{layer}.")]
         if not inside:
             known = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
             raise ValueError(

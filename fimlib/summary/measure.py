@@ -19,13 +19,14 @@ from fimlib._checks import check_num_samples
 from fimlib.derivatives import Derivatives
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate
+from fimlib.engines.held import Forward, Held
 from fimlib.families.base import Family, check_family
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
 from fimlib.precision import chebyshev
-from fimlib.streaming import Pick, accumulate, batches, check_shape
+from fimlib.streaming import Batch, Pick, accumulate_stream, batches, check_shape
 from fimlib.summary.findings import Findings, LayerSummary
 from fimlib.summary.plot import draw
 from fimlib.summary.text import text
@@ -79,10 +80,11 @@ def summarise(
     num_samples: int = 1,
     relative_error: float = 0.1,
     confidence: float = 0.95,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | str | None = None,
     engine: str = "auto",
     num_probes: int = NUM_PROBES,
     pick: Pick = None,
+    forward: Forward | None = None,
 ) -> Summary:
     r"""How far Î₁ and Î₂ are off, layer by layer; which is better; how many samples it takes.
 
@@ -104,6 +106,7 @@ def summarise(
         engine: Where the derivatives come from; see ``differentiate``.
         num_probes: ≥ 3, where V₂ must be estimated; see ``hutchinson_variance_i2``.
         pick: Which part of every batch is x; see ``accumulate``.
+        forward: From the model and a batch of any kind to the outputs; see ``accumulate``.
 
     Raises:
         ValueError: an argument out of its range, no inputs, and what ``accumulate`` refuses.
@@ -130,21 +133,20 @@ def summarise(
     chebyshev(torch.ones(()), torch.ones(()), relative_error, confidence)
     blocks_of(num_probes)
     model = check_module(model)
-    first, stream = _peek(model, inputs, pick)
-    found, order = _engine(model, first, engine, layers)
+    first, stream = _peek(batches(model, inputs, family, pick, forward))
+    found, order = _engine(*first, engine, layers)
     num_outputs = found.outputs.shape[1]
     sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
-    joint = accumulate(
-        model, sample.of(stream), family, quantities=FIRST_ORDER if order == 1 else None,
-        bounds=_method(num_outputs, family), layers=layers, engine=engine,
-    )  # fmt: skip
+    quantities, method = FIRST_ORDER if order == 1 else None, _method(num_outputs, family)
+    empty = Joint(family, quantities=quantities, bounds=method)
+    joint = accumulate_stream(model, sample.of(stream), empty, None, layers, engine, ())
     norms = joint.layer_sums({n: I.square() for n, I in joint.fisher_information().items()})
     variances = [joint.layer_sums(joint.label_variance(j)) for j in range(1, order + 1)]
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
     if order == 1:
         of_one = num_outputs * sum(t.numel() for t in joint.fisher_information().values())
         at_once = max(1, JACOBIAN_NUMBERS // of_one)
-        value, errors = _estimate(model, sample, family, joint, num_probes, layers, at_once)
+        value, errors = _estimate(sample, family, joint, num_probes, layers, at_once)
         variances.append(value)
     spread = joint.layer_sums(joint.input_variance())
     means, bounds = joint.layer_sums(joint.fisher_information()), _bounds(joint, order)
@@ -184,24 +186,22 @@ def summarise(
 # What goes in.
 
 
-def _peek(
-    model: nn.Module, inputs: Tensor | Iterable[Any], pick: Pick
-) -> tuple[Tensor, Iterator[Tensor]]:
-    """One input, on the model's device, and all batches, this one's among them."""
-    stream = (x for _, x in batches(model, inputs, pick))
+def _peek(stream: Iterator[Batch]) -> tuple[tuple[nn.Module, Tensor], Iterator[Batch]]:
+    """One input, on the model's device, with its network; and all batches."""
     first = next(stream, None)
     if first is None:
         raise ValueError(
             "there are no inputs: pass a tensor [m, ...] with m ≥ 1, or batches; an iterator can "
             "be used only once, make it anew."
         )
-    check_shape(first, None)
-    device = next((p.device for p in model.parameters()), None)
-    return first[:1].to(device), itertools.chain([first], stream)
+    _, network, x = first
+    check_shape(x, None)
+    device = next((p.device for p in network.parameters()), None)
+    return (network, x[:1].to(device)), itertools.chain([first], stream)
 
 
 def _engine(
-    model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | None
+    model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | str | None
 ) -> tuple[Derivatives, int]:
     """By the engine that takes the network; and whether it has S (2) or J alone (1)."""
     try:
@@ -219,32 +219,45 @@ def _method(num_outputs: int, family: Family) -> str | None:
 
 
 class _Sample:
-    """Random inputs of a stream, at most so many, each as likely as the others."""
+    """Random inputs of a stream, at most so many, each as likely as the others.
+
+    Attributes:
+        kept: For every batch with some of them: a random key of each, the network, and the inputs.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.inputs: Tensor | None = None
-        self._keys = torch.empty(0)
+        self.kept: list[tuple[Tensor, nn.Module, Tensor]] = []
         self._generator = torch.Generator().manual_seed(0)  # not the caller's
 
     def __len__(self) -> int:
-        return 0 if self.inputs is None else len(self.inputs)
+        return sum(len(x) for _, _, x in self.kept)
 
-    def of(self, stream: Iterable[Tensor]) -> Iterator[Tensor]:
+    def of(self, stream: Iterable[Batch]) -> Iterator[Batch]:
         """The same stream; what passes may stay in the sample."""
         for batch in stream:
             if self.most:
-                self._take(batch)
+                self._take(*batch[1:])
             yield batch
 
-    def _take(self, batch: Tensor) -> None:
-        keys = torch.cat([self._keys, torch.rand(len(batch), generator=self._generator)])
-        kept = keys.topk(min(self.most, len(keys))).indices.sort().values
-        old, new = kept[kept < len(self)], kept[kept >= len(self)] - len(self)
-        parts = [batch[new.to(batch.device)].detach()]
-        if self.inputs is not None:
-            parts.insert(0, self.inputs[old.to(self.inputs.device)])
-        self.inputs, self._keys = torch.cat(parts), keys[kept]
+    def _take(self, network: nn.Module, x: Tensor) -> None:
+        self.kept.append((torch.rand(len(x), generator=self._generator), network, x))
+        every = torch.cat([keys for keys, _, _ in self.kept])
+        least = every.topk(min(self.most, len(every))).values.min()
+        self.kept = [
+            (keys[keys >= least], *_some(network, x, keys >= least))
+            for keys, network, x in self.kept
+            if (keys >= least).any()
+        ]
+
+
+def _some(network: nn.Module, x: Tensor, chosen: Tensor) -> tuple[nn.Module, Tensor]:
+    """The chosen ones of the inputs, in memory of their own."""
+    x = x[chosen.to(x.device)].detach()
+    if not isinstance(network, Held):
+        return network, x
+    held = network.at(x)
+    return held, held.positions
 
 
 # From one number per parameter to one per layer.
@@ -267,12 +280,11 @@ def _bounds(joint: Joint, order: int) -> list[dict[str, Tensor] | None]:
 
 
 def _estimate(
-    model: nn.Module,
     sample: _Sample,
     family: Family,
     joint: Joint,
     num_probes: int,
-    layers: Sequence[str] | None,
+    layers: Sequence[str] | str | None,
     at_once: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sums of E_x V₂⁽¹⁾ over each layer, estimated at so many inputs at once, and their errors.
@@ -280,22 +292,23 @@ def _estimate(
     The standard errors come from the probes where all inputs were taken, else from the spread of
     the inputs, whose probes are independent, so that it contains theirs.
     """
-    assert sample.inputs is not None
     fisher = joint.fisher_information()
     device = next(iter(fisher.values())).device
-    x = sample.inputs.to(device)
     generator = torch.Generator(device).manual_seed(0)  # not the caller's
     found = [
         hutchinson_variance_i2(
-            model, part, family, num_probes=num_probes, generator=generator, layers=layers
+            network, part, family, num_probes=num_probes, generator=generator, layers=layers
         ).layer_means
-        for part in x.split(at_once)
+        for _, network, x in sample.kept
+        for part in x.to(device).split(at_once)
     ]
     sums, errors = {}, {}
     for layer, size in _sizes(joint).items():
         means, of_probes = (torch.cat([part[layer][i] for part in found]) for i in (0, 1))
-        is_all = len(x) == joint.count
-        error = of_probes.square().sum().sqrt() / len(x) if is_all else means.std() / len(x) ** 0.5
+        count = len(sample)
+        error = means.std() / count**0.5
+        if count == joint.count:
+            error = of_probes.square().sum().sqrt() / count
         sums[layer], errors[layer] = size * means.mean(), size * error
     return sums, errors
 

@@ -460,7 +460,7 @@ CAUSES = {
         lambda: Own(lambda m, x: m.a(x)[:, :, None], a=nn.Linear(3, 2)),
         X,
         ValueError,
-        r"\[\d, 2, 1\]: a family describes one label per input.* picks one, as h\[:, -1\]",
+        r"\[\d, 2, 1\]: a family describes one label per input.* pick one, as h\[:, -1\]",
     ),
     "no T": (
         lambda: Own(lambda m, x: m.a(x)[:, :0], a=nn.Linear(3, 2)),

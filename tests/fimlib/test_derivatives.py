@@ -432,7 +432,7 @@ BAD_INPUT = {
     "not flattened": (
         lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 2)).double(),
         inputs(2, 3),
-        "one label per input, and not one for every position",
+        "take the family fimlib.families.Positions",
     ),
     "overflow": (lambda: mlp([3, 4, 2], nn.Softplus, scale=1e200), inputs(1, 3), "too large"),
     "batch norm": (lambda: in_the_middle(nn.BatchNorm1d(4)).train(), inputs(2, 3), "eval"),
@@ -620,7 +620,7 @@ def test_layers_may_name_what_holds_them():
     ("arguments", "message"),
     [
         ({"layers": ["1"]}, r"no layer '1' with parameters; there are: '0', '2'"),
-        ({"layers": "0"}, r"list of names of modules, got the string '0'"),
+        ({"layers": "0"}, r"list of names, or 'trainable', got the string '0'"),
         ({"layers": []}, "names no module"),
         ({"order": 3}, "order must be 1 .* or 2"),
         ({"engine": "magic"}, "unknown engine 'magic'.*layerwise.*functional"),

@@ -212,9 +212,10 @@ def test_the_error_of_an_estimate_is_that_of_its_probes_or_of_its_inputs(count, 
     net, x, family = mlp(), inputs(count), FAMILIES["categorical"]
     found = fimlib.summarise(net, x, family, engine="functional", num_probes=8)
     sample = module._Sample(32)
-    list(sample.of([x]))
+    list(sample.of([(1, net, x)]))
+    [(_, _, drawn)] = sample.kept
     estimate = fimlib.hutchinson_variance_i2(
-        net, sample.inputs, family, num_probes=8, generator=torch.Generator().manual_seed(0)
+        net, drawn, family, num_probes=8, generator=torch.Generator().manual_seed(0)
     )
     norm = squared_norms(fimlib.fisher_information(fimlib.differentiate(net, x), family))
     for row in found.layers:
@@ -304,16 +305,16 @@ def test_a_sample_is_some_of_the_inputs_each_as_likely():
     for seed in range(300):
         sample = module._Sample(10)
         sample._generator.manual_seed(seed)
-        stream = torch.arange(40.0)[:, None].split([1, 20, 0, 19])
-        assert torch.equal(torch.cat(list(sample.of(stream))), torch.arange(40.0)[:, None])
+        stream = [(1, None, x) for x in torch.arange(40.0)[:, None].split([1, 20, 0, 19])]
+        assert list(sample.of(stream)) == stream
         assert len(sample) == 10
-        chosen = sample.inputs.flatten().long()
+        chosen = torch.cat([x for _, _, x in sample.kept]).flatten().long()
         assert len(set(chosen.tolist())) == 10
         counts[chosen] += 1
     # binomial with mean 75 and standard deviation 7.5
     assert (counts - 75).abs().max() < 5 * 7.5
     few = module._Sample(10)
-    list(few.of([torch.ones(3, 1)]))
+    list(few.of([(1, None, torch.ones(3, 1))]))
     assert len(few) == 3
 
 
@@ -380,7 +381,7 @@ def test_many_outputs_have_no_bounds():
         (
             {"inputs": {"x": inputs()}},
             TypeError,
-            "inputs is a dict: for a network that takes",
+            "inputs is a dict, which may be one batch",
         ),
         ({"family": inputs()}, TypeError, "a Tensor is no output family: the order is model, inp"),
         ({"model": nn.Linear}, TypeError, "Linear is a class: make an instance of it"),

@@ -7,9 +7,9 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 5900,
-    "core": 4850,
-    "rest": 2200,
+    "engines": 5980,
+    "core": 5170,
+    "rest": 2280,
     "support and extensions": 11_600,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
