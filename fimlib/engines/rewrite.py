@@ -608,6 +608,35 @@ def pdist(input: Tensor, p: float = 2.0) -> Any:
     return torch.linalg.vector_norm(input[first] - input[second], p, -1)
 
 
+@replaces(F.scaled_dot_product_attention)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(QKᵀ/√d) V; torch's own kernels crash or refuse within transforms of torch.func."""
+    if dropout_p > 0:
+        return NotImplemented
+    if enable_gqa:  # a key serves several queries
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    s = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
+    seen = seen.tril() if is_causal else seen
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        seen = seen & attn_mask
+    elif attn_mask is not None:
+        seen = seen & (attn_mask > -torch.inf)
+        s = s + attn_mask.masked_fill(~seen, 0.0)
+    some = seen.any(-1, keepdim=True)  # a query that sees no key gives 0
+    p = torch.softmax(s.masked_fill(~seen & some, -torch.inf), -1)
+    return p.masked_fill(~some, 0.0) @ value
+
+
 @replaces(torch.embedding)
 def embedding(
     weight: Tensor,

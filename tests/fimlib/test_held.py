@@ -5,6 +5,7 @@ from collections import UserDict
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from strategies import inputs, mlp
 from torch import nn
 
@@ -187,6 +188,30 @@ def test_two_heads():
         for family, part in zip((Categorical(), Bernoulli()), parts, strict=True)
     ]
     assert torch.allclose(found, I[0] + I[1])
+
+
+class Attends(nn.Module):
+    """Attention in one call of torch, whose kernels crash within transforms of torch.func."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.out = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, z, mask=None):
+        q, k, v = self.mix(z).chunk(3, -1)
+        seen = None if mask is None else mask[:, None].bool()
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).mean(1))
+
+
+def test_attention_in_one_call_at_order_2():
+    net, z = Attends().double(), inputs(3, 12).view(3, 3, 4)
+    plain = accumulate(net, z, Categorical()).label_variance(2)
+    batch = {"z": z, "mask": torch.ones(3, 3)}
+    masked = accumulate(net, [batch], Categorical(), forward=lambda m, b: m(**b)).label_variance(2)
+    for name, V2 in plain.items():
+        assert torch.allclose(masked[name], V2, rtol=1e-9, atol=1e-15)
+    assert plain["mix.weight"].any()
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -17,6 +17,10 @@ BATCH_NORM = nn.BatchNorm1d(6).double().eval()
 nn.init.uniform_(BATCH_NORM.running_var, 0.5, 2)
 INDEX = torch.tensor([[0, 2], [2, 2], [5, 1]])
 
+SEEN = inputs(6, 6, seed=3) > -0.5
+SEEN[1] = False  # a position that sees nothing
+SHIFT = inputs(6, 6, seed=4).masked_fill(inputs(6, 6, seed=5) > 1, -torch.inf)
+
 # Functions of a tensor [4, 6, 5].
 FUNCTIONS = {
     "layer norm": lambda s: F.layer_norm(s, (5,), WIDTHS, WIDTHS),
@@ -78,6 +82,13 @@ FUNCTIONS = {
     "local response norm": lambda s: F.local_response_norm(s, 3),
     "glu": lambda s: F.glu(s, 1),
     "attention": lambda s: ATTENTION(s, s, s)[0],
+    "dot products": lambda s: F.scaled_dot_product_attention(s, s.sin(), s.cos()),
+    "causal": lambda s: F.scaled_dot_product_attention(s, s, s, is_causal=True, scale=0.3),
+    "masked": lambda s: F.scaled_dot_product_attention(s, s, s.sin(), attn_mask=SEEN),
+    "shifted": lambda s: F.scaled_dot_product_attention(s, s, s, attn_mask=SHIFT),
+    "grouped": lambda s: F.scaled_dot_product_attention(
+        s[None], s[None, :2], s[None, 2:], enable_gqa=True
+    ),
     "leaky, in place": lambda s: F.leaky_relu(s.sin(), -0.5, inplace=True),
     "leaky, in place by its own name": lambda s: F.leaky_relu_(s.sin(), -0.5),
     "elu, in place by its own name": lambda s: F.elu_(s.sin(), -0.5),

@@ -337,7 +337,12 @@ def test_pick_says_what_is_x(case):
         ([{"x": X}], "y", ValueError, "^batch 1: pick='y' is no entry of its dict of 'x'"),
         ([(X,)], "x", ValueError, "^batch 1: pick='x' is no entry of its tuple"),
         ([(X, "abc")], 1, TypeError, "^batch 1: pick gives a str, and x must be a tensor"),
-        ([{"x": X, "y": IDS}], None, TypeError, "^batch 1 holds a dict: .*pick='x' or pick='y'; a netw"),
+        (
+            [{"x": X, "y": IDS}],
+            None,
+            TypeError,
+            "^batch 1 holds a dict: .*pick='x' or pick='y'; a",
+        ),
         ([({"x": X}, IDS)], None, TypeError, "^batch 1 holds a dict: .*by a function pick="),
     ],
 )
@@ -660,7 +665,7 @@ def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
 
     def prepared(*arguments, **options):
         again = differentiator(*arguments, **options)
-        return lambda x, held: (sizes.append(len(x)), again(x))[1]
+        return lambda x, **_: (sizes.append(len(x)), again(x))[1]
 
     monkeypatch.setattr(streaming, "differentiator", prepared)
     many = x.repeat(3000, *[1] * (x.ndim - 1))

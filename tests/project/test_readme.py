@@ -4,12 +4,15 @@ import inspect
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import nbclient
 import pytest
+import torch
 from jupyter_client.kernelspec import NoSuchKernel
 from support import reference, report, results
+from torch import nn
 
 ROOT = results.ROOT
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -87,8 +90,26 @@ def test_what_it_names_is_there():
 
 
 def test_the_example_runs(capsys):
-    first, second = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    first, second, third = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names = {}
     exec(first + second, names)
     assert names["found"].relative_error <= 0.2
     assert re.match(r"layer 0: I = .*\nlayer 2: I = .*sd of Î₂ 0.0e\+00\n", capsys.readouterr().out)
+    assert "50257" in third
+    exec(third.replace("50257", "7"), names | language_model())
+
+
+def language_model():
+    """A tiny one with a frozen table, called as those of transformers are, and two texts."""
+    model = nn.Sequential(nn.Embedding(7, 4).requires_grad_(False), nn.Linear(4, 7)).eval()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = model
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(logits=self.inside(input_ids * attention_mask))
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    return {"gpt": Model().eval(), "texts": [{"input_ids": ids, "attention_mask": ids.sign()}]}
