@@ -4,7 +4,7 @@ from fimlib.families.base import Family, Labels
 from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.independent import Bernoulli, Independent, Poisson
-from fimlib.families.product import Heads, Positions
+from fimlib.families.product import Heads, Positions, Product
 
 __all__ = [
     "Bernoulli",
@@ -17,4 +17,5 @@ __all__ = [
     "Labels",
     "Poisson",
     "Positions",
+    "Product",
 ]
