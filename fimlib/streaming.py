@@ -70,8 +70,9 @@ def accumulate(
         dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
         pick: Which part of every batch is x: a position, the key of a dict, or a function of the
             batch. The other parts are left out.
-        forward: From the model and a batch of any kind to the outputs, as ``lambda model, batch:
-            model(**batch).logits``. Every tensor of a batch counts the inputs along its first axis.
+        forward: From the model and a batch of any kind to the outputs, as
+            ``lambda model, batch: model(batch["ids"], batch["mask"])``. Every tensor of a batch
+            counts the inputs along its first axis.
 
     Returns:
         The accumulator, on the model's device. It is empty where ``inputs`` is a tensor with
