@@ -364,11 +364,12 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
     """Directions, with J·v along each and the size of its terms: [k, T]."""
     names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
     products = torch.stack(list(claim.products.values()))
-    influence = dict(zip(names, squares.flatten(1).mean(1).sqrt().tolist(), strict=True))
-    for shares in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
-        weights = squares.new_tensor([shares.get(n, 0.0) for n in names])
+    shares = (squares / squares.sum(0)).nan_to_num(0.0)  # of each output and input by itself
+    influence = dict(zip(names, shares.flatten(1).mean(1).sqrt().tolist(), strict=True))
+    for group in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
+        weights = squares.new_tensor([group.get(n, 0.0) for n in names])
         scale = torch.tensordot(weights.square(), squares, 1).sqrt()
-        w = {n: share * claim.truth.v[n] for n, share in shares.items()}
+        w = {n: share * claim.truth.v[n] for n, share in group.items()}
         yield w, torch.tensordot(weights, products, 1), scale
 
 

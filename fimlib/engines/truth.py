@@ -79,17 +79,28 @@ class Truth:
 
 
 def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers between −√3 and √3 times the size of a parameter's."""
+    """Random numbers between −√3 and √3 times the size of a parameter's, row by row.
+
+    The rows of a weight may differ by powers of ten, as the outputs of its layer do.
+    """
     numbers = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     numbers.uniform_(-(3**0.5), 3**0.5, generator=generator)
-    return numbers.to(parameter).mul_(size_of(parameter))
+    rows = parameter.reshape(len(parameter), -1) if parameter.ndim else parameter.reshape(1, 1)
+    sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5
+    scaled = numbers.to(parameter).reshape(rows.shape) * or_initial(sizes, parameter)
+    return scaled.reshape(parameter.shape)
 
 
 def size_of(parameter: Tensor) -> Tensor:
     """The size of a parameter's entries; the size at initialisation where all are 0."""
     size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
-    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    return torch.where(size > 0, size, torch.full_like(size, fallback))
+    return or_initial(size, parameter)
+
+
+def or_initial(sizes: Tensor, parameter: Tensor) -> Tensor:
+    """Sizes of a parameter's entries, with that at initialisation where they are 0."""
+    initial = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+    return torch.where(sizes > 0, sizes, torch.full_like(sizes, initial))
 
 
 def check_unchanged(model: nn.Module, called: nn.Module) -> None:

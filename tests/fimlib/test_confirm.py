@@ -723,3 +723,71 @@ def test_large_outputs_hide_nothing(kind):
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
     with pytest.raises(NotImplementedError, match=r"autograd's derivative|others of the batch"):
         fimlib.differentiate(kind().double(), x, order=1)
+
+
+@pytest.mark.parametrize("which", ["J", "S", "outputs"])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_a_small_output_is_judged_by_its_own_size(name, which):
+    net, x, engine, order = network(name)
+    with torch.no_grad():
+        net[-1].weight[0] *= 1e7
+    judge(net, x, engine, order)
+
+    def smaller(D):
+        D = D.clone()
+        D[:, 1] *= 0.9
+        return D
+
+    def changed(derivs):
+        if which == "outputs":
+            return replace(derivs, outputs=smaller(derivs.outputs))
+        return blocks(lambda b: replace(b, **{which: smaller(getattr(b, which))}), at=0)(derivs)
+
+    with pytest.raises(Unconfirmed):
+        judge(net, x, engine, order, changed)
+
+
+class OnlyTogether(nn.Module):
+    """It rejects a batch of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise ValueError("too few")
+        return self.a(x)
+
+
+def test_a_network_that_rejects_a_single_input_is_refused():
+    with pytest.raises(NotImplementedError, match="depend on the others of the batch"):
+        fimlib.differentiate(OnlyTogether().double(), inputs(4, 2), order=1)
+
+
+@pytest.mark.parametrize("which", ["forward", "derivative"])
+def test_matrices_of_second_derivatives_are_checked_in_every_row(which):
+    """The Hessian of a network of two parts, one of which is differentiated wrongly."""
+    torch.manual_seed(0)
+    net = Halves(which == "derivative").double()
+    x, family = inputs(3, 2), fimlib.Gaussian()
+    labels = family.sample(net(x).detach(), 2, torch.Generator().manual_seed(0))
+    names = ["a.weight", "b.weight"]
+    if which == "forward":
+        assert fimlib.estimate_i2_matrix(net, x, labels, parameters=names).shape == (4, 4)
+        return
+    with pytest.raises(
+        NotImplementedError,
+        match="second derivative is not the derivative|autograd cannot differentiate",
+    ):
+        fimlib.estimate_i2_matrix(net, x, labels, parameters=names)
+
+
+class Halves(nn.Module):
+    def __init__(self, wrong):
+        super().__init__()
+        self.a, self.b, self.wrong = nn.Linear(2, 1), nn.Linear(2, 1), wrong
+
+    def forward(self, x):
+        z = self.b(x)
+        return self.a(x).tanh() + (CutCubeWithRules.apply(z) if self.wrong else z**3)
