@@ -145,6 +145,11 @@ def check_outputs(outputs: Any, size: int) -> None:
             f"the outputs are {outputs.dtype}, {outputs.layout}: return dense real numbers, before "
             "argmax(), round(), comparisons or to_sparse()."
         )
+    if torch.isneginf(outputs).any():
+        raise ForwardError(
+            "some outputs are -inf: where logits are masked take -1e4, of which a softmax makes 0, "
+            "too."
+        )
     if not torch.isfinite(outputs).all():
         raise ForwardError(
             "the outputs hold NaN or infinite values: the weights are too large, or forward() has "

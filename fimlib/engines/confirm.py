@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from fimlib.derivatives import Block, Derivatives, all_finite
 from fimlib.engines.blame import mixing_module, wrong_module
+from fimlib.engines.held import other_input
 from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.engines.truth import (
@@ -284,7 +285,7 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
     slack = 2**6 * truth.noise + torch.finfo(truth.dtype).eps ** 0.575 * scale
     pair, fine = x[:2], True
     if len(x) == 1:
-        pair = torch.cat([x, neighbour(x)])
+        pair = torch.cat([x, neighbour(truth.own, x)])
         fine = fits(finite_outputs(truth.own, x), h, slack)
         finite_outputs(truth.alone, pair[1:])  # which it may remember
     for i in reversed(range(len(x))):
@@ -307,8 +308,11 @@ def check_inputs_apart(model: nn.Module, x: Tensor) -> None:
     check_alone(truth, truth.outputs.abs())
 
 
-def neighbour(x: Tensor) -> Tensor:
-    """Another input like this one: its numbers from the last to the first, and smaller."""
+def neighbour(model: nn.Module, x: Tensor) -> Tensor:
+    """Another input: of the batch if it is held, else these numbers in reverse, and smaller."""
+    held = other_input(model, x)
+    if held is not None:
+        return held
     other = x.flatten(1).flip(1).view_as(x)
     return other / 2 if x.is_floating_point() else other
 

@@ -95,6 +95,12 @@ def hold(network: nn.Module, forward_of: Forward, batch: Any) -> Held:
     return held
 
 
+def other_input(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The input behind one of a held batch; None where no batch is held."""
+    held = next((m for m in model.modules() if isinstance(m, Held)), None)
+    return None if held is None else (x + 1) % held.size
+
+
 def each_tensor(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """The same batch with other tensors in it."""
     if isinstance(batch, UserDict):  # as of tokenisers

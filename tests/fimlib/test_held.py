@@ -305,6 +305,26 @@ def test_batches_that_cannot_be_used(name, function):
 
 
 @pytest.mark.parametrize("function", [accumulate, estimate])
+def test_inputs_that_meet_are_seen_one_at_a_time_too(function):
+    with pytest.raises(NotImplementedError, match="depend on the others of the batch"):
+        function(mlp([3, 4, 3], nn.Tanh), [{"x": X}], Categorical(), forward=mixed, batch_size=1)
+
+
+@pytest.mark.parametrize("function", [accumulate, estimate])
+def test_masked_logits(function):
+    net, cannot = mlp([3, 4, 5], nn.Tanh), torch.tensor([False, False, True, False, True])
+    of = lambda value: lambda m, b: m(b["x"]).masked_fill(cannot, value)  # noqa: E731
+    with pytest.raises(ValueError, match="-inf: where logits are masked take -1e4"):
+        function(net, [{"x": X}], Categorical(), forward=of(-torch.inf))
+    masked = function(net, [{"x": X}], Categorical(), forward=of(-1e4))
+    kept = function(net, [{"x": X}], Categorical(), forward=lambda m, b: m(b["x"])[:, ~cannot])
+    values = [f.value if function is estimate else f.fisher_information() for f in (masked, kept)]
+    if function is accumulate:
+        assert all(torch.allclose(values[0][n], values[1][n]) for n in values[1])
+    assert not values[0]["2.weight"][cannot].any()
+
+
+@pytest.mark.parametrize("function", [accumulate, estimate])
 def test_arguments_that_do_not_fit(function):
     net, batch = mlp([3, 4, 3], nn.Tanh), {"x": X}
     call = {"forward": lambda m, b: m(b["x"])}
