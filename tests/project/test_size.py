@@ -7,7 +7,7 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 5980,
+    "engines": 6030,
     "core": 5170,
     "rest": 2280,
     "support and extensions": 11_600,
