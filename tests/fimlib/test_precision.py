@@ -46,6 +46,41 @@ def test_the_smallest_number_that_chebyshev_grants(family, estimator):
         assert (n > 1).all() or (estimator == 2 and name == "4")
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("estimator", [1, 2])
+def test_sharper_rules_keep_their_promise(estimator, confidence):
+    """With so many labels, how often is ‖Î − I‖ ≥ ε‖I‖? Labels are drawn as counts of classes."""
+    family, draws, error = Categorical(), 5000, 0.15
+    derivs = differentiate(mlp([3, 5, 4, 4], nn.Sigmoid, scale=2.0), inputs(2, 3))
+    ask = {"relative_error": error, "confidence": confidence, "estimator": estimator}
+    needed = {
+        rule: num_samples_needed(derivs, family, **ask, rule=rule)
+        for rule in ("chebyshev", "bernstein", "approximate")
+    }
+    h = family.natural(derivs.outputs)
+    fisher = fimlib.fisher_information(derivs, family)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("0", "2"):
+        I = layer(fisher, name)
+        keys = [key for key in fisher if key.startswith(f"{name}.")]
+        D = torch.cat([getattr(derivs, WHICH[estimator])(k).flatten(2) for k in keys], 2)
+        of_labels = family.project(h, D.double())
+        errors = of_labels.square() - I[:, None] if estimator == 1 else of_labels
+        for b in range(2):
+            assert needed["bernstein"][name][b] <= needed["chebyshev"][name][b]
+            assert needed["approximate"][name][b] < needed["bernstein"][name][b]
+            for rule, counts in needed.items():
+                N = int(counts[name][b])
+                shares = family.sample(h[b : b + 1].expand(draws, -1), N, generator).weights
+                off = torch.linalg.vector_norm(shares @ errors[b], dim=1)
+                kept = float((off < error * I[b].norm()).double().mean())
+                assert kept >= confidence - (0.02 if rule == "approximate" else 0.0)
+                assert rule != "approximate" or kept <= confidence + 0.02
+
+
+WHICH = {1: "jacobian", 2: "second"}
+
+
 def test_the_first_estimator_is_the_default():
     derivs = differentiate(mlp([2, 3, 2], nn.Tanh), inputs(2, 2))
     arguments = {"relative_error": 0.1, "confidence": 0.9}
