@@ -62,8 +62,9 @@ ENTRIES = 8  # of S that are compared, at least one of every block
 # Contributions to J·v that one direction may sum up, largest over smallest.
 RANGE = {torch.float64: 100.0, torch.float32: 1e4}
 TINY = 1e-100  # whose square is lost
-STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8, 2.0**-11)  # large outputs need long, steep networks short
-STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10)
+# Large outputs need long steps, steep networks short ones.
+STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8, 2.0**-11)
+STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10, 2.0**-12)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
