@@ -166,10 +166,11 @@ def check_finite(found: Derivatives) -> None:
     for block in found.blocks:
         for D in (block.J, block.S, *block.inputs.values()):
             if D is not None and not all_finite(D):
+                narrow = " If float32 is too narrow for them, take .double() of model and inputs."
                 raise Unconfirmed(
                     f"layer {block.layer!r}: its derivatives at these inputs are NaN or infinite. "
                     "A function in the forward pass has none there, as sqrt() at 0: keep away by "
-                    "a small constant."
+                    f"a small constant.{narrow if D.dtype == torch.float32 else ''}"
                 )
 
 
