@@ -147,8 +147,8 @@ def check_outputs(outputs: Any, size: int) -> None:
         )
     if torch.isneginf(outputs).any():
         raise ForwardError(
-            "some outputs are -inf: where logits are masked take -1e4, of which a softmax makes 0, "
-            "too."
+            "some outputs are -inf: the weights are too large, or logits are masked by -inf; mask "
+            "them by -1e4, of which a softmax makes 0, too."
         )
     if not torch.isfinite(outputs).all():
         raise ForwardError(
