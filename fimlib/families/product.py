@@ -12,14 +12,14 @@ adds nothing. Not in the paper.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fimlib._checks import check_integer
-from fimlib.families.base import Family, Labels, check_family, sum_of_pairs
+from fimlib.families.base import Family, Labels, check_family, pairings, sum_of_pairs
 
 Function = Callable[..., Tensor]  # of a family, its outputs, and derivatives of these
 
@@ -52,6 +52,28 @@ class Product(Family):
     def mean(self, h: Tensor) -> Tensor:
         """η of every label."""
         return self.rows(lambda family, h: family.mean(h), h)
+
+    @abstractmethod
+    def blocks(self, function: Function, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of every label, and a dense tensor of it, [B, k, ...]."""
+
+    def covariance(self, h: Tensor) -> Tensor:
+        """𝓘, with those of the labels on the diagonal."""
+        found = h.new_zeros(*h.shape, h.shape[1], dtype=torch.float64)
+        for at, cov in self.blocks(lambda family, h: family.covariance(h), h):
+            found[:, at, at] = cov
+        return found
+
+    def fourth_moment(self, h: Tensor) -> Tensor:
+        """𝓚: the pairings of 𝓘, and the fourth cumulants of each label."""
+
+        def cumulant(family: Family, h: Tensor) -> Tensor:
+            return family.fourth_moment(h) - pairings(family.covariance(h))
+
+        fourth = pairings(self.covariance(h))
+        for at, own in self.blocks(cumulant, h):
+            fourth[:, at, at, at, at] += own
+        return fourth
 
     def link(self, h: Tensor, at: Tensor) -> Tensor:
         """That of every label."""
@@ -157,6 +179,11 @@ class Positions(Product):
         apart = (d.reshape(-1, self.size, *d.shape[2:]) for d in (h, *D))
         return torch.unflatten(function(self.family, *apart), 0, (len(h), -1))
 
+    def blocks(self, function: Function, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Position by position."""
+        for i, own in enumerate(self.each(function, h).unbind(1)):
+            yield slice(i * self.size, (i + 1) * self.size), own
+
     def rows(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
         """[B, L·size]."""
         return self.each(function, h, *D).flatten(1)
@@ -229,6 +256,13 @@ class Heads(Product):
         sizes = [size for _, size in self.heads.values()]
         columns = zip(*(d.split(sizes, dim=1) for d in (h, *D)), strict=True)
         return [function(f, *own) for f, own in zip(self.families, columns, strict=True)]
+
+    def blocks(self, function: Function, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Head by head."""
+        start = 0
+        for own in self.parts(function, h):
+            yield slice(start, start + own.shape[1]), own
+            start += own.shape[1]
 
     def each(self, function: Function, h: Tensor, *D: Tensor) -> Tensor:
         """[B, number of heads, ...]."""

@@ -22,6 +22,7 @@ from fimlib.engines.choose import differentiate
 from fimlib.engines.held import Forward, Held
 from fimlib.families.base import Family, check_family
 from fimlib.families.gaussian import Gaussian, GaussianHead
+from fimlib.families.product import Product
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
@@ -213,7 +214,7 @@ def _engine(
 
 def _method(num_outputs: int, family: Family) -> str | None:
     """How λ_max(M) is found, where that is cheap."""
-    if num_outputs > MOST_OUTPUTS_FOR_BOUNDS:
+    if num_outputs > MOST_OUTPUTS_FOR_BOUNDS or isinstance(family, Product):
         return None
     return "multistart" if isinstance(family, Gaussian | GaussianHead) else "certified"
 

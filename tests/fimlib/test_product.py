@@ -72,6 +72,7 @@ def test_all_quantities_are_those_of_all_labels_together(name):
             "variance1": p @ (first.square() - I).square(),
             "variance2": p @ second.square(),
             "covariance12": -p @ (first.square() * second),
+            "fourth_moment": torch.einsum("a,ai,aj,ak,al->ijkl", p, *[delta] * 4),
         }
         if name != "two numbers and a class":
             expected["residual_bound"] = delta.square().sum(1).max()

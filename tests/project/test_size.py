@@ -8,7 +8,7 @@ from support import results
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
     "engines": 6030,
-    "core": 5250,
+    "core": 5280,
     "rest": 2280,
     "support and extensions": 11_600,
 }
