@@ -115,7 +115,14 @@ def accumulate(
     model = check_module(model)
     stream = batches(model, inputs, family, pick, forward)
     joint = Joint(family, quantities=quantities, bounds=bounds, dtype=dtype)
-    return accumulate_stream(model, stream, joint, batch_size, layers, engine, inputs)
+    is_whole = isinstance(inputs, Tensor)
+    done = accumulate_stream(model, stream, joint, batch_size, layers, engine, is_whole=is_whole)
+    if done.count == 0 and not is_whole:
+        raise ValueError(
+            "there are no batches: an iterator can be used only once, make it anew; a process "
+            "without inputs passes a tensor of shape [0, ...]."
+        )
+    return done
 
 
 Batch = tuple[int, nn.Module, Tensor]  # its number, and a network with its inputs
@@ -128,9 +135,10 @@ def accumulate_stream(
     batch_size: int | None,
     layers: Sequence[str] | str | None,
     engine: str,
-    inputs: object,
+    *,
+    is_whole: bool = False,
 ) -> Joint:
-    """Take the batches of a stream into an empty accumulator; ``inputs`` is where they are from."""
+    """Take the batches of a stream, or of one whole tensor, into an empty accumulator."""
 
     def empty() -> Joint:
         return Joint(family, quantities=joint.quantities, bounds=joint.bounds, dtype=joint.dtype)
@@ -141,7 +149,7 @@ def accumulate_stream(
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     differentiate_batch = differentiator(model, **choice)
     size = None if batch_size is None else check_integer(batch_size, "batch_size")
-    shape, width, number = None, None, 0
+    shape, width = None, None
     before: list[Part] = []
     device = next((p.device for p in model.parameters()), None)
     for number, held, batch in stream:
@@ -152,10 +160,9 @@ def accumulate_stream(
                 some = batch[positions_to_check(len(batch), model).to(batch.device)]
                 again(some.to(device))  # the first call is not like the others
                 size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
-        whole = isinstance(inputs, Tensor)  # then the batches are parts of it
         for i, part in enumerate(batch.split(size), start=1):
             span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
-            with named(f"batch {i if whole else number} ({span})"):
+            with named(f"batch {i if is_whole else number} ({span})"):
                 if before:
                     check_unchanged(before, parts_of(model))
                 check_finite(part)
@@ -171,11 +178,6 @@ def accumulate_stream(
                 except ValueError:
                     differentiate(held, part.to(device), **choice)  # with all checks
                     raise
-    if number == 0 and not isinstance(inputs, Tensor):
-        raise ValueError(
-            "there are no batches: an iterator can be used only once, make it anew; a process "
-            "without inputs passes a tensor of shape [0, ...]."
-        )
     return joint
 
 
@@ -222,7 +224,7 @@ def batches(
     pick: Pick = None,
     forward: Forward | None = None,
 ) -> Iterator[Batch]:
-    """Of every batch: its number, from 1, and a network and its inputs x, to be differentiated.
+    """The number of each batch, from 1, with a network and the inputs x to differentiate it at.
 
     With ``forward``, or several labels for one input, the network holds the batch, and x are
     positions in it.

@@ -7,9 +7,9 @@ with difference quotients of the network itself, in float64, at a few inputs of 
 
 v moves all parameters at once, every row of a weight in proportion to its size, so that each layer
 and each output counts alike; layers whose influence differs too much for that get directions of
-their own. S is a diagonal, which no single
-direction shows: a sample of its entries is compared, at least one of every block, so a fault in few
-entries of one layer can escape. Before that, the network is called with each input alone and with
+their own. S is a diagonal, which no single direction shows: a sample of its entries is compared, at
+least one of every block, so a fault in few entries of one layer can escape, or one that is within
+the rounding error of the outputs. Before that, the network is called with each input alone and with
 several together: an output must be a function of its own input.
 
 Every output has its own tolerance, from its size and its rounding error, so that no large output

@@ -96,7 +96,7 @@ def hold(network: nn.Module, forward_of: Forward, batch: Any) -> Held:
 
 
 def other_input(model: nn.Module, x: Tensor) -> Tensor | None:
-    """The input behind one of a held batch; None where no batch is held."""
+    """The next input of the batch that a network holds; None if it holds none."""
     held = next((m for m in model.modules() if isinstance(m, Held)), None)
     return None if held is None else (x + 1) % held.size
 

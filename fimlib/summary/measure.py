@@ -140,7 +140,7 @@ def summarise(
     sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
     quantities, method = FIRST_ORDER if order == 1 else None, _method(num_outputs, family)
     empty = Joint(family, quantities=quantities, bounds=method)
-    joint = accumulate_stream(model, sample.of(stream), empty, None, layers, engine, ())
+    joint = accumulate_stream(model, sample.of(stream), empty, None, layers, engine)
     norms = joint.layer_sums({n: I.square() for n, I in joint.fisher_information().items()})
     variances = [joint.layer_sums(joint.label_variance(j)) for j in range(1, order + 1)]
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import reference
 import torch
-from lying import CutCubeWithRules, DoubledSquare
+from lying import CutCubeWithRules, CutSineWithRules, DoubledSquare
 from strategies import inputs, mlp
 from torch import nn
 from torch.nn import functional
@@ -765,29 +765,6 @@ def test_a_network_that_rejects_a_single_input_is_refused():
         fimlib.differentiate(OnlyTogether().double(), inputs(4, 2), order=1)
 
 
-class CutSine(torch.autograd.Function):
-    """sin z with its first derivative by all rules, and the second cut off."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z):
-        return z.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, _output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.saved_tensors[0].detach().cos() * g
-
-    @staticmethod
-    def jvp(ctx, t):
-        return ctx.saved_tensors[0].cos() * t
-
-
 class Halves(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -800,7 +777,7 @@ class Halves(nn.Module):
 
 def test_a_hessian_of_which_one_half_is_wrong_is_refused():
     x, names = inputs(3, 2), ["a.weight", "b.weight"]
-    for function in (torch.sin, CutSine.apply):
+    for function in (torch.sin, CutSineWithRules.apply):
         net = Halves(function).double()
         labels = fimlib.Gaussian().sample(net(x).detach(), 2, torch.Generator().manual_seed(0))
         if function is torch.sin:
