@@ -1,7 +1,9 @@
+import math
 from itertools import product
 
 import pytest
 import torch
+from scipy import stats
 from strategies import inputs, mlp
 from torch import nn
 
@@ -76,6 +78,31 @@ def test_sharper_rules_keep_their_promise(estimator, confidence):
                 kept = float((off < error * I[b].norm()).double().mean())
                 assert kept >= confidence - (0.02 if rule == "approximate" else 0.0)
                 assert rule != "approximate" or kept <= confidence + 0.02
+
+
+@pytest.mark.parametrize("estimator", [1, 2])
+def test_sharper_rules_are_their_formulas(estimator):
+    family, error, alpha = Categorical(), 0.15, 0.01
+    derivs = differentiate(mlp([3, 5, 4, 4], nn.Sigmoid, scale=2.0), inputs(2, 3))
+    ask = {"relative_error": error, "confidence": 1 - alpha, "estimator": estimator}
+    found = {
+        r: num_samples_needed(derivs, family, **ask, rule=r) for r in ("bernstein", "approximate")
+    }
+    h, fisher = family.natural(derivs.outputs), fimlib.fisher_information(derivs, family)
+    for name, b in product(("0", "2"), range(2)):
+        keys = [key for key in fisher if key.startswith(f"{name}.")]
+        D = torch.cat([getattr(derivs, WHICH[estimator])(k).flatten(2) for k in keys], 2)
+        labels, I = family.project(h, D.double())[b], layer(fisher, name)[b]
+        a = labels.square() - I if estimator == 1 else labels
+        p, t = family.mean(h)[b], error * I.norm()
+        eigenvalues = torch.linalg.eigvalsh(torch.einsum("k,ki,kj->ij", p, a, a))
+        total, squares = eigenvalues.sum(), eigenvalues.square().sum()
+        most = torch.linalg.vector_norm(a, dim=1).max()
+        bernstein = math.log(2 / alpha) * (2 * total / t**2 + 2 * most / (3 * t))
+        assert found["bernstein"][name][b] == torch.ceil(bernstein)
+        g, f = squares / total, total**2 / squares
+        quantile = stats.chi2.ppf(1 - alpha, float(f))
+        assert found["approximate"][name][b] == torch.ceil(g * quantile / t**2)
 
 
 WHICH = {1: "jacobian", 2: "second"}
