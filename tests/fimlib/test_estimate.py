@@ -389,3 +389,20 @@ def test_other_mistakes():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="look like probabilities"):
             fimlib.estimate(nn.Sequential(net, nn.Softmax(1)), x, fimlib.Categorical(), passes=2)
+
+
+class OneNumber(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()).double())
+
+    def forward(self, x):
+        return self.w * torch.cat([x, x**2, x**3], 1)
+
+
+def test_the_error_of_a_layer_of_one_parameter_is_that_of_the_parameter():
+    found = fimlib.estimate(OneNumber(), inputs(4, 1), fimlib.Categorical(), passes=7)
+    layer, error = found.layers[""], float(found.standard_error["w"])
+    assert layer.total == pytest.approx(float(found.value["w"]))
+    assert error > 0
+    assert layer.standard_error == pytest.approx(error)

@@ -11,6 +11,8 @@ from torch import nn
 
 import fimlib
 from fimlib import Categorical, accumulate, estimate
+from fimlib.engines.held import hold
+from fimlib.engines.truth import Truth
 from fimlib.families import Bernoulli, Heads, Positions
 
 WORDS, LENGTH = 7, 5
@@ -308,6 +310,15 @@ def test_batches_that_cannot_be_used(name, function):
 def test_inputs_that_meet_are_seen_one_at_a_time_too(function):
     with pytest.raises(NotImplementedError, match="depend on the others of the batch"):
         function(mlp([3, 4, 3], nn.Tanh), [{"x": X}], Categorical(), forward=mixed, batch_size=1)
+
+
+def test_a_held_batch_follows_its_network_to_float64():
+    net = mlp([3, 4, 3], nn.Tanh).float()
+    held = hold(net, lambda m, b: m(b["x"]), {"x": X, "ids": torch.arange(4)})
+    assert held.batch["x"].dtype == torch.float32
+    assert Truth.of(held, held.positions).dtype == torch.float64
+    wide = copy.deepcopy(held).double()
+    assert (wide.batch["x"].dtype, wide.batch["ids"].dtype) == (torch.float64, torch.int64)
 
 
 @pytest.mark.parametrize("function", [accumulate, estimate])
