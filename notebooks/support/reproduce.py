@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ class Pool:
             fits = len(self.running) < self.jobs and taken + needed(one) <= self.memory
             if not self.failed and (fits or not self.running):
                 self.queue.remove(one)
-                self.running.append(Running(one, self.start(one.name), time.monotonic()))
+                with told_later():
+                    self.running.append(Running(one, self.start(one.name), time.monotonic()))
 
     def collect(self) -> None:
         """Note which runs have ended."""
@@ -223,6 +225,19 @@ def launcher(text: str) -> list[str]:
 def tell_to_end(*_: object) -> None:
     """A signal's handler."""
     sys.exit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def told_later() -> Iterator[None]:
+    """Hold SIGTERM back for a moment, so that no run is started and then forgotten."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if told:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @cli.command(RunError, data.DataError, book.BookError, ValueError)

@@ -183,12 +183,13 @@ def test_cores_and_memory_of_a_container_count(monkeypatch, tmp_path):
 
 
 SLEEPS = """\
-import signal, subprocess, sys
+import signal, subprocess, sys, time
 from support import quote, reproduce
 signal.signal(signal.SIGTERM, reproduce.tell_to_end)
 def start(name):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     print("pid", process.pid, flush=True)
+    time.sleep(0.5)  # the signal comes before the run is known
     return process
 queue = [quote.Quote("a", "", 1.0, 1.0, 1.0, "")]
 reproduce.Pool(queue, 0, 1, 1e9, start).work()
