@@ -66,6 +66,7 @@ TINY = 1e-100  # whose square is lost
 STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8, 2.0**-11)
 STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10, 2.0**-12)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
+VISIBLE = 2.0**5  # noise that is so many times what was measured hides every step
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 Again = Callable[[nn.Module, Tensor], Derivatives]
@@ -350,17 +351,18 @@ def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Te
 
 def first_order_doubts(claim: Claim) -> Tensor:
     """At which inputs J·v differs from the difference quotient of the outputs: [k], bool."""
-    truth, eps, noise = claim.truth, claim.eps, claim.noise
+    truth, eps, noise, unit = claim.truth, claim.eps, claim.noise, step_of(claim.truth.dtype)
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     for w, found, scale in along(claim):
         rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
+        slack = eps**0.35 * scale + rounding
+        most = torch.maximum(RESOLUTION * scale, noise / (max(STEPS) * unit))
         left = torch.ones_like(found, dtype=torch.bool)
         for factor in STEPS:
-            step = factor * step_of(truth.dtype)
+            step = factor * unit
             plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
             quotient = (plus - minus).double() / (2 * step)
-            slack = eps**0.35 * scale + rounding + bounded(noise, step, scale, truth.dtype)
-            left &= ~((found - quotient).abs() <= slack)  # NaN is in doubt
+            left &= ~agree(found, quotient, slack, noise / step, most)  # NaN is in doubt
             if not left.any():
                 break
         doubt |= left.any(1)
@@ -380,10 +382,14 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
         yield w, torch.tensordot(weights, products, 1), scale
 
 
-def bounded(noise: Tensor, step: float, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounding errors of a quotient, limited so that they do not hide the derivative."""
-    least = noise / (max(STEPS) * step_of(dtype))
-    return torch.minimum(noise / step, torch.maximum(RESOLUTION * scale, least))
+def agree(found: Tensor, quotient: Tensor, slack: Tensor, noise: Tensor, most: Tensor) -> Tensor:
+    """Where a quotient confirms a derivative.
+
+    Rounding errors of the quotient count up to ``most``, or they would hide the derivative. A step
+    that is lost in them confirms nothing: the outputs did not move.
+    """
+    slack = slack + torch.minimum(noise, most)
+    return (noise / VISIBLE <= slack) & ((found - quotient).abs() <= slack)
 
 
 def contraction(block: Block, name: str, v: Tensor, power: int) -> Tensor:
@@ -451,16 +457,19 @@ def confirm_hessian(
         nearby = private_copy(model)
         perturb_weights(nearby, strength)
         truth = Truth.of(nearby, x)
+        unit = step_of(truth.dtype)
         v = {n: truth.v[n] for n in names}
         flat = torch.cat([v[n].flatten() for n in names]).double()
         H = (again(nearby) if strength else found).double()
         scale = (H.square() @ flat.square()).sqrt()
         for factor in STEPS:
-            step = factor * step_of(truth.dtype)
+            step = factor * unit
             plus, minus = (gradient(truth, v, sign * step, objective) for sign in (1, -1))
-            noise = 16 * torch.finfo(truth.dtype).eps * (plus.abs() + minus.abs()).amax() / step
-            slack = torch.finfo(found.dtype).eps ** 0.35 * (scale + 1e-6 * scale.amax()) + noise
-            if bool(((H @ flat - (plus - minus) / (2 * step)).abs() <= slack).all()):
+            noise = 16 * torch.finfo(truth.dtype).eps * (plus.abs() + minus.abs()).amax()
+            most = torch.maximum(RESOLUTION * scale.amax(), noise / (max(STEPS) * unit))
+            slack = torch.finfo(found.dtype).eps ** 0.35 * (scale + 1e-6 * scale.amax())
+            quotient = (plus - minus) / (2 * step)
+            if bool(agree(H @ flat, quotient, slack, noise / step, most).all()):
                 return
     where = wrong_module(private_copy(truth.own), truth.x, order=2)
     raise Unconfirmed(f"{where or type(model).__name__}: {NO_SECOND}")
@@ -528,8 +537,7 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
     floor = r.abs() @ entry.noise / entry.size  # of saturated units autograd rounds slopes to 0
     slack = entry.precision**0.35 * (1 + terms) * len(r) ** 0.5
     slack = slack + floor / entry.size * (entry.precision / eps)
-    moves = (r * entry.J).abs().sum()
-    quotients = {}
+    moves, most, quotients = (r * entry.J).abs().sum(), RESOLUTION * (1 + terms), {}
     for factor in STEPS_OF_ENTRIES:
         step = factor * eps ** (1 / 3) * entry.size
         try:
@@ -537,16 +545,12 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
         except RuntimeError:  # autograd has no derivative: of leaky_relu_(s), for one
             return is_second_difference(truth, parameter, entry, weights, claim, slack)
         quotients[step] = (plus - minus) / (2 * step)
-        noise = 8 * eps * (moves + plus.abs() + minus.abs()) / step
-        noise = noise + torch.minimum(floor / step, RESOLUTION * (1 + terms))
-        if bool((claim - quotients[step]).abs() <= slack + noise):
+        noise = (8 * eps * (moves + plus.abs() + minus.abs()) + floor) / step
+        if agree(claim, quotients[step], slack, noise, most):
             return True
-    rounding = slope_noise(truth, entry, weights)
-    most = torch.maximum(RESOLUTION * (1 + terms), rounding / max(quotients))
-    return any(
-        bool((claim - q).abs() <= slack + torch.minimum(rounding / step, most))
-        for step, q in quotients.items()
-    )
+    noise = slope_noise(truth, entry, weights)
+    most = torch.maximum(most, noise / max(quotients))
+    return any(agree(claim, q, slack, noise / step, most) for step, q in quotients.items())
 
 
 def slope_noise(truth: Truth, entry: Entry, weights: Tensor) -> Tensor:

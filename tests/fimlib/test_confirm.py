@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import reference
 import torch
-from lying import CutCubeWithRules, CutSineWithRules, DoubledSquare
+from lying import CutCubeWithRules, CutSine, CutSineWithRules, DoubledSquare
 from strategies import inputs, mlp
 from torch import nn
 from torch.nn import functional
@@ -697,13 +697,18 @@ def test_too_coarse_numbers_are_told_from_wrong_ones():
 class Offset(nn.Module):
     """One output, whose rounding errors hide quotients of short steps."""
 
-    def __init__(self):
+    def __init__(self, function=DoubledSquare.apply, offset=-1e6):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
+        self.a, self.b, self.function, self.offset = (
+            nn.Linear(2, 4),
+            nn.Linear(4, 1),
+            function,
+            offset,
+        )
 
     def forward(self, x):
-        return self.b(DoubledSquare.apply(torch.erf(self.a(x)))) - 1e6
+        return self.b(self.function(torch.erf(self.a(x)))) + self.offset
 
 
 class BesideALargeOutput(nn.Module):
@@ -723,6 +728,18 @@ def test_large_outputs_hide_nothing(kind):
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
     with pytest.raises(NotImplementedError, match=r"autograd's derivative|others of the batch"):
         fimlib.differentiate(kind().double(), x, order=1)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, 1e4, 1e5, 1e6])
+def test_a_step_that_rounding_hides_confirms_nothing(offset):
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
+    for function, order in ((torch.sin, 2), (torch.detach, 1), (CutSine.apply, 2)):
+        net = Offset(function, offset).double()
+        if function is torch.sin:
+            fimlib.differentiate(net, x, order=order)
+            continue
+        with pytest.raises(NotImplementedError, match="not the derivative of"):
+            fimlib.differentiate(net, x, order=order)
 
 
 @pytest.mark.parametrize("which", ["J", "S", "outputs"])
