@@ -35,6 +35,7 @@ from fimlib.engines.held import other_input
 from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.engines.truth import (
+    Comparison,
     PerParameter,
     Truth,
     Unconfirmed,
@@ -63,10 +64,9 @@ ENTRIES = 8  # of S that are compared, at least one of every block
 RANGE = {torch.float64: 100.0, torch.float32: 1e4}
 TINY = 1e-100  # whose square is lost
 # Large outputs need long steps, steep networks short ones.
-STEPS = (1.0, 2.0**5, 2.0**10, 2.0**-4, 2.0**-8, 2.0**-11)
+STEPS = (2.0**5, 1.0, 2.0**10, 2.0**-4, 2.0**-8, 2.0**-11)
 STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10, 2.0**-12)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
-VISIBLE = 2.0**5  # noise that is so many times what was measured hides every step
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
 Again = Callable[[nn.Module, Tensor], Derivatives]
@@ -257,10 +257,11 @@ def check_values(claim: Claim) -> None:
     Raises:
         Unconfirmed: naming the module where that shows.
     """
-    truth, scale = claim.truth, sizes(claim)
+    truth, scale = claim.truth, movements(claim)
     check_alone(truth, scale)
     dtype = truth.in_its_type.dtype
-    slack = 4 * torch.finfo(dtype).eps ** 0.5 * scale + 2**6 * truth.noise
+    eps, noise = torch.finfo(dtype).eps, truth.noise / torch.finfo(truth.dtype).eps
+    slack = 4 * eps**0.5 * scale + 2**6 * eps * noise
     for h in (truth.in_its_type, claim.found.outputs):
         if not fits(h.to(truth.dtype), truth.outputs, slack):
             raise Unconfirmed(
@@ -269,10 +270,10 @@ def check_values(claim: Claim) -> None:
             )
 
 
-def sizes(claim: Claim) -> Tensor:
-    """The size of every output [k, T]: its value, and how far it moves with its parameters."""
-    h = claim.truth.outputs.abs()
-    return h + torch.stack(list(claim.squares.values())).sum(0).sqrt().to(h)
+def movements(claim: Claim) -> Tensor:
+    """How far every output moves with its parameters, [k, T]: no constant beside it counts."""
+    squares = torch.stack(list(claim.squares.values()))
+    return squares.sum(0).sqrt().to(claim.truth.outputs)
 
 
 def check_alone(truth: Truth, scale: Tensor) -> None:
@@ -309,7 +310,8 @@ def check_inputs_apart(model: nn.Module, x: Tensor) -> None:
         Unconfirmed: naming the module.
     """
     truth = Truth.of(model, x)
-    check_alone(truth, truth.outputs.abs())
+    spread = (truth.outputs - truth.outputs.mean(0)).abs().amax(0)
+    check_alone(truth, spread.expand(truth.outputs.shape))
 
 
 def neighbour(model: nn.Module, x: Tensor) -> Tensor:
@@ -327,8 +329,8 @@ def is_alone_elsewhere(truth: Truth, pair: Tensor, strength: float) -> bool:
         whole, *halves = (finite_outputs(truth.alone, part) for part in (pair, *pair.split(1)))
     if whole is None or any(half is None for half in halves):
         return True  # it rejects these inputs, or has no finite value there
-    size, eps = whole.abs(), torch.finfo(whole.dtype).eps
-    slack = eps**0.575 * size.amax(0) + 2**12 * eps * size.amax()
+    size, eps = (whole - truth.outputs[:1]).abs(), torch.finfo(whole.dtype).eps
+    slack = eps**0.575 * size.amax(0) + 2**12 * truth.noise
     return all(fits(half, whole[i : i + 1], slack) for i, half in enumerate(halves))
 
 
@@ -356,16 +358,15 @@ def first_order_doubts(claim: Claim) -> Tensor:
     for w, found, scale in along(claim):
         rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
         slack = eps**0.35 * scale + rounding
-        most = torch.maximum(RESOLUTION * scale, noise / (max(STEPS) * unit))
-        left = torch.ones_like(found, dtype=torch.bool)
+        most = torch.maximum(RESOLUTION * scale, noise / unit)
+        comparison = Comparison(found, slack)
         for factor in STEPS:
             step = factor * unit
             plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))
-            quotient = (plus - minus).double() / (2 * step)
-            left &= ~agree(found, quotient, slack, noise / step, most)  # NaN is in doubt
-            if not left.any():
+            comparison.add((plus - minus).double() / (2 * step), noise / step, most)
+            if not comparison.doubt.any():
                 break
-        doubt |= left.any(1)
+        doubt |= comparison.doubt.any(1)
     return doubt
 
 
@@ -380,16 +381,6 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
         scale = torch.tensordot(weights.square(), squares, 1).sqrt()
         w = {n: share * claim.truth.v[n] for n, share in group.items()}
         yield w, torch.tensordot(weights, products, 1), scale
-
-
-def agree(found: Tensor, quotient: Tensor, slack: Tensor, noise: Tensor, most: Tensor) -> Tensor:
-    """Where a quotient confirms a derivative.
-
-    Rounding errors of the quotient count up to ``most``, or they would hide the derivative. A step
-    that is lost in them confirms nothing: the outputs did not move.
-    """
-    slack = slack + torch.minimum(noise, most)
-    return (noise / VISIBLE <= slack) & ((found - quotient).abs() <= slack)
 
 
 def contraction(block: Block, name: str, v: Tensor, power: int) -> Tensor:
@@ -462,14 +453,15 @@ def confirm_hessian(
         flat = torch.cat([v[n].flatten() for n in names]).double()
         H = (again(nearby) if strength else found).double()
         scale = (H.square() @ flat.square()).sqrt()
+        slack = torch.finfo(found.dtype).eps ** 0.35 * (scale + 1e-6 * scale.amax())
+        comparison = Comparison(H @ flat, slack)
         for factor in STEPS:
             step = factor * unit
             plus, minus = (gradient(truth, v, sign * step, objective) for sign in (1, -1))
             noise = 16 * torch.finfo(truth.dtype).eps * (plus.abs() + minus.abs()).amax()
-            most = torch.maximum(RESOLUTION * scale.amax(), noise / (max(STEPS) * unit))
-            slack = torch.finfo(found.dtype).eps ** 0.35 * (scale + 1e-6 * scale.amax())
-            quotient = (plus - minus) / (2 * step)
-            if bool(agree(H @ flat, quotient, slack, noise / step, most).all()):
+            most = torch.maximum(RESOLUTION * scale.amax(), noise / unit)
+            comparison.add((plus - minus) / (2 * step), noise / step, most)
+            if not comparison.doubt.any():
                 return
     where = wrong_module(private_copy(truth.own), truth.x, order=2)
     raise Unconfirmed(f"{where or type(model).__name__}: {NO_SECOND}")
@@ -537,7 +529,8 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
     floor = r.abs() @ entry.noise / entry.size  # of saturated units autograd rounds slopes to 0
     slack = entry.precision**0.35 * (1 + terms) * len(r) ** 0.5
     slack = slack + floor / entry.size * (entry.precision / eps)
-    moves, most, quotients = (r * entry.J).abs().sum(), RESOLUTION * (1 + terms), {}
+    moves, most = (r * entry.J).abs().sum(), RESOLUTION * (1 + terms)
+    comparison, quotients = Comparison(claim, slack), {}
     for factor in STEPS_OF_ENTRIES:
         step = factor * eps ** (1 / 3) * entry.size
         try:
@@ -546,11 +539,17 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
             return is_second_difference(truth, parameter, entry, weights, claim, slack)
         quotients[step] = (plus - minus) / (2 * step)
         noise = (8 * eps * (moves + plus.abs() + minus.abs()) + floor) / step
-        if agree(claim, quotients[step], slack, noise, most):
+        comparison.add(quotients[step], noise, most)
+        if not comparison.doubt:
             return True
+    if comparison.wrong:
+        return False
     noise = slope_noise(truth, entry, weights)
     most = torch.maximum(most, noise / max(quotients))
-    return any(agree(claim, q, slack, noise / step, most) for step, q in quotients.items())
+    comparison = Comparison(claim, slack)
+    for step, quotient in quotients.items():
+        comparison.add(quotient, noise / step, most)
+    return not comparison.doubt
 
 
 def slope_noise(truth: Truth, entry: Entry, weights: Tensor) -> Tensor:

@@ -192,7 +192,37 @@ def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
         return least + 16 * eps * h.abs().amax()
     error = (narrow.double() - h).abs()
     error = error.nan_to_num(0.0, 0.0, 0.0).amax(0)
-    return least + 2**5 * error * (eps / torch.finfo(torch.float32).eps)
+    return least + MARGIN * error * (eps / torch.finfo(torch.float32).eps)
+
+
+MARGIN = 2.0**5  # of the noise to expect over the noise that was measured
+
+
+class Comparison:
+    """A derivative beside difference quotients with several steps, entry by entry.
+
+    Rounding errors of a quotient count up to a limit, or they would hide the derivative. A step
+    that is lost in them confirms nothing: the outputs did not move. Where two quotients agree with
+    each other, and are far from the derivative, it is wrong, and no coarser one confirms it.
+
+    Attributes:
+        doubt: Which entries no quotient has confirmed.
+    """
+
+    def __init__(self, found: Tensor, slack: Tensor) -> None:
+        self.found, self.slack = found, slack
+        self.doubt = torch.ones_like(found, dtype=torch.bool)
+        self.wrong = torch.zeros_like(self.doubt)
+        self.last, self.last_noise = torch.full_like(found, float("nan")), torch.zeros_like(found)
+
+    def add(self, quotient: Tensor, noise: Tensor, most: Tensor) -> None:
+        """Compare with a quotient, whose rounding errors count up to ``most``."""
+        slack, off = self.slack + torch.minimum(noise, most), (self.found - quotient).abs()
+        near = (noise / MARGIN <= slack) & (off <= slack)  # NaN is not
+        both = self.slack + noise + self.last_noise
+        self.wrong |= ((quotient - self.last).abs() <= both) & (off > 4 * both)
+        self.doubt &= ~near | self.wrong
+        self.last, self.last_noise = quotient, noise
 
 
 # Moved weights.

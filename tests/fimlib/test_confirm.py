@@ -711,6 +711,43 @@ class Offset(nn.Module):
         return self.b(self.function(torch.erf(self.a(x)))) + self.offset
 
 
+class FaintMean(nn.Module):
+    """A thousandth of the batch's mean, before an output of 10⁵."""
+
+    def __init__(self, share):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.share = nn.Linear(2, 1), share
+
+    def forward(self, x):
+        return self.a(x - self.share * x.mean(0)) + 1e5
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_an_offset_hides_no_other_inputs(share):
+    with pytest.raises(NotImplementedError, match="others of the batch"):
+        fimlib.differentiate(FaintMean(share).double(), inputs(4, 2), order=1)
+
+
+class FaintlyCut(nn.Module):
+    """Of the second derivative a small part is cut off."""
+
+    def __init__(self, share):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.share = nn.Linear(2, 4), nn.Linear(4, 2), share
+
+    def forward(self, x):
+        z = self.a(x)
+        return self.b(z.sin() + self.share * CutSine.apply(z))
+
+
+@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_a_small_part_of_a_second_derivative_is_missed(share):
+    with pytest.raises(NotImplementedError, match="not the derivative of the first"):
+        fimlib.differentiate(FaintlyCut(share).double(), inputs(4, 2), order=2)
+
+
 class BesideALargeOutput(nn.Module):
     """The second output mixes the inputs; the first is 10¹⁰ times as large."""
 
