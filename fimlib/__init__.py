@@ -19,6 +19,7 @@ Here are the names that most people need. ``fimlib.bounds``, ``fimlib.trace_boun
 
 # Imports in the order of the paper.
 # isort: off
+from fimlib._version import __version__ as __version__
 
 # Sections 1 and 5: output families.
 from fimlib.families import (
@@ -54,11 +55,9 @@ from fimlib.fisher import (
     variance_i1 as variance_i1,
     variance_i2 as variance_i2,
 )
+from fimlib.estimates import load as load
 from fimlib.projections import estimate as estimate
-from fimlib.hutchinson import (
-    HutchinsonEstimate as HutchinsonEstimate,
-    hutchinson_variance_i2 as hutchinson_variance_i2,
-)
+from fimlib.hutchinson import hutchinson_variance_i2 as hutchinson_variance_i2
 from fimlib.matrices import (
     estimate_i1_matrix as estimate_i1_matrix,
     estimate_i2_matrix as estimate_i2_matrix,
@@ -110,7 +109,6 @@ from fimlib.summary import (
     summarise as summarise,
 )
 
-__version__ = "0.2.0"
 __all__ = sorted(
     name
     for name, value in globals().items()

@@ -1,9 +1,12 @@
 """``python -m fimlib``: how wrong a saved network's diagonal Fisher is, in one table.
 
+``python -m fimlib estimate`` estimates it, for networks of any size, and saves it.
+
 Examples::
 
     python -m fimlib mynet:build --weights state.pt --inputs x.npy
     python -m fimlib model.pt --trust --inputs x.pt --family gaussian --json
+    python -m fimlib estimate mynet:build --weights state.pt --inputs x.npy --output I.safetensors
 """
 
 from __future__ import annotations
@@ -20,17 +23,22 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fimlib._files import check_path
+from fimlib.estimates import Estimate
 from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.independent import Bernoulli, Poisson
+from fimlib.projections import DRAWS, PASSES, SQUARES, estimate
 from fimlib.summary.measure import NUM_PROBES, Summary, summarise
+
+Found = TypeVar("Found", Summary, Estimate)
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "categorical": Categorical,
@@ -55,16 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may not know Î₁
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    is_estimate = words[:1] == ["estimate"]
+    arguments = (
+        estimate_parser().parse_args(words[1:]) if is_estimate else parser().parse_args(words)
+    )
     try:
-        if arguments.plot:
-            check_plot(arguments.plot)
-        found = answer(arguments)
-        if arguments.weights is None and not Path(arguments.model).exists():
-            tell("note", f"without --weights, these are the weights that {arguments.model} gives.")
-        print(json.dumps(as_json(found), indent=1) if arguments.json else found, flush=True)
-        if arguments.plot:
-            found.plot().savefig(arguments.plot)
+        (run_estimate if is_estimate else run_summary)(arguments)
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, *USERS) as error:
@@ -77,17 +82,53 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def answer(arguments: argparse.Namespace) -> Summary:
-    """What ``summarise`` finds; its warnings are told in a line each."""
-    model = load_model(arguments.model, arguments.weights, trust=arguments.trust)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
-        return summarise(
-            model, load_inputs(arguments.inputs, model), FAMILIES[arguments.family](),
+def run_summary(arguments: argparse.Namespace) -> None:
+    """Print what ``summarise`` finds."""
+    if arguments.plot:
+        check_plot(arguments.plot)
+    found = with_warnings(
+        arguments,
+        lambda model, x, family: summarise(
+            model, x, family,
             num_samples=arguments.num_samples, relative_error=arguments.relative_error,
             confidence=arguments.confidence, layers=arguments.layers, engine=arguments.engine,
             num_probes=arguments.num_probes,
-        )  # fmt: skip
+        ),
+    )  # fmt: skip
+    print(json.dumps(as_json(found), indent=1) if arguments.json else found, flush=True)
+    if arguments.plot:
+        found.plot().savefig(arguments.plot)
+
+
+def run_estimate(arguments: argparse.Namespace) -> None:
+    """Print what ``estimate`` finds, and save it."""
+    if arguments.output:
+        check_path(arguments.output)
+    found = with_warnings(
+        arguments,
+        lambda model, x, family: estimate(
+            model, x, family,
+            estimator=arguments.estimator, squares=arguments.squares, passes=arguments.passes,
+            relative_error=arguments.relative_error, batch_size=arguments.batch_size,
+            layers=arguments.layers, seed=arguments.seed, checkpoint=arguments.checkpoint,
+        ),
+    )  # fmt: skip
+    if arguments.output:
+        found.save(arguments.output)
+    print(json.dumps(estimate_as_json(found), indent=1) if arguments.json else found, flush=True)
+
+
+def with_warnings(
+    arguments: argparse.Namespace, ask: Callable[[nn.Module, Tensor, Family], Found]
+) -> Found:
+    """The answer for the model and the inputs; warnings are told in a line each."""
+    model = load_model(arguments.model, arguments.weights, trust=arguments.trust)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
+        found = ask(model, load_inputs(arguments.inputs, model), FAMILIES[arguments.family]())
+    if arguments.weights is None and not Path(arguments.model).exists():
+        tell("note", f"without --weights, these are the weights that {arguments.model} gives.")
+    return found
 
 
 def tell(kind: str, message: str) -> None:
@@ -101,7 +142,44 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m fimlib",
         description="How far estimates of a network's diagonal Fisher information are off, which "
         "estimator is the better one, and how many labels it takes; layer by layer.",
+        epilog="python -m fimlib estimate --help: the estimate itself, for networks of any size.",
     )
+    add_common(p)
+    p.add_argument("--num-samples", type=int, default=1, metavar="N", help="labels per input (1)")
+    p.add_argument("--relative-error", type=float, default=0.1, metavar="ε", help="wanted (0.1)")
+    p.add_argument("--confidence", type=float, default=0.95, metavar="P", help="wanted (0.95)")
+    p.add_argument("--engine", default="auto", help="see fimlib.differentiate")
+    p.add_argument(
+        "--num-probes", type=int, default=NUM_PROBES, metavar="M",
+        help=f"for an estimate of V₂, where no exact one is known ({NUM_PROBES})",
+    )  # fmt: skip
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .svg, .png or .pdf")
+    return p
+
+
+def estimate_parser() -> argparse.ArgumentParser:
+    """What can be asked for after the word ``estimate``; defaults are those of the function."""
+    p = argparse.ArgumentParser(
+        prog="python -m fimlib estimate",
+        description="The diagonal Fisher information of a network of any size, estimated by random "
+        "projections, with standard errors.",
+    )
+    add_common(p)
+    p.add_argument("--estimator", choices=DRAWS, default="signs", help="which vectors (signs)")
+    p.add_argument("--squares", choices=SQUARES, default="batch", help="of what (batch)")
+    p.add_argument("--passes", type=int, metavar="K", help=f"through the inputs ({PASSES})")
+    p.add_argument("--relative-error", type=float, metavar="ε", help="stop there")
+    p.add_argument(
+        "--batch-size", type=int, default=256, metavar="B", help="inputs at a time (256)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the random vectors (0)")
+    p.add_argument("--output", type=Path, metavar="FILE", help="for fimlib.load (safetensors)")
+    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="go on from here when run again")
+    return p
+
+
+def add_common(p: argparse.ArgumentParser) -> None:
+    """The network, its inputs, and what of them is wanted."""
     p.add_argument(
         "model",
         metavar="MODEL",
@@ -128,18 +206,8 @@ def parser() -> argparse.ArgumentParser:
         help="what the outputs mean (categorical: logits of classes); gaussian has the identity as "
         "its covariance",
     )
-    p.add_argument("--num-samples", type=int, default=1, metavar="N", help="labels per input (1)")
-    p.add_argument("--relative-error", type=float, default=0.1, metavar="ε", help="wanted (0.1)")
-    p.add_argument("--confidence", type=float, default=0.95, metavar="P", help="wanted (0.95)")
     p.add_argument("--layers", nargs="+", metavar="NAME", help="modules to look at; default: all")
-    p.add_argument("--engine", default="auto", help="see fimlib.differentiate")
-    p.add_argument(
-        "--num-probes", type=int, default=NUM_PROBES, metavar="M",
-        help=f"for an estimate of V₂, where no exact one is known ({NUM_PROBES})",
-    )  # fmt: skip
     p.add_argument("--json", action="store_true", help="for machines; inf is null there")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .svg, .png or .pdf")
-    return p
 
 
 def load_model(name: str, weights: Path | None, *, trust: bool) -> nn.Module:
@@ -277,15 +345,27 @@ def check_plot(path: Path) -> None:
 
 def as_json(s: Summary) -> dict[str, Any]:
     """The summary in plain numbers; what no number of samples reaches is null."""
-
-    def plain(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     return {
         "family": type(s.joint.family).__name__,
         **{key: value for key, value in vars(s).items() if key not in ("layers", "joint")},
         "layers": [{k: plain(v) for k, v in x._asdict().items()} for x in s.layers],
     }
+
+
+def estimate_as_json(found: Estimate) -> dict[str, Any]:
+    """The estimate without the values of each parameter, which --output saves."""
+    return {
+        **{n: plain(v) for n, v in vars(found).items() if n not in ("value", "standard_error")},
+        "layers": {
+            layer: {k: plain(v) for k, v in numbers._asdict().items()}
+            for layer, numbers in found.layers.items()
+        },
+    }
+
+
+def plain(value: Any) -> Any:
+    """A number for JSON, which knows no infinite ones."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -1,32 +1,38 @@
-"""Accumulators of many processes become one (Section 4.1)."""
+"""Accumulators, or estimates, of many processes become one (Section 4.1)."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from fimlib.estimates import Estimate, merged
 from fimlib.joint import Joint
 
+Found = TypeVar("Found", Joint, Estimate)
 
-def all_reduce(joint: Joint, group: dist.ProcessGroup | None = None) -> Joint:
-    r"""One accumulator for what all processes of a group have seen, the same on each of them.
 
-    The accumulators merge in the order of the ranks, by the same operations everywhere, so that
-    all processes hold the same numbers, to the bit. Every process of the group must call it, those
-    that have seen no inputs too. ``joint`` itself is left as it was.
+def all_reduce(joint: Found, group: dist.ProcessGroup | None = None) -> Found:
+    r"""One accumulator, or estimate, for what all processes of a group have seen, equal on each.
+
+    They merge in the order of the ranks, by the same operations everywhere, so that all processes
+    hold the same numbers, to the bit. Every process of the group must call it, those whose
+    accumulator has seen no inputs too. ``joint`` itself is left as it was.
 
     Args:
-        joint: What this process has accumulated.
+        joint: What this process has accumulated; or what ``estimate`` returned for its share of the
+            inputs, with the whole model in every process (DDP; not the shards of FSDP).
         group: The processes; all of them by default.
 
     Returns:
-        The merged accumulator, on the device of ``joint``; on the CPU if that has seen nothing.
+        The merged accumulator, or estimate, on the device of ``joint``; on the CPU if that has seen
+        nothing. Errors of estimates add in squares, as their random vectors are independent.
 
     Raises:
-        ValueError: the accumulators are for different parameters, families or settings: the same
-            error on every process. Or torch.distributed is not initialised, or this process does
-            not belong to the group.
+        ValueError: the accumulators are for different parameters, families or settings, or the
+            estimates for different models: the same error on every process. Or torch.distributed is
+            not initialised, or this process does not belong to the group.
 
     Cost: every process sends its accumulator once (see ``Joint`` for its size), pickled, and
         receives the others', one after the other; memory for three more. They merge on the CPU.
@@ -51,17 +57,48 @@ def all_reduce(joint: Joint, group: dist.ProcessGroup | None = None) -> Joint:
     own = dist.get_rank(group)
     if own < 0:
         raise ValueError("this process does not belong to the group: only its members may call.")
-    total: Joint | None = None
+    total: Any = None
     for rank in range(dist.get_world_size(group)):
-        sent: list[Any] = [joint.to("cpu") if rank == own else None]
+        sent: list[Any] = [on_cpu(joint) if rank == own else None]
         dist.broadcast_object_list(sent, group=group, group_src=rank)
-        theirs: Joint = sent[0]
-        if total is None:
-            total = theirs
-            continue
         try:
-            total.merge(theirs)
+            total = sent[0] if total is None else together(total, sent[0])
         except ValueError as error:
             raise ValueError(f"rank {rank} does not fit the ranks before it: {error}") from error
-    assert total is not None
-    return total.to(joint.device)
+    if isinstance(joint, Joint):
+        return total.to(joint.device)  # type: ignore[no-any-return]
+    value, errors = (
+        {n: t.to(joint.value[n].device) for n, t in D.items()}
+        for D in (total.value, total.standard_error)
+    )
+    return replace(total, value=value, standard_error=errors)  # type: ignore[no-any-return]
+
+
+def on_cpu(found: Joint | Estimate) -> Joint | Estimate:
+    """A copy that can be sent."""
+    if isinstance(found, Joint):
+        return found.to("cpu")
+    value, errors = (
+        {n: t.cpu() for n, t in D.items()} for D in (found.value, found.standard_error)
+    )
+    return replace(found, value=value, standard_error=errors)
+
+
+def together(one: Any, other: Any) -> Any:
+    """Both in one; the first may be changed.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if type(one) is not type(other):
+        raise ValueError("an estimate and an accumulator cannot be merged.")
+    if isinstance(one, Joint):
+        one.merge(other)
+        return one
+    return merged(one, other)
+
+
+def process() -> str:
+    """Which process of a group this is, in a seed; nothing for the first, and for a single one."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return f", process {rank}" if rank else ""

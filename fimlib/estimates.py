@@ -1,16 +1,24 @@
-"""An estimate of I with its standard error, from independent passes over the data."""
+"""An estimate of I with its standard error, from independent passes over the data.
+
+It can be saved, loaded, and merged with those of other processes.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Estimate", "LayerEstimate"]
+from fimlib import _files
+
+__all__ = ["Estimate", "LayerEstimate", "load"]
 
 PerParameter = dict[str, Tensor]
 
@@ -43,6 +51,9 @@ class Estimate:
         num_inputs: m, the inputs.
         estimator: "signs", "labels" or "importance".
         squares: "batch" or "input".
+        origin: What it was made from: "family" and its settings; "seed"; checksums of the "model",
+            its parameters and buffers, and of the "data", in any order; versions of "fimlib" and
+            "torch".
     """
 
     value: PerParameter
@@ -53,6 +64,150 @@ class Estimate:
     num_inputs: int
     estimator: str
     squares: str
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A table of the layers."""
+        title = ("layer", "params", "ΣI", "± error", "relative")
+        rows = [title]
+        for layer, (total, spread, error) in self.layers.items():
+            size = sum(v.numel() for n, v in self.value.items() if layer_of(n) == layer)
+            rows.append(
+                (layer or "(all)", f"{size}", f"{total:.4g}", f"{spread:.2g}", f"{error:.2g}")
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+            for cells in rows
+        ]
+        head = [
+            f"E_x I of {self.num_inputs} inputs in nat/θ², from {self.passes} passes with random "
+            f"{self.estimator};",
+            f"its relative error √(ΣSE²/ΣI²) over all parameters is {self.relative_error:.2g}.",
+        ]
+        return "\n".join([*head, "", lines[0], "─" * len(lines[0]), *lines[1:]])
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: "value/…" and "standard_error/…" of every parameter, float64.
+
+        Its metadata hold the rest. The file is written whole, or not at all. Needs ``safetensors``.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ValueError: the path cannot be written.
+        """
+        tensors = {f"value/{n}": t for n, t in self.value.items()}
+        tensors |= {f"standard_error/{n}": t for n, t in self.standard_error.items()}
+        plain = ("relative_error", "passes", "num_inputs", "estimator", "squares")
+        told = {name: getattr(self, name) for name in plain}
+        told |= {"layers": dict(self.layers), "origin": dict(self.origin)}
+        told["parameters"] = list(self.value)
+        _files.write(
+            path, tensors, {"kind": "estimate", "estimate": json.dumps(told), **self.origin}
+        )
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> Estimate:
+    """An estimate that ``Estimate.save`` has written, on the model's device.
+
+    Args:
+        path: The file.
+        model: The network that it belongs to; None checks nothing, and leaves it on the CPU.
+
+    Returns:
+        The estimate. ``fimlib.estimate`` with the same arguments gives the same numbers.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: there is no such file; it holds no estimate, or one of another version; or it
+            does not fit the model: a parameter is missing, or has another shape.
+
+    Warns:
+        UserWarning: the model fits, but has other weights than those of the estimate.
+    """
+    tensors, metadata = _files.read(path)
+    if metadata.get("kind") != "estimate":
+        raise ValueError(
+            f"{path} is a checkpoint: pass it to estimate(..., checkpoint={str(path)!r})."
+        )
+    told = json.loads(metadata["estimate"])
+    names = told.pop("parameters")
+    told["layers"] = {layer: LayerEstimate(*numbers) for layer, numbers in told["layers"].items()}
+    value, errors = (
+        {n: tensors[f"{kind}/{n}"] for n in names} for kind in ("value", "standard_error")
+    )
+    if model is not None:
+        check_fits(path, value, model)
+        if told["origin"].get("model", "") not in ("", _files.model_digest(model)):
+            warnings.warn(
+                f"{path}: the estimate was made at other weights of this model. That is right for "
+                "a penalty around the old weights; else estimate it anew.",
+                UserWarning,
+                stacklevel=2,
+            )
+        places = {n: p.device for n, p in model.named_parameters()}
+        value, errors = ({n: t.to(places[n]) for n, t in D.items()} for D in (value, errors))
+    return Estimate(value, errors, **told)
+
+
+def check_fits(path: str | Path, value: PerParameter, model: nn.Module) -> None:
+    """A ValueError unless the model has all these parameters."""
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    for name, t in value.items():
+        if shapes.get(name) != t.shape:
+            found = f"{list(shapes[name])} there" if name in shapes else "missing there"
+            raise ValueError(
+                f"{path} belongs to another model: parameter {name!r} is {list(t.shape)} in the "
+                f"file, and {found}."
+            )
+
+
+def merged(one: Estimate, other: Estimate) -> Estimate:
+    """The estimate for the inputs of both, whose random vectors are independent.
+
+    Raises:
+        ValueError: they are for different parameters, families or estimators.
+    """
+    shapes = ({n: t.shape for n, t in e.value.items()} for e in (one, other))
+    if next(shapes) != next(shapes):
+        raise ValueError("estimates of different parameters cannot be merged.")
+    for name in ("estimator", "squares"):
+        if getattr(one, name) != getattr(other, name):
+            raise ValueError(f"estimates with different {name}= cannot be merged.")
+    for key in ("family", "model"):
+        if one.origin.get(key) != other.origin.get(key):
+            raise ValueError(f"estimates of a different {key} cannot be merged.")
+    m = one.num_inputs + other.num_inputs
+    a, b = one.num_inputs / m, other.num_inputs / m
+    value = {n: a * t + b * other.value[n].to(t) for n, t in one.value.items()}
+    errors = {
+        n: torch.hypot(a * t, b * other.standard_error[n].to(t))
+        for n, t in one.standard_error.items()
+    }
+    squared = squared_errors(value, errors)
+    layers = {
+        layer: LayerEstimate(
+            a * mine.total + b * other.layers[layer].total,
+            math.hypot(a * mine.standard_error, b * other.layers[layer].standard_error),
+            relative(*squared[layer]),
+        )
+        for layer, mine in one.layers.items()
+    }
+    data = (int(e.origin.get("data", "0"), 16) for e in (one, other))
+    origin = {**one.origin, "data": str(_files.DataDigest(sum(data)))}
+    reached = relative(*map(sum, zip(*squared.values(), strict=True)))
+    passes = min(one.passes, other.passes)
+    return Estimate(value, errors, layers, reached, passes, m, one.estimator, one.squares, origin)
+
+
+def squared_errors(value: PerParameter, errors: PerParameter) -> dict[str, tuple[float, float]]:
+    """Layer → Σ SE² and Σ Î² over its parameters."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, t in value.items():
+        error, size = found.get(layer_of(name), (0.0, 0.0))
+        variance = float(errors[name].square().sum())
+        found[layer_of(name)] = error + variance, size + float(t.square().sum())
+    return found
 
 
 @dataclass
@@ -91,38 +246,69 @@ class Record:
         for name, here in total.items():
             here /= num_inputs
             layer = layer_of(name)
-            sums[layer] = sums.get(layer, 0) + here.sum()
+            sums[layer] = sums.get(layer, 0) + here.sum().cpu()
             off = here - self.mean[name]
             self.mean[name] += off / (self.passes + 1)
             self.scatter[name] += off.mul_(here.sub_(self.mean[name]))
         self.sums.append(sums)
         self.num_inputs = num_inputs
 
-    def squared_errors(self) -> dict[str, tuple[float, float]]:
-        """Layer → Σ SE² and Σ Î² over its parameters."""
-        found: dict[str, tuple[float, float]] = {}
-        for name, mean in self.mean.items():
-            error, size = found.get(layer_of(name), (0.0, 0.0))
-            variance = float(self.scatter[name].sum()) / (self.passes * (self.passes - 1))
-            found[layer_of(name)] = error + variance, size + float(mean.square().sum())
-        return found
+    def errors(self) -> PerParameter:
+        """The standard errors."""
+        pairs = self.passes * (self.passes - 1)
+        return {n: (t / pairs).sqrt() for n, t in self.scatter.items()}
 
     def relative_error(self) -> float:
         """√(Σ SE² / Σ I²) over all parameters."""
-        errors, sizes = zip(*self.squared_errors().values(), strict=True)
-        return relative(sum(errors), sum(sizes))
+        squared = squared_errors(self.mean, self.errors()).values()
+        return relative(*map(sum, zip(*squared, strict=True)))
 
-    def estimate(self, estimator: str, squares: str) -> Estimate:
+    def estimate(self, estimator: str, squares: str, origin: Mapping[str, str]) -> Estimate:
         """The result."""
-        k = self.passes
+        k, errors = self.passes, self.errors()
         layers = {}
-        for layer, (error, size) in self.squared_errors().items():
+        for layer, squared in squared_errors(self.mean, errors).items():
             sums = torch.stack([s[layer] for s in self.sums])
             spread = float(sums.std() / k**0.5)
-            layers[layer] = LayerEstimate(float(sums.mean()), spread, relative(error, size))
-        errors = {n: (t / (k * (k - 1))).sqrt() for n, t in self.scatter.items()}
-        reached = self.relative_error()
-        return Estimate(self.mean, errors, layers, reached, k, self.num_inputs, estimator, squares)
+            layers[layer] = LayerEstimate(float(sums.mean()), spread, relative(*squared))
+        return Estimate(
+            self.mean, errors, layers, self.relative_error(), k, self.num_inputs,
+            estimator, squares, origin,
+        )  # fmt: skip
+
+    def save(self, path: Path, origin: Mapping[str, str]) -> None:
+        """Write a checkpoint."""
+        tensors = {f"mean/{n}": t for n, t in self.mean.items()}
+        tensors |= {f"scatter/{n}": t for n, t in self.scatter.items()}
+        tensors |= {
+            f"sums/{layer}": torch.stack([s[layer] for s in self.sums]) for layer in self.sums[0]
+        }
+        told = {"kind": "checkpoint", "num_inputs": str(self.num_inputs), **origin}
+        _files.write(path, tensors, told)
+
+    def resume(self, path: Path, origin: Mapping[str, str]) -> str:
+        """Go on from a checkpoint; returns the checksum of its data.
+
+        Raises:
+            ValueError: it is of another estimate.
+        """
+        tensors, metadata = _files.read(path)
+        if metadata.get("kind") != "checkpoint":
+            raise ValueError(f"{path} is an estimate, no checkpoint: give another path.")
+        other = [key for key, value in origin.items() if metadata.get(key) != value]
+        if other:
+            raise ValueError(
+                f"{path} is the checkpoint of another estimate, with another {', '.join(other)}: "
+                "give another path, or delete the file to start anew."
+            )
+        for kind, mine in (("mean", self.mean), ("scatter", self.scatter)):
+            for name, t in mine.items():
+                t.copy_(tensors[f"{kind}/{name}"])
+        sums = {n.removeprefix("sums/"): t for n, t in tensors.items() if n.startswith("sums/")}
+        rows = zip(*sums.values(), strict=True)
+        self.sums = [dict(zip(sums, row, strict=True)) for row in rows]
+        self.num_inputs = int(metadata["num_inputs"])
+        return metadata["data"]
 
 
 def layer_of(name: str) -> str:

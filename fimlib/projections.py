@@ -20,22 +20,29 @@ The passes are independent, so their spread is the standard error.
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fimlib._checks import check_integer
+from fimlib._files import DataDigest, check_path, model_digest, versions
 from fimlib._progress import progress
 from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
+from fimlib.distributed import process
 from fimlib.engines import first_order, functional
 from fimlib.engines.checks import (
     check_forward,
@@ -56,6 +63,7 @@ from fimlib.families.categorical import Categorical
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.families.product import Product
 from fimlib.fisher import natural
+from fimlib.joint import settings_of
 from fimlib.left_factors import left_factors
 from fimlib.streaming import Pick, batches, check_finite, check_shape, check_width, named
 
@@ -74,6 +82,7 @@ HALF = (torch.bfloat16, torch.float16)
 PASSES = 32
 PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
 MOST_PASSES = 10_000
+SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
 def estimate(
@@ -90,6 +99,7 @@ def estimate(
     pick: Pick = None,
     forward: Forward | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> Estimate:
     r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated with standard errors.
 
@@ -119,15 +129,20 @@ def estimate(
         layers: Names of the modules to report, all by default; see ``differentiate``.
         pick: Which part of every batch is x; see ``accumulate``.
         forward: From the model and a batch of any kind to the outputs; see ``accumulate``.
-        seed: Of the random vectors. Equal seeds give equal numbers on one machine.
+        seed: Of the random vectors. Equal seeds give equal numbers on one machine. Processes of a
+            group, as of torchrun, draw different ones; ``all_reduce`` merges their estimates.
+        checkpoint: A file. Passes are saved to it at least every ten seconds, and when the call
+            ends; the same call goes on from there, to the same numbers. More ``passes`` go on, too.
 
     Returns:
-        The estimate. Ctrl-C after two passes or more ends it early, with a warning.
+        The estimate; ``print`` shows its layers, ``save`` keeps it. Ctrl-C after two passes or more
+        ends it early, with a warning.
 
     Raises:
         ValueError: an argument is out of its range; there are no batches, or an iterator, which can
-            be used only once; the number of inputs changes between passes; or ``accumulate`` would
-            refuse a batch, which the message names.
+            be used only once; the number of inputs changes between passes; ``accumulate`` would
+            refuse a batch, which the message names; or the checkpoint is of another estimate, or
+            cannot be written.
         NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of an
             input depend on the others of the batch. Up to 8 inputs are checked, as in
             ``differentiate``.
@@ -147,6 +162,11 @@ def estimate(
     draw = DRAWS[one_of("estimator", estimator, tuple(DRAWS))]
     most = passes_to_take(estimator, passes, relative_error)
     model = check_module(model)
+    origin = {
+        "family": json.dumps(settings_of(family), sort_keys=True, default=in_json),
+        "seed": str(seed),
+        "model": model_digest(model),
+    }
     if any(p.dtype in HALF for p in model.parameters()):
         model = private_copy(model).float()
     if isinstance(inputs, Tensor):
@@ -162,27 +182,87 @@ def estimate(
         model, layers, source
     )
     record = Record.of(square.shapes)
+    file = None
+    if checkpoint is not None:
+        told = {**origin, "estimator": estimator, "squares": squares}
+        told["parameters"] = ", ".join(record.mean)
+        file = Checkpoint(check_path(checkpoint), record, source, told)
+    try:
+        interrupted = go_through(record, source, square, most, relative_error, file)
+    finally:
+        if file is not None:
+            file.save()
+    if interrupted:
+        warnings.warn(
+            f"interrupted: this estimate rests on {record.passes} of {most} passes.",
+            UserWarning,
+            stacklevel=2,
+        )
+    origin |= {"data": str(source.digest or source.expected), **versions()}
+    return record.estimate(estimator, squares, origin)
+
+
+def go_through(
+    record: Record,
+    source: Source,
+    square: Square,
+    most: int,
+    relative_error: float | None,
+    file: Checkpoint | None,
+) -> bool:
+    """Add passes until there are enough; whether Ctrl-C ended it."""
     with progress(most, "estimate", "passes") as bar:
-        while record.passes < most:
+        bar.update(record.passes)
+        while record.passes < most and not is_reached(record, relative_error):
             try:
                 found = source.run(record.passes, square)
             except KeyboardInterrupt:
                 if record.passes < 2:
                     raise
-                warnings.warn(
-                    f"interrupted: this estimate rests on {record.passes} of {most} passes.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                break
+                return True
             record.add(*found)
+            if file is not None:
+                file.save(SECONDS_BETWEEN_CHECKPOINTS)
             if bar.update() and record.passes > 1:  # it was drawn
                 bar.set_postfix_str(f"relative error {record.relative_error():.2g}")
-            if relative_error is None or record.passes < PASSES_BEFORE_STOP:
-                continue
-            if record.relative_error() <= relative_error:
-                break
-    return record.estimate(estimator, squares)
+    return False
+
+
+def is_reached(record: Record, relative_error: float | None) -> bool:
+    """Whether the error that was asked for is reached."""
+    if relative_error is None or record.passes < PASSES_BEFORE_STOP:
+        return False
+    return record.relative_error() <= relative_error
+
+
+class Checkpoint:
+    """The file of an estimate that is under way; the record goes on from it, if it is there.
+
+    Raises:
+        ValueError: the file is of another estimate.
+    """
+
+    def __init__(
+        self, path: Path, record: Record, source: Source, origin: Mapping[str, str]
+    ) -> None:
+        self.path, self.record, self.source, self.origin = path, record, source, origin
+        if path.exists():
+            source.expected = record.resume(path, origin)
+            source.num_inputs = record.num_inputs
+        self.saved, self.time = record.passes, time.monotonic()
+
+    def save(self, seconds: float = 0.0) -> None:
+        """Write the passes so far, if there are new ones and the last were so long ago."""
+        if self.record.passes == self.saved or time.monotonic() - self.time < seconds:
+            return
+        data = str(self.source.digest or self.source.expected)
+        self.record.save(self.path, {**self.origin, "data": data, **versions()})
+        self.saved, self.time = self.record.passes, time.monotonic()
+
+
+def in_json(value: object) -> object:
+    """A family's setting that JSON does not know."""
+    return value.tolist() if isinstance(value, Tensor) else repr(value)
 
 
 def passes_to_take(estimator: str, passes: int | None, relative_error: float | None) -> int:
@@ -216,6 +296,8 @@ class Source:
         place: The pass and the batch, from 0 and 1.
         num_inputs: m, once a pass is through.
         width: T, after the first batch.
+        digest: A checksum of the inputs, once a pass is through.
+        expected: The checksum of a checkpoint.
     """
 
     model: nn.Module
@@ -228,17 +310,22 @@ class Source:
     place: tuple[int, int] = (0, 1)
     num_inputs: int = 0
     width: int | None = None
+    digest: DataDigest | None = None
+    expected: str = ""
 
     def run(self, number: int, square: Square) -> tuple[PerParameter, int]:
         """Σ_x of one pass, and how many inputs there are."""
         total = {n: torch.zeros(s, dtype=torch.float64, device=d) for n, s, d in square.shapes}
         shape, count = None, 0
+        digest = DataDigest() if self.digest is None else None
         device = next(self.model.parameters()).device
         for at, held, x in batches(self.model, self.inputs, self.family, self.pick, self.forward):
             self.place = (number, at)
             with named(f"batch {at}"):
                 shape = check_shape(x, shape)
                 check_finite(x)
+                if digest is not None:
+                    digest.add(tensors_of(held, x))
                 x = x.float() if x.dtype in HALF else x
                 square.add(held, x.to(device), total)
             count += len(x)
@@ -250,6 +337,15 @@ class Source:
                 f"{self.num_inputs}: every pass needs the same."
             )
         self.num_inputs = count
+        if digest is not None:
+            self.digest = digest
+            if self.expected not in ("", str(digest)):
+                warnings.warn(
+                    "these are not the inputs of the passes in the checkpoint. That is right if "
+                    "they are drawn anew in every pass, as by augmentation; else delete the file.",
+                    UserWarning,
+                    stacklevel=4,
+                )
         return total, count
 
     def rows(self, outputs: Tensor) -> Tensor:
@@ -257,13 +353,21 @@ class Source:
         self.width = check_width(outputs, self.family, self.width)
         h = self.family.natural(outputs)
         generator = torch.Generator(h.device)
-        generator.manual_seed(random.Random(f"{self.seed}/{self.place}").getrandbits(63))
+        generator.manual_seed(random.Random(f"{self.seed}{process()}/{self.place}").getrandbits(63))
         w = self.draw(self.family, h, generator)
         if not self.family.is_natural:
             with torch.enable_grad():
                 z = h.clone().requires_grad_()
                 (w,) = torch.autograd.grad(self.family.link(z, at=h), z, w)
         return w[:, None]
+
+
+def tensors_of(held: nn.Module, x: Tensor) -> list[Tensor]:
+    """Everything that a batch holds of its inputs."""
+    if not isinstance(held, Held):
+        return [x]
+    inside = held.batch.data if isinstance(held.batch, UserDict) else held.batch
+    return [t for t in tree_leaves(inside) if isinstance(t, Tensor) and t.ndim]
 
 
 class Square(ABC):
@@ -315,18 +419,25 @@ class Square(ABC):
             self.check(held, x)
             self.checked += len(x)
         found = self.squares(held, x)
-        for name, square in found.items():
-            if not torch.isfinite(square.sum()):
-                raise ValueError(
-                    f"the derivative in parameter {name!r} is NaN, infinite or too large to be "
-                    "squared: check the weights and the inputs."
-                )
+        check_squares(found)
         for name, square in found.items():
             total[name] += square
 
     @abstractmethod
     def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """(Σ_x w_x·J)², or Σ_x (w_x·J)²; a parameter that the outputs do not use may be missing."""
+
+
+def check_squares(squares: PerParameter) -> None:
+    """A ValueError if one of them is not finite; a GPU is waited for once."""
+    sums = [square.sum() for square in squares.values()]
+    finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite().tolist() if sums else []
+    wrong = [name for name, is_finite in zip(squares, finite, strict=True) if not is_finite]
+    if wrong:
+        raise ValueError(
+            f"the derivative in parameter {wrong[0]!r} is NaN, infinite or too large to be "
+            "squared: check the weights and the inputs."
+        )
 
 
 class Combined(nn.Module):

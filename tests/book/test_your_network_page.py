@@ -90,12 +90,16 @@ def test_what_is_masked_does_not_matter(ran):
 
 
 def test_commands_on_the_page_are_known():
-    from fimlib.__main__ import parser
+    from fimlib.__main__ import estimate_parser, parser
 
     commands = re.findall(r"^python -m fimlib (.*)$", PAGE, flags=re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
-        parser().parse_args(command.split())
+        first, *others = words = command.split()
+        if first == "estimate":
+            estimate_parser().parse_args(others)
+        else:
+            parser().parse_args(words)
 
 
 def notebook(path, *cells):

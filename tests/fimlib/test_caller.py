@@ -100,7 +100,7 @@ def test_no_public_function_that_takes_a_model_is_left_out():
     functions = {name: getattr(m, name) for m in modules for name in m.__all__}
     functions = {n: f for n, f in functions.items() if inspect.isroutine(f)}
     taking = {n for n, f in functions.items() if "model" in inspect.signature(f).parameters}
-    assert taking == set(CALLS)
+    assert taking == set(CALLS) | {"load"}  # which reads the weights only
 
 
 # Awkward models. --------------------------------------------------------------------------------

@@ -134,6 +134,37 @@ def other_order():
     return all_reduce(joint)
 
 
+def estimate(part, **options):
+    return fimlib.estimate(model, part, family, passes=5, batch_size=2, **options)
+
+
+def numbers(found):
+    found = dict(vars(found))
+    for k in ("value", "standard_error"):
+        found[k] = {n: t.tolist() for n, t in found[k].items()}
+    return found
+
+
+def estimates():
+    mine = estimate((x[:4], x[4:])[rank])
+    before = numbers(mine)
+    total = all_reduce(mine)
+    assert numbers(mine) == before
+    return numbers(total), before
+
+
+def own_signs():
+    return estimate(x).value["0.weight"].tolist()
+
+
+def other_estimator():
+    return all_reduce(estimate(x, estimator=("signs", "labels")[rank]))
+
+
+def estimate_and_joint():
+    return all_reduce(estimate(x) if rank else accumulate(model, x, family))
+
+
 results = {}
 for case in json.loads(sys.argv[2]):
     try:
@@ -144,8 +175,10 @@ open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(results))
 torch.distributed.destroy_process_group()
 """
 ANSWERS = ["unequal", "batches", "first_empty", "last_empty", "twice", "subgroup", "all_empty"]
-ANSWERS += ["some_quantities", "labels", "same_settings", "outside"]
+ANSWERS += ["some_quantities", "labels", "same_settings", "outside", "estimates", "own_signs"]
 REFUSALS = {
+    "other_estimator": r"rank 1 .*estimates with different estimator= cannot be merged",
+    "estimate_and_joint": r"rank 1 .*an estimate and an accumulator cannot be merged",
     "other_family": r"rank 1 .*is for Categorical outputs, the other side for Bernoulli outputs",
     "other_settings": r"rank 1 .*for Gaussian outputs, .* Gaussian outputs or the same with other",
     "other_family_and_empty": r"rank 1 .*is for Categorical outputs, .* for Bernoulli outputs",
@@ -210,6 +243,26 @@ def assert_is(result, joint):
                 scale = scale + joint.count * whole["means"]["I"][name].square().max()
             found = torch.tensor(result["state"][key][name], dtype=torch.float64)
             assert (found - tensor).abs().max() <= 1e-12 * scale, (key, name)
+
+
+def test_estimates_of_two_processes_become_one(results, network):
+    model, x = network
+    (total, first), (same, second) = results["estimates"]
+    assert total == same
+    assert total["num_inputs"] == 9
+    assert (
+        total["origin"]["data"] == fimlib.estimate(model, x, Categorical(), passes=2).origin["data"]
+    )
+    for name in total["value"]:
+        a, b = (torch.tensor(part["value"][name]).double() for part in (first, second))
+        torch.testing.assert_close(torch.tensor(total["value"][name]).double(), (4 * a + 5 * b) / 9)
+        a, b = (torch.tensor(part["standard_error"][name]).double() for part in (first, second))
+        torch.testing.assert_close(
+            torch.tensor(total["standard_error"][name]).double(), torch.hypot(4 * a, 5 * b) / 9
+        )
+    values = results["own_signs"]
+    alone = fimlib.estimate(model, x, Categorical(), passes=5, batch_size=2)
+    assert values[0] == alone.value["0.weight"].tolist() != values[1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -123,6 +124,44 @@ def test_whose_weights_they_are_is_said_where_none_were_given(here, capsys):
     ):
         assert main([*given, "--inputs", "x.pt"]) == 0
         assert ("without --weights" in capsys.readouterr().err) == is_said
+
+
+def test_it_prints_and_saves_an_estimate(here, capsys):
+    build, model, x = here
+    asked = [build, "--weights", "state.pt", "--inputs", "x.pt", "--passes", "5", "--seed", "2"]
+    found = fimlib.estimate(model, x, fimlib.Categorical(), passes=5, seed=2)
+    text = printed(capsys, "estimate", *asked, "--output", "I.safetensors")
+    assert text == f"{found}\n"
+    assert re.search(
+        r"^3 +10 +\S+ +\S+ +\S+$", text, re.MULTILINE
+    )  # the layer 3 with 10 parameters
+    saved = fimlib.load("I.safetensors", model)
+    assert all(torch.equal(saved.value[n], found.value[n]) for n in found.value)
+    told = json.loads(printed(capsys, "estimate", *asked, "--json", "--layers", "3"))
+    assert told["passes"] == 5
+    assert told["layers"]["3"]["relative_error"] > 0
+    printed(capsys, "estimate", *asked, "--checkpoint", "c.safetensors")
+    more = [*asked, "--checkpoint", "c.safetensors", "--passes", "9"]
+    assert "from 9 passes" in printed(capsys, "estimate", *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--passes", "1"], "passes must be an integer ≥ 2"),
+        (["--output", "none/I"], "none/I cannot be written"),
+        (["--checkpoint", "x.pt"], "x.pt is no whole safetensors file"),
+        (
+            ["--estimator", "importance", "--family", "gaussian"],
+            "batch 1: importance sampling needs classes",
+        ),
+    ],
+)
+def test_mistakes_of_an_estimate_are_one_line(here, capsys, more, words):
+    build, *_ = here
+    assert main(["estimate", build, "--weights", "state.pt", "--inputs", "x.pt", *more]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m fimlib: error: {words}")
 
 
 def test_help_says_what_is_assumed(capsys):

@@ -98,7 +98,7 @@ print(doctest.testmod(fimlib))
 
 def test_one_version():
     [assigned] = re.findall(
-        r'^__version__ = "(.+)"$', (ROOT / "fimlib/__init__.py").read_text("utf-8"), re.MULTILINE
+        r'^__version__ = "(.+)"$', (ROOT / "fimlib/_version.py").read_text("utf-8"), re.MULTILINE
     )
     assert assigned == fimlib.__version__ == str(CITATION["version"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", assigned)
@@ -138,7 +138,7 @@ def imported(folder):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("fimlib", {"backpack", "minimize", "sos", "plot"}),
+        ("fimlib", {"backpack", "files", "minimize", "sos", "plot"}),
         ("notebooks", {"notebooks", "bench", "book"}),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_extras_name_all_imports(folder, extras):
     modules |= {"ipython": "IPython"}
     asked = [Requirement(text).name for text in PROJECT["dependencies"]]
     for extra in extras | (
-        {"backpack", "minimize", "sos", "plot"} if "notebooks" in extras else set()
+        {"backpack", "files", "minimize", "sos", "plot"} if "notebooks" in extras else set()
     ):
         asked += [Requirement(text).name for text in EXTRAS[extra]]
     assert imported(ROOT / folder) <= {modules.get(n, n) for n in asked} | {"support", "fimlib"}

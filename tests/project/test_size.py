@@ -7,13 +7,13 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6030,
-    "core": 5280,
-    "rest": 2280,
+    "engines": 6070,
+    "core": 5600,
+    "rest": 2540,
     "support and extensions": 11_600,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
-REST |= {"memory", "plan", "streaming"}
+REST |= {"_files", "_version", "memory", "plan", "streaming"}
 
 
 def part_of(path: Path) -> str:

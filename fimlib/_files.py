@@ -1,0 +1,127 @@
+"""Files of numbers (safetensors), and checksums of what the numbers were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from fimlib._version import __version__
+
+FORMAT = "fimlib estimate, format 1"
+
+
+def safetensors() -> ModuleType:
+    """The package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "files of estimates need safetensors: pip install safetensors."
+        ) from error
+    return safetensors
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on."""
+    return {"fimlib": __version__, "torch": torch.__version__}
+
+
+def check_path(path: str | Path) -> Path:
+    """The path, if a file can be written there; before anything is computed.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: there is no such folder, or it cannot be written.
+    """
+    safetensors()
+    found = Path(path)
+    if found.is_dir() or not os.access(found.parent, os.W_OK):
+        raise ValueError(
+            f"{found} cannot be written: give the path of a file in a folder of yours."
+        )
+    return found
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        ImportError, ValueError: as ``check_path``.
+    """
+    target = check_path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+    try:
+        safetensors().torch.save_file(own, part, {"format": FORMAT, **notes})
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, on the CPU, and its notes.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: there is no such file, or it is not one of ``write``.
+    """
+    package = safetensors()
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}.")
+    try:
+        with package.safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (package.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if notes.get("format") != FORMAT:
+        found = notes.get("format", "something else")
+        raise ValueError(
+            f"{path} holds {found!r}, and this version of fimlib reads {FORMAT!r}: use the version "
+            f"that wrote it, {notes.get('fimlib', 'unknown')}, or make the estimate anew."
+        )
+    return tensors, notes
+
+
+def model_digest(model: nn.Module) -> str:
+    """A checksum of all parameters and buffers, with their names and types."""
+    digest = hashlib.sha256()
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(raw(t[None]).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class DataDigest:
+    """A checksum of inputs, which does not depend on their order or on their batches."""
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Take in inputs, along the first axis of all these tensors."""
+        parts = [raw(t).numpy() for t in tensors]
+        for rows in zip(*parts, strict=True):
+            one = hashlib.blake2b(digest_size=8)
+            for row in rows:
+                one.update(row.tobytes())
+            self.total += int.from_bytes(one.digest(), "big")
+
+    def __str__(self) -> str:
+        return f"{self.total % 2**64:016x}"
+
+
+def raw(t: Tensor) -> Tensor:
+    """The bytes of every row, [B, n], on the CPU."""
+    rows: Sequence[int] = (len(t), -1) if t.numel() else (len(t), 0)
+    return t.detach().cpu().contiguous().reshape(*rows).view(torch.uint8)
