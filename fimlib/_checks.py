@@ -21,11 +21,11 @@ def check_num_samples(num_samples: int, at_least: int = 1) -> int:
     return check_integer(num_samples, "num_samples (N)", at_least)
 
 
-def check_estimator(estimator: int) -> int:
+def check_estimator(estimator: object) -> int:
     """The index j of Î_j: 1 or 2."""
     if isinstance(estimator, bool) or estimator not in (1, 2):
         raise ValueError(f"estimator must be 1 (Î₁) or 2 (Î₂), got {estimator!r}.")
-    return int(estimator)
+    return 1 if estimator == 1 else 2
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:

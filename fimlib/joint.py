@@ -35,10 +35,11 @@ from fimlib.left_factors import (
     float32_checks,
     left_factors,
 )
-from fimlib.precision import chebyshev
+from fimlib.precision import PROJECTIONS, Combination, chebyshev, mixture
 from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
+Estimator = int | str
 
 
 class Joint:
@@ -52,7 +53,8 @@ class Joint:
         family: The output family.
         quantities: Which of "I" (always there), "Var_x I", "V1", "V2" and "C12" to accumulate;
             None: all that the derivatives and labels allow. ``variance_i1`` needs "Var_x I" and
-            "V1", ``variance_i2`` "Var_x I" and "V2".
+            "V1", ``variance_i2`` "Var_x I" and "V2". On request "signs" and "importance", too: the
+            variances of the random projections of ``estimate``.
         bounds: None for no bounds; else how λ_max(M) is found for them, see ``lambda_max``.
             "certified" is a true upper bound, and cheap for a classifier; for Gaussian outputs
             "multistart" is exact, and the cheaper one from about ten outputs on.
@@ -170,6 +172,9 @@ class Joint:
             contract = self._contraction(h[at], labels)
             (block,) = self.family.natural_derivatives(derivs).blocks
             lefts = contract(block.J, block.S)
+            for name in self.quantities & set(PROJECTIONS) if labels is None else ():
+                variance = getattr(self.family, f"variance_{name}")
+                lefts[name] = variance(h[at], block.J).to(lefts["I"].dtype)
             if "Var_x I" in self.quantities:
                 lefts["I²"] = lefts["I"]
             if eigenvalues is not None:
@@ -312,8 +317,14 @@ class Joint:
             )
         return {name: scatter / self.count for name, scatter in self._scatter.items()}
 
-    def label_variance(self, estimator: int) -> PerParameter:
-        """E_x V_j⁽¹⁾(θᵢ|x), the average variance of Î_j on one label; j = 1 or 2."""
+    def label_variance(self, estimator: Estimator) -> PerParameter:
+        """E_x V_j⁽¹⁾(θᵢ|x), the average variance of Î_j on one label.
+
+        Args:
+            estimator: j = 1 or 2; or "signs" or "importance", of one random projection.
+        """
+        if estimator in PROJECTIONS:
+            return self._mean(str(estimator))
         return self._mean(f"V{check_estimator(estimator)}")
 
     def label_variance_bounds(self, estimator: int) -> Interval[PerParameter]:
@@ -345,13 +356,45 @@ class Joint:
         Raises:
             ValueError: nothing accumulated; n_x or n_y < 1; n_x > m without replacement.
         """
-        return self._total(self._mean("V1"), num_inputs, num_labels, replacement)
+        return self.variance(1, num_inputs, num_labels, replacement=replacement)
 
     def variance_i2(
         self, num_inputs: int, num_labels: int = 1, *, replacement: bool = True
     ) -> PerParameter:
         """Variance of the joint Î₂ (Theorem 4.7, Eq. 20); see ``variance_i1``."""
-        return self._total(self._mean("V2"), num_inputs, num_labels, replacement)
+        return self.variance(2, num_inputs, num_labels, replacement=replacement)
+
+    def variance(
+        self,
+        estimator: Estimator,
+        num_inputs: int,
+        num_labels: int = 1,
+        *,
+        replacement: bool = True,
+    ) -> PerParameter:
+        """Variance of a joint estimator (Theorem 4.7, Eq. 20); see ``variance_i1``.
+
+        Args:
+            estimator: 1 or 2; or "signs" or "importance", with n_y random projections squared
+                input by input, as ``estimate(squares="input")`` takes them. Not in the paper.
+            num_inputs: As in ``variance_i1``.
+            num_labels: The same.
+            replacement: The same.
+        """
+        return self._total(self.label_variance(estimator), num_inputs, num_labels, replacement)
+
+    def combination(self) -> dict[str, Combination]:
+        r"""The best mixture α Î₁ + (1 − α) Î₂ of both on the same labels, layer by layer.
+
+        ``α = (V₂ − C₁₂) / (V₁ + V₂ − 2C₁₂)`` with sums over the layer's parameters. Its label
+        variance, ``(V₁V₂ − C₁₂²) / (V₁ + V₂ − 2C₁₂)``, is never above V₁ or V₂. It needs "V1", "V2"
+        and "C12". Not in the paper.
+        """
+        v1, v2, c = (
+            self.layer_sums(v) for v in (*map(self.label_variance, (1, 2)), self.label_covariance())
+        )
+        found = {layer: mixture(v1[layer], v2[layer], c[layer]) for layer in v1}
+        return {layer: Combination(float(a), float(v)) for layer, (a, v) in found.items()}
 
     def covariance_i1_i2(
         self, num_inputs: int, num_labels: int = 1, *, replacement: bool = True
@@ -395,7 +438,11 @@ class Joint:
         return Interval(*(self._total(v, num_inputs, num_labels, True, x) for v, x in sides))
 
     def num_inputs_needed(
-        self, relative_error: float, confidence: float, num_labels: int = 1, estimator: int = 1
+        self,
+        relative_error: float,
+        confidence: float,
+        num_labels: int = 1,
+        estimator: Estimator = 1,
     ) -> dict[str, float]:
         r"""Inputs that bring a layer's estimate within a relative error, by Chebyshev.
 
@@ -407,7 +454,7 @@ class Joint:
             relative_error: ε > 0.
             confidence: Between 0 and 1, both excluded.
             num_labels: n_y ≥ 1, labels for each input.
-            estimator: j = 1 or 2.
+            estimator: As in ``variance``.
 
         Returns:
             Layer name → n_x ≥ 1, a whole number; inf where I is 0 and its estimate is not.
@@ -525,9 +572,9 @@ def joint_covariance(
 
 def check_quantities(quantities: Collection[str] | None) -> frozenset[str]:
     """The names of quantities to accumulate, "I" among them; None: all."""
-    known = (*QUANTITIES, "Var_x I")
+    known = (*QUANTITIES, "Var_x I", *PROJECTIONS)
     if quantities is None:
-        return frozenset(known)
+        return frozenset(known) - set(PROJECTIONS)
     if isinstance(quantities, str) or not set(quantities) <= set(known):
         raise ValueError(f"quantities must be a list of some of {known}, got {quantities!r}.")
     return frozenset(("I", *quantities))

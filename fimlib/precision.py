@@ -14,11 +14,14 @@ from torch import Tensor
 
 from fimlib._checks import check_estimator
 from fimlib.derivatives import Derivatives
+from fimlib.diagonal import Diagonal
 from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
-from fimlib.fisher import fisher_information, variance_i1, variance_i2
+from fimlib.families.product import Product
+from fimlib.fisher import covariance_i1_i2, fisher_information, natural, variance_i1, variance_i2
 
 RULES = ("chebyshev", "bernstein", "approximate")
+PROJECTIONS = ("signs", "importance")  # label variances that cost more, and are not in the paper
 
 
 class Comparison(NamedTuple):
@@ -30,12 +33,42 @@ class Comparison(NamedTuple):
         relative_sd_i2: The same of Î₂.
         less_variance: 1 or 2, the estimator with less variance on equally many labels.
         less_variance_at_cost: 1 or 2, the one with less variance at equal cost.
+        weight_i1: α of the mixture α Î₁ + (1 − α) Î₂ with the least variance on equal labels.
+        relative_sd_combined: As ``relative_sd_i1``, of that mixture. Not in the paper.
+        relative_sd_signs: The same of one projection by random signs.
+        relative_sd_importance: The same of one class that is drawn by importance; None where the
+            labels are no classes.
     """
 
     relative_sd_i1: Tensor
     relative_sd_i2: Tensor
     less_variance: Tensor
     less_variance_at_cost: Tensor
+    weight_i1: Tensor
+    relative_sd_combined: Tensor
+    relative_sd_signs: Tensor
+    relative_sd_importance: Tensor | None
+
+
+class Combination(NamedTuple):
+    """The mixture α Î₁ + (1 − α) Î₂ of least variance, on equal labels.
+
+    Attributes:
+        weight_i1: α, which may lie outside [0, 1].
+        variance: Of one label, summed over the layer's parameters.
+    """
+
+    weight_i1: float
+    variance: float
+
+
+def mixture(v1: Tensor, v2: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """α and the variance of the mixture, from ΣV₁, ΣV₂ and ΣC₁₂; Î₁ where both are equal."""
+    of_difference = v1 + v2 - 2 * covariance
+    differ = of_difference > 0
+    weight = torch.where(differ, (v2 - covariance) / of_difference, 1)
+    variance = torch.where(differ, (v1 * v2 - covariance.square()) / of_difference, v1)
+    return weight, variance.clamp_min(0).minimum(v1).minimum(v2)  # but for rounding
 
 
 def num_samples_needed(
@@ -44,7 +77,7 @@ def num_samples_needed(
     *,
     relative_error: float,
     confidence: float,
-    estimator: int = 1,
+    estimator: int | str = 1,
     rule: str = "chebyshev",
 ) -> dict[str, Tensor]:
     r"""Labels that bring a layer's estimate within a relative error, by Chebyshev's inequality.
@@ -61,7 +94,8 @@ def num_samples_needed(
         family: The output family.
         relative_error: ε > 0.
         confidence: Between 0 and 1, both excluded.
-        estimator: 1 for Î₁ or 2 for Î₂.
+        estimator: 1 for Î₁ or 2 for Î₂; or "signs" or "importance", for random projections that
+            are squared input by input, by "chebyshev" alone.
         rule: "chebyshev"; "bernstein", no larger and also a guarantee; or "approximate", which is
             as many as it takes where N is large, and no guarantee. The last two need
             ``Categorical``.
@@ -81,7 +115,7 @@ def num_samples_needed(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}.")
-    variance = (variance_i1, variance_i2)[check_estimator(estimator) - 1](derivs, family)
+    variance = variance_of(estimator, derivs, family)
     means, fisher = variance.layer_means(), fisher_information(derivs, family)
     needed = {
         layer: chebyshev(means[layer], squared_norm, relative_error, confidence)
@@ -89,12 +123,23 @@ def num_samples_needed(
     }
     if rule == "chebyshev":
         return needed
+    if estimator in PROJECTIONS:
+        raise ValueError(f"rule {rule!r} is for Î₁ and Î₂: take 'chebyshev'.")
     if not isinstance(family, Categorical):
         raise ValueError(f"rule {rule!r} needs classes, Categorical(): take 'chebyshev'.")
-    found = sharper(derivs, family, estimator, relative_error, 1 - confidence)
+    found = sharper(derivs, family, int(estimator), relative_error, 1 - confidence)
     if rule == "approximate":
         return {layer: approximate for layer, (_, approximate) in found.items()}
     return {layer: torch.minimum(n, found[layer][0]) for layer, n in needed.items()}
+
+
+def variance_of(estimator: int | str, derivs: Derivatives, family: Family) -> Diagonal:
+    """The exact variance of one label, or of one projection."""
+    if estimator in PROJECTIONS:
+        derivs, h = natural(derivs, family)
+        form = getattr(family, f"variance_{estimator}")
+        return derivs.contract(lambda block: form(h, block.J), degree=4)
+    return (variance_i1, variance_i2)[check_estimator(estimator) - 1](derivs, family)
 
 
 def sharper(
@@ -177,18 +222,36 @@ def compare_estimators(
     """
     if not 0 < cost_ratio < math.inf:
         raise ValueError(f"cost_ratio must be a positive number, got {cost_ratio!r}.")
-    squared_norm = fisher_information(derivs, family).square().layer_means()
-    variance1 = variance_i1(derivs, family).layer_means()
-    variance2 = variance_i2(derivs, family).layer_means()
-    return {
-        layer: Comparison(
-            _relative(v1, squared_norm[layer]).sqrt(),
-            _relative(v2, squared_norm[layer]).sqrt(),
-            1 + (v2 < v1).long(),
-            1 + (v2 * cost_ratio < v1).long(),
+    fisher = fisher_information(derivs, family)
+    squared_norm = fisher.square().layer_means()
+    v1, v2, signs = (variance_of(e, derivs, family).layer_means() for e in (1, 2, "signs"))
+    c12 = covariance_i1_i2(derivs, family).layer_means()
+    important = None
+    if all(isinstance(one, Categorical) for one in labels_of(family)):
+        important = variance_of("importance", derivs, family).layer_means()
+
+    def compared(layer: str) -> Comparison:
+        def relative(variance: Tensor) -> Tensor:
+            return _relative(variance, squared_norm[layer]).sqrt()
+
+        weight, mixed = mixture(v1[layer], v2[layer], c12[layer])
+        return Comparison(
+            relative(v1[layer]),
+            relative(v2[layer]),
+            1 + (v2[layer] < v1[layer]).long(),
+            1 + (v2[layer] * cost_ratio < v1[layer]).long(),
+            weight,
+            relative(mixed),
+            relative(signs[layer]),
+            relative(important[layer]) if important else None,
         )
-        for (layer, v1), v2 in zip(variance1.items(), variance2.values(), strict=True)
-    }
+
+    return {layer: compared(layer) for layer in v1}
+
+
+def labels_of(family: Family) -> list[Family]:
+    """The family itself, or those of which it is a product."""
+    return family.families if isinstance(family, Product) else [family]
 
 
 def chebyshev(

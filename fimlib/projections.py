@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 from fimlib._checks import check_integer
 from fimlib._files import DataDigest, check_path, model_digest, versions
 from fimlib._progress import progress
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.distributed import process
 from fimlib.engines import first_order, functional
@@ -58,10 +58,8 @@ from fimlib.engines.held import Forward, Held
 from fimlib.engines.model import kept_random_state, private_copy, selected
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.estimates import Estimate, Record
-from fimlib.families.base import Family, check_family, random_signs, sum_of_pairs, weighted_variance
-from fimlib.families.categorical import Categorical
+from fimlib.families.base import Family, check_family, random_signs
 from fimlib.families.probabilities import warn_of_probabilities
-from fimlib.families.product import Product
 from fimlib.fisher import natural
 from fimlib.joint import settings_of
 from fimlib.left_factors import left_factors
@@ -75,7 +73,7 @@ Draw = Callable[[Family, Tensor, torch.Generator], Tensor]
 DRAWS: dict[str, Draw] = {
     "signs": lambda family, h, generator: family.draw_signs(h, generator),
     "labels": lambda family, h, generator: family.draw_residual(h, generator),
-    "importance": lambda family, h, generator: draw_important(family, h, generator),
+    "importance": lambda family, h, generator: family.draw_important(h, generator),
 }
 SQUARES = ("batch", "input")
 HALF = (torch.bfloat16, torch.float16)
@@ -529,23 +527,6 @@ def squared(derivs: Derivatives, _: slice) -> dict[str, Tensor]:
     return {"I": derivs.blocks[0].J[:, 0].double().square()}
 
 
-def draw_important(family: Family, h: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random vectors w of labels drawn by importance, [B, T]."""
-    if isinstance(family, Product):
-        return family.rows(lambda one, h: draw_important(one, h, generator), h)
-    return of_classes(family).draw_important(h, generator)
-
-
-def of_classes(family: Family) -> Categorical:
-    """The family, if its labels are classes."""
-    if not isinstance(family, Categorical):
-        raise ValueError(
-            f"importance sampling needs classes, Categorical(); got {type(family).__name__}. Take "
-            "random signs, estimator='signs', which need no labels."
-        )
-    return family
-
-
 # Exact variances of one label or projection, at one input.
 
 
@@ -579,30 +560,16 @@ def variance_signs(derivs: Derivatives, family: Family) -> Diagonal:
         4.0
     """
     derivs, h = natural(derivs, family)
-    factor = family.factor(h)
-
-    def form(block: Block) -> Tensor:
-        squares = torch.einsum("btr,bt...->br...", factor, block.J.double()).square()
-        return 4 * sum_of_pairs(squares)
-
-    return derivs.contract(form, degree=4)
+    return derivs.contract(lambda block: family.variance_signs(h, block.J), degree=4)
 
 
-def variance_importance(derivs: Derivatives, family: Categorical) -> Diagonal:
+def variance_importance(derivs: Derivatives, family: Family) -> Diagonal:
     r"""Variance of (p_k/q_k) c_k² with a class k ~ q, at one input: Î₁ on an important label.
 
     ``Var = Σ_k q_k (p_k c_k²/q_k − I)²``, c_k = ∂ log p(k|x), q_k ∝ p_k ‖e_k − p‖. Not in the
     paper.
 
-    Args, Returns, Raises: as ``variance_signs``; and ValueError for another family.
+    Args, Returns, Raises: as ``variance_signs``; and ValueError where the labels are no classes.
     """
-    derivs, h = natural(derivs, of_classes(family))
-    sigma, q = family.mean(h), family.importance(h)
-    ratio = torch.where(q > 0, sigma / q, 0)
-
-    def form(block: Block) -> Tensor:
-        squares = family.project(h, block.J).square()
-        squares = squares * ratio.reshape(*ratio.shape, *[1] * (squares.ndim - 2))
-        return weighted_variance(q, squares)
-
-    return derivs.contract(form, degree=4)
+    derivs, h = natural(derivs, family)
+    return derivs.contract(lambda block: family.variance_importance(h, block.J), degree=4)

@@ -27,6 +27,10 @@ from fimlib.derivatives import Block, Derivatives
 # What ``moments`` knows: I and, of one label, N V₁, N V₂ and the covariance of Î₁ and Î₂.
 QUANTITIES = ("I", "V1", "V2", "C12")
 Moments = Callable[..., dict[str, Tensor]]
+NO_CLASSES = (
+    "importance sampling needs classes, Categorical(); got {}. Take random signs, "
+    "estimator='signs', which need no labels."
+)
 
 
 @dataclass(frozen=True)
@@ -352,6 +356,28 @@ class Family(ABC):
         values, vectors = torch.linalg.eigh(self.covariance(h))
         factor: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
         return factor
+
+    def variance_signs(self, h: Tensor, J: Tensor) -> Tensor:
+        """Var (w·J)² = 4 Σ_{r<s} a_r² a_s², a = LᵀJ, for w = Lξ: [B, T, ...] → [B, ...]."""
+        return 4 * sum_of_pairs(
+            torch.einsum("btr,bt...->br...", self.factor(h), J.double()).square()
+        )
+
+    def variance_importance(self, h: Tensor, J: Tensor) -> Tensor:  # noqa: ARG002
+        """The same where classes are drawn by importance; see ``Categorical``.
+
+        Raises:
+            ValueError: the labels are no classes.
+        """
+        raise ValueError(NO_CLASSES.format(type(self).__name__))
+
+    def draw_important(self, h: Tensor, generator: torch.Generator | None) -> Tensor:  # noqa: ARG002
+        """Random vectors w of classes that are drawn by importance; see ``Categorical``.
+
+        Raises:
+            ValueError: the labels are no classes.
+        """
+        raise ValueError(NO_CLASSES.format(type(self).__name__))
 
     def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Lξ with a random sign ξ_r for every column of L, [B, T]."""

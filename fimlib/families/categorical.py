@@ -18,6 +18,7 @@ from fimlib.families.base import (
     Labels,
     Moments,
     random_signs,
+    sum_of_pairs,
     weighted_mean,
     weighted_variance,
 )
@@ -186,6 +187,18 @@ class Categorical(Family):
         off_diagonal = 1 - torch.eye(h.shape[1], dtype=sigma.dtype, device=sigma.device)
         residuals = torch.diag_embed(sigma @ off_diagonal) - sigma[:, :, None] * off_diagonal
         return residuals * sigma.sqrt().unsqueeze(1)
+
+    def variance_signs(self, h: Tensor, J: Tensor) -> Tensor:
+        """4 Σ_{k<l} σ_k c_k² σ_l c_l², with c = ``project(J)``."""
+        squares = self.project(h, J).square()
+        return 4 * sum_of_pairs(torch.einsum("bk,bk...->bk...", self.mean(h), squares))
+
+    def variance_importance(self, h: Tensor, J: Tensor) -> Tensor:
+        """Σ_k q_k (σ_k c_k²/q_k − I)², for a class k ~ q = ``importance``."""
+        sigma, q = self.mean(h), self.importance(h)
+        squares = self.project(h, J).square()
+        ratio = torch.where(q > 0, sigma / q, 0)
+        return weighted_variance(q, torch.einsum("bk,bk...->bk...", ratio, squares))
 
     def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Σ_k ξ_k √σ_k (e_k − σ), without the columns."""

@@ -85,9 +85,20 @@ class Product(Family):
 
     def variance1(self, h: Tensor, J: Tensor) -> Tensor:
         """Σ_p V₁_p + 4 Σ_{p<q} I_p I_q."""
-        own = self.each(lambda family, h, J: family.variance1(h, J), h, J).sum(1)
+        return self.sum_of_variances(lambda family, h, J: family.variance1(h, J), h, J)
+
+    def variance_signs(self, h: Tensor, J: Tensor) -> Tensor:
+        """As V₁, since fourth cumulants of independent labels add."""
+        return self.sum_of_variances(lambda family, h, J: family.variance_signs(h, J), h, J)
+
+    def variance_importance(self, h: Tensor, J: Tensor) -> Tensor:
+        """As V₁; every label must be a class."""
+        return self.sum_of_variances(lambda family, h, J: family.variance_importance(h, J), h, J)
+
+    def sum_of_variances(self, variance: Function, h: Tensor, J: Tensor) -> Tensor:
+        """Σ_p Var_p + 4 Σ_{p<q} I_p I_q."""
         information = self.each(lambda family, h, J: family.information(h, J), h, J)
-        return own + 4 * sum_of_pairs(information)
+        return self.each(variance, h, J).sum(1) + 4 * sum_of_pairs(information)
 
     def covariance12(self, h: Tensor, J: Tensor, S: Tensor) -> Tensor:
         """Σ_p C₁₂_p."""
@@ -106,6 +117,10 @@ class Product(Family):
     def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Lξ of every label."""
         return self.rows(lambda family, h: family.draw_signs(h, generator), h)
+
+    def draw_important(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Those of every label, which must be a class."""
+        return self.rows(lambda family, h: family.draw_important(h, generator), h)
 
     def draw_residual(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """δ of every label."""

@@ -10,7 +10,7 @@ from strategies import ADVERSARIAL, inputs, mlp
 from torch import nn
 
 import fimlib
-from fimlib import Categorical, Gaussian, differentiate
+from fimlib import Categorical, Gaussian, differentiate, projections
 from fimlib.families import Bernoulli, GaussianHead
 from fimlib.joint import Joint, joint_covariance
 
@@ -954,3 +954,26 @@ def test_float32_is_too_narrow_for_v2_unless_that_is_rounding(size, is_lost):
     else:
         joint.update(derivs)
         assert joint.count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_random_projections_of_random_inputs(dtype):
+    """Theorem 4.7 with the variance of one projection for that of one label."""
+    net, x, family = mlp([3, 5, 3], nn.Tanh), inputs(6, 3), Categorical()
+    kinds = ["signs", "importance"]
+    joint = fimlib.accumulate(net, x, family, quantities=["Var_x I", *kinds], dtype=dtype)
+    derivs = differentiate(net, x)
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    for kind in kinds:
+        exact = getattr(projections, f"variance_{kind}")(derivs, family).mean_over_inputs()
+        found = joint.variance(kind, num_inputs=5, num_labels=3)
+        for n, spread in joint.input_variance().items():
+            torch.testing.assert_close(
+                found[n], (spread + exact[n] / 3) / 5, rtol=rtol, atol=1e-9 * float(spread.max())
+            )
+        assert all(n >= 1 for n in joint.num_inputs_needed(0.1, 0.9, 2, kind).values())
+    assert "signs" not in Joint(family).quantities
+    with pytest.raises(ValueError, match="was not accumulated"):
+        joint.variance(1, num_inputs=5)
+    with pytest.raises(ValueError, match="needs classes"):
+        fimlib.accumulate(net, x, Gaussian(), quantities=["importance"])

@@ -8,9 +8,9 @@ from strategies import inputs, mlp
 from torch import nn
 
 import fimlib
-from fimlib import Categorical, Gaussian, differentiate
+from fimlib import Categorical, Gaussian, differentiate, projections
 from fimlib._checks import check_estimator
-from fimlib.precision import compare_estimators, num_samples_needed
+from fimlib.precision import compare_estimators, mixture, num_samples_needed
 
 ESTIMATORS = {1: fimlib.estimate_i1, 2: fimlib.estimate_i2}
 VARIANCES = {1: fimlib.variance_i1, 2: fimlib.variance_i2}
@@ -291,6 +291,58 @@ def test_a_tie_goes_to_i1():
     still = differentiate(mlp([2, 3], nn.Tanh, bias=False), torch.zeros(2, 2).double())
     tie = compare_estimators(still, Categorical())["0"]
     assert tie.less_variance.tolist() == tie.less_variance_at_cost.tolist() == [1, 1]
+
+
+def test_the_mixture_is_the_best_of_all():
+    derivs, family = differentiate(mlp([3, 5, 4, 3], nn.Tanh), inputs(4, 3)), Categorical()
+    joint = fimlib.Joint(family)
+    joint.update(derivs)
+    c12 = fimlib.covariance_i1_i2(derivs, family)
+    mixtures = joint.combination()
+    for name, ours in compare_estimators(derivs, family).items():
+        squared_norm, v1, v2 = sums(derivs, family, name)
+        c = layer(c12, name).reshape(4, -1).sum(1)
+
+        def variance(weight, v1=v1, v2=v2, c=c):
+            return weight**2 * v1 + (1 - weight) ** 2 * v2 + 2 * weight * (1 - weight) * c
+
+        best = variance(ours.weight_i1)
+        torch.testing.assert_close(ours.relative_sd_combined, (best / squared_norm).sqrt())
+        for step in (-0.1, -1e-3, 1e-3, 0.1):
+            assert (variance(ours.weight_i1 + step) >= best * (1 - 1e-12)).all()
+        means = [x.mean() for x in (v1, v2, c)]
+        weight, found = mixtures[name]
+        assert found == pytest.approx(float(variance(weight, *means)), rel=1e-9)
+        assert found <= min(means[:2])
+
+
+def test_a_mixture_of_equal_estimators_is_the_first():
+    one, zero = torch.ones(1).double(), torch.zeros(1).double()
+    assert [x.item() for x in mixture(one, one, one)] == [1.0, 1.0]
+    assert [x.item() for x in mixture(zero, zero, zero)] == [1.0, 0.0]
+    assert [x.item() for x in mixture(one, zero, zero)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("family", [Categorical(), fimlib.Bernoulli()], ids=["classes", "answers"])
+def test_random_projections_are_compared_as_well(family):
+    derivs = differentiate(mlp([3, 5, 4, 3], nn.Tanh), inputs(4, 3))
+    for name, ours in compare_estimators(derivs, family).items():
+        squared_norm, *_ = sums(derivs, family, name)
+        signs = layer(projections.variance_signs(derivs, family), name).reshape(4, -1).sum(1)
+        torch.testing.assert_close(ours.relative_sd_signs, (signs / squared_norm).sqrt())
+        needed = num_samples_needed(
+            derivs, family, relative_error=0.1, confidence=0.5, estimator="signs"
+        )[name]
+        assert torch.equal(needed, (signs / squared_norm * 200).ceil().clamp_min(1))
+        if isinstance(family, Categorical):
+            v = layer(projections.variance_importance(derivs, family), name).reshape(4, -1).sum(1)
+            torch.testing.assert_close(ours.relative_sd_importance, (v / squared_norm).sqrt())
+        else:
+            assert ours.relative_sd_importance is None
+    with pytest.raises(ValueError, match="is for Î₁ and Î₂"):
+        num_samples_needed(
+            derivs, family, relative_error=0.1, confidence=0.5, estimator="signs", rule="bernstein"
+        )
 
 
 # Errors. ------------------------------------------------------------------------------------------

@@ -163,3 +163,42 @@ def test_accumulators_know_the_families_inside():
             joint.merge(Joint(other))
         with pytest.raises(ValueError, match="not the state"):
             joint.load_state_dict(Joint(other).state_dict())
+
+
+def all_projections(kind, family, h):
+    """Weights and vectors w of one label: all signs, or all classes with a sign."""
+    if kind == "signs":
+        factor = family.factor(h[None])[0]
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=factor.shape[1]))).double()
+        return torch.full((len(signs),), 1 / len(signs)).double(), signs @ factor.T
+    p, q = family.mean(h[None])[0], family.importance(h[None])[0]
+    rows = (p / q).sqrt()[:, None] * (torch.eye(len(p)).double() - p)
+    return torch.cat([q, q]) / 2, torch.cat([rows, -rows])
+
+
+@pytest.mark.parametrize("kind", ["signs", "importance"])
+@each_product
+def test_random_projections_are_those_of_all_labels_together(kind, name):
+    family, parts = PRODUCTS[name]
+    kinds = family.families * (len(parts) // len(family.families))
+    J = inputs(6, 2, seed=1).expand(2, -1, -1)
+    variance = getattr(family, f"variance_{kind}")
+    if kind == "importance" and not all(isinstance(f, Categorical) for f in kinds):
+        with pytest.raises(ValueError, match="needs classes"):
+            variance(H, J)
+        return
+    sizes = [size for size, _ in parts]
+    for h, found in zip(H, variance(H, J), strict=True):
+        drawn = [
+            all_projections(kind, one, part)
+            for one, part in zip(kinds, h.split(sizes), strict=True)
+        ]
+        squares, weights = [], []
+        for row in itertools.product(*(range(len(p)) for p, _ in drawn)):
+            w = torch.cat([of[1][k] for of, k in zip(drawn, row, strict=True)])
+            squares.append((w @ J[0]).square())
+            weights.append(torch.stack([of[0][k] for of, k in zip(drawn, row, strict=True)]).prod())
+        squares, weights = torch.stack(squares), torch.stack(weights)
+        mean = weights @ squares
+        torch.testing.assert_close(mean, family.information(h[None], J[:1])[0])
+        torch.testing.assert_close(found, weights @ (squares - mean).square())
