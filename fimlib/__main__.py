@@ -36,7 +36,7 @@ from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.independent import Bernoulli, Poisson
 from fimlib.projections import DRAWS, PASSES, SQUARES, estimate
-from fimlib.summary.measure import NUM_PROBES, Summary, summarise
+from fimlib.summary.measure import BUDGET, NUM_PROBES, Summary, summarise
 
 Found = TypeVar("Found", Summary, Estimate)
 
@@ -92,7 +92,7 @@ def run_summary(arguments: argparse.Namespace) -> None:
             model, x, family,
             num_samples=arguments.num_samples, relative_error=arguments.relative_error,
             confidence=arguments.confidence, layers=arguments.layers, engine=arguments.engine,
-            num_probes=arguments.num_probes,
+            num_probes=arguments.num_probes, budget=arguments.budget,
         ),
     )  # fmt: skip
     print(json.dumps(as_json(found), indent=1) if arguments.json else found, flush=True)
@@ -150,9 +150,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--confidence", type=float, default=0.95, metavar="P", help="wanted (0.95)")
     p.add_argument("--engine", default="auto", help="see fimlib.differentiate")
     p.add_argument(
-        "--num-probes", type=int, default=NUM_PROBES, metavar="M",
-        help=f"for an estimate of V₂, where no exact one is known ({NUM_PROBES})",
+        "--num-probes", type=int, metavar="M",
+        help=f"estimate V₂ from so many, as {NUM_PROBES}, where no exact one is known",
     )  # fmt: skip
+    p.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="S", help=f"seconds ({BUDGET:.0f})"
+    )
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .svg, .png or .pdf")
     return p
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SECONDS_BEFORE_PROGRESS = 2.0
 
 
-def progress(total: int, task: str, unit: str) -> tqdm[NoReturn]:
+def progress(total: int | None, task: str, unit: str) -> tqdm[NoReturn]:
     """A bar that appears after some seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a notebook without widgets gets a bar of characters

@@ -137,8 +137,12 @@ def accumulate_stream(
     engine: str,
     *,
     is_whole: bool = False,
+    go_on: Callable[[int], bool] = lambda _: True,
 ) -> Joint:
-    """Take the batches of a stream, or of one whole tensor, into an empty accumulator."""
+    """Take the batches of a stream, or of one whole tensor, into an empty accumulator.
+
+    After every part of a batch ``go_on`` is told how many inputs are done, and may end it.
+    """
 
     def empty() -> Joint:
         return Joint(family, quantities=joint.quantities, bounds=joint.bounds, dtype=joint.dtype)
@@ -178,6 +182,8 @@ def accumulate_stream(
                 except ValueError:
                     differentiate(held, part.to(device), **choice)  # with all checks
                     raise
+            if not go_on(joint.count):
+                return joint
     return joint
 
 

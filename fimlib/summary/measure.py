@@ -1,14 +1,15 @@
 r"""One call for one question: how wrong is my diagonal Fisher, and what would make it better?
 
-Nothing new is computed here. I, V₁, V₂ and Var_x I come from ``accumulate``, or V₂ from
-``hutchinson_variance_i2`` where no engine knows S; this module puts them side by side, layer by
-layer, and says in words what follows.
+Nothing new is computed here. I, Var_x I and the variances come from ``accumulate``; V₂, where no
+engine knows S at a bearable cost, from ``hutchinson_variance_i2`` if that is asked for. This module
+puts them side by side, layer by layer, and says in words what follows.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from fimlib._checks import check_num_samples
+from fimlib._progress import progress
 from fimlib.derivatives import Derivatives
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate
 from fimlib.engines.held import Forward, Held
+from fimlib.engines.model import selected
 from fimlib.families.base import Family, check_family
+from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.product import Product
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
-from fimlib.precision import chebyshev
+from fimlib.precision import chebyshev, labels_of
 from fimlib.streaming import Batch, Pick, accumulate_stream, batches, check_shape
 from fimlib.summary.findings import Findings, LayerSummary
 from fimlib.summary.plot import draw
@@ -35,7 +39,9 @@ from fimlib.summary.text import text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_PROBES = 128
+NUM_PROBES = 128  # are enough for most
+BUDGET = 60.0  # seconds
+FEW_PARAMETERS = 3_000  # second derivatives along each of them take seconds
 FIRST_ORDER = ("I", "Var_x I", "V1")
 MOST_ESTIMATED = 32  # inputs at which V₂ is estimated, where S is not known
 MOST_OUTPUTS_FOR_BOUNDS = 32  # eigenvalue problems of the bounds cost the cube of their number
@@ -48,11 +54,13 @@ class Summary(Findings):
         layers: One ``LayerSummary`` per layer, from the first to the last.
         num_inputs: m, the inputs that were given.
         num_samples: N, labels for each of them.
+        num_outputs: T, the backward passes that the exact I takes.
         relative_error: ε, the error that the numbers of labels and inputs are to keep.
         confidence: The probability with which they keep it.
         engine: Which engine made the derivatives.
         num_probes: Random probes behind the estimate of V₂; 0 where V₂ is none.
         num_estimated: Inputs at which V₂ was estimated; 0 where V₂ is no estimate.
+        is_cut: Whether the budget ended before the inputs did.
         joint: All averages behind it, per parameter: ``joint.fisher_information()`` is I itself.
     """
 
@@ -83,17 +91,19 @@ def summarise(
     confidence: float = 0.95,
     layers: Sequence[str] | str | None = None,
     engine: str = "auto",
-    num_probes: int = NUM_PROBES,
+    num_probes: int | None = None,
+    budget: float = BUDGET,
     pick: Pick = None,
     forward: Forward | None = None,
 ) -> Summary:
-    r"""How far Î₁ and Î₂ are off, layer by layer; which is better; how many samples it takes.
+    r"""How far estimates of I are off, layer by layer; which is better; how many samples it takes.
 
     The estimate in question is the usual one: a pass over the m inputs, with N labels for each that
     the model draws. ``Î_j(θᵢ) = (1/m) Σ_x Î_j(θᵢ|x)`` is an estimate of ``(1/m) Σ_x I(θᵢ|x)``, with
     the variance ``E_x V_j⁽¹⁾ / (m N)`` (Theorem 4.7 without its first term; for m = 1, Lemma A.1).
-    Nothing is sampled and all is exact, unless no engine has the network's S. Then V₂ is estimated
-    from random probes; the result says so, and how far that may be off.
+    Beside Î₁ and Î₂ stand the random projections of ``estimate``, squared input by input.
+    Nothing is sampled and all is exact. Where no engine has the network's S at a bearable cost, Î₂
+    is left out, or V₂ is estimated from ``num_probes``; the result says how far that may be off.
 
     Args:
         model: Maps inputs to outputs [B, T] of the family; in eval mode.
@@ -105,7 +115,10 @@ def summarise(
         confidence: Between 0 and 1, both excluded.
         layers: Names of modules: only their parameters are looked at. None: all.
         engine: Where the derivatives come from; see ``differentiate``.
-        num_probes: ≥ 3, where V₂ must be estimated; see ``hutchinson_variance_i2``.
+        num_probes: ≥ 3, to estimate V₂ where it is not known exactly; 128 is a fair number. See
+            ``hutchinson_variance_i2``. None: leave Î₂ out there.
+        budget: Seconds that it may take. The batch that is under way is finished; inputs that are
+            left then are left out, as the result says.
         pick: Which part of every batch is x; see ``accumulate``.
         forward: From the model and a batch of any kind to the outputs; see ``accumulate``.
 
@@ -116,8 +129,9 @@ def summarise(
     Warns:
         UserWarning: as ``accumulate``.
 
-    Cost: that of ``accumulate`` with both orders. Bounds are computed for up to 32 outputs. An
-        estimate of V₂ takes at most 32 of the inputs, picked at random by a fixed seed, and
+    Cost: that of ``accumulate`` with both orders, if V₂ fits into the budget, else with one; from 2
+        seconds on a bar shows how many inputs are done. Bounds are computed for up to 32 outputs.
+        An estimate of V₂ takes at most 32 of the inputs, picked at random by a fixed seed, and
         num_probes times three passes for J at each.
 
     Example: a Gaussian label and one weight: V₁ = 2I², so that one label is off by √2 I.
@@ -132,56 +146,118 @@ def summarise(
     check_family(family)
     check_num_samples(num_samples)
     chebyshev(torch.ones(()), torch.ones(()), relative_error, confidence)
-    blocks_of(num_probes)
+    if num_probes is not None:
+        blocks_of(num_probes)
     model = check_module(model)
+    count = len(inputs) if isinstance(inputs, Tensor) else None
+    clock = Clock(budget, count)
     first, stream = _peek(batches(model, inputs, family, pick, forward))
-    found, order = _engine(*first, engine, layers)
+    found, order = _engine(*first, engine, layers, clock)
     num_outputs = found.outputs.shape[1]
-    sample = _Sample(MOST_ESTIMATED if order == 1 else 0)
-    quantities, method = FIRST_ORDER if order == 1 else None, _method(num_outputs, family)
-    empty = Joint(family, quantities=quantities, bounds=method)
-    joint = accumulate_stream(model, sample.of(stream), empty, None, layers, engine)
+    is_estimate = order == 1 and num_probes is not None
+    sample = _Sample(MOST_ESTIMATED if is_estimate else 0)
+    projections = ["signs", "importance"] if has_classes(family) else ["signs"]
+    quantities = [*(FIRST_ORDER if order == 1 else (*FIRST_ORDER, "V2", "C12")), *projections]
+    empty = Joint(family, quantities=quantities, bounds=_method(num_outputs, family))
+    with clock:
+        joint = accumulate_stream(
+            model, sample.of(stream), empty, None, layers, engine, go_on=clock.goes_on
+        )
     norms = joint.layer_sums({n: I.square() for n, I in joint.fisher_information().items()})
-    variances = [joint.layer_sums(joint.label_variance(j)) for j in range(1, order + 1)]
+    kinds: list[int | str] = [1, *([2] if order == 2 else []), *projections]
+    variances = {kind: joint.layer_sums(joint.label_variance(kind)) for kind in kinds}
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
-    if order == 1:
+    if is_estimate and num_probes is not None:
         of_one = num_outputs * sum(t.numel() for t in joint.fisher_information().values())
         at_once = max(1, JACOBIAN_NUMBERS // of_one)
-        value, errors = _estimate(sample, family, joint, num_probes, layers, at_once)
-        variances.append(value)
+        variances[2], errors = _estimate(sample, family, joint, num_probes, layers, at_once)
     spread = joint.layer_sums(joint.input_variance())
     means, bounds = joint.layer_sums(joint.fisher_information()), _bounds(joint, order)
-    sizes = _sizes(joint)
+    sizes, m = _sizes(joint), joint.count
 
     def row(layer: str) -> LayerSummary:
-        v = [variance[layer] for variance in variances]
-        error, norm, m = errors[layer], norms[layer], joint.count
+        error, norm = errors[layer], norms[layer]
+        v = {kind: variance[layer] for kind, variance in variances.items()}
+        safe = v | ({2: v[2] + 2 * error} if 2 in v else {})
 
-        def relative(variance: Tensor) -> float:
+        def relative(variance: Tensor | None) -> float | None:
+            if variance is None:
+                return None
             return math.sqrt(_ratio(variance.clamp_min(0) / (m * num_samples), norm))
 
-        def needed(variance: Tensor) -> float:
+        def needed(kind: int | str) -> float | None:
+            if kind not in v:
+                return None
+            return float(chebyshev(safe[kind] / m, norm, relative_error, confidence))
+
+        def inputs_needed(kind: int) -> float | None:
+            if kind not in v or m == 1:
+                return None
+            variance = spread[layer] + safe[kind] / num_samples
             return float(chebyshev(variance, norm, relative_error, confidence))
 
-        safe = v[0], v[1] + 2 * error
-        inputs_needed = [needed(spread[layer] + w / num_samples) if m > 1 else None for w in safe]
+        sd = {kind: relative(v.get(kind)) for kind in (1, 2, "importance", "signs")}
+        above = relative(v[2].clamp_min(0) + error) if 2 in v else None
         return LayerSummary(
-            layer,
-            sizes[layer],
-            float(means[layer]) / sizes[layer],
-            relative(v[0]),
-            relative(v[1]),
-            relative(v[1].clamp_min(0) + error) - relative(v[1]),
-            _better(float(v[0]), float(v[1]), float(error)),
-            *(needed(w / m) for w in safe),
-            *inputs_needed,
-            *(relative(bound[layer]) if bound else None for bound in bounds),
+            layer=layer,
+            num_parameters=sizes[layer],
+            mean_fisher=float(means[layer]) / sizes[layer],
+            relative_sd_i1=sd[1] or 0.0,
+            relative_sd_i2=sd[2],
+            relative_sd_i2_error=0.0 if above is None else above - (sd[2] or 0.0),
+            relative_sd_importance=sd["importance"],
+            relative_sd_signs=sd["signs"] or 0.0,
+            better=_better(float(v[1]), float(v[2]), float(error)) if 2 in v else None,
+            labels_needed_i1=needed(1) or 1.0,
+            labels_needed_i2=needed(2),
+            labels_needed_importance=needed("importance"),
+            labels_needed_signs=needed("signs") or 1.0,
+            inputs_needed_i1=inputs_needed(1),
+            inputs_needed_i2=inputs_needed(2),
+            bound_i1=relative(bounds[0][layer]) if bounds[0] else None,
+            bound_i2=relative(bounds[1][layer]) if bounds[1] else None,
         )
 
     return Summary(
-        tuple(map(row, norms)), joint.count, num_samples, relative_error, confidence, found.engine,
-        num_probes if order == 1 else 0, len(sample) if order == 1 else 0, joint,
+        tuple(map(row, norms)), m, num_samples, num_outputs, relative_error, confidence,
+        found.engine, num_probes or 0 if is_estimate else 0, len(sample) if is_estimate else 0,
+        clock.is_over and m != count, joint,
     )  # fmt: skip
+
+
+class Clock:
+    """How much of the budget is left; with a bar of the inputs that are done.
+
+    Attributes:
+        is_over: Whether it has stopped the work.
+    """
+
+    def __init__(self, seconds: float, count: int | None) -> None:
+        if not seconds > 0:
+            raise ValueError(f"budget must be a positive number of seconds, got {seconds!r}.")
+        self.seconds, self.start, self.count, self.is_over = seconds, time.monotonic(), count, False
+
+    def __enter__(self) -> None:
+        self.bar = progress(self.count, "summarise", "inputs")
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.start + self.seconds - time.monotonic()
+
+    def goes_on(self, done: int) -> bool:
+        """Whether there is time for more inputs."""
+        self.bar.update(done - self.bar.n)
+        self.is_over = self.left <= 0
+        return not self.is_over
+
+
+def has_classes(family: Family) -> bool:
+    """Whether all labels are classes, which can be drawn by importance."""
+    return all(isinstance(one, Categorical) for one in labels_of(family))
 
 
 # What goes in.
@@ -202,13 +278,25 @@ def _peek(stream: Iterator[Batch]) -> tuple[tuple[nn.Module, Tensor], Iterator[B
 
 
 def _engine(
-    model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | str | None
+    model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | str | None, clock: Clock
 ) -> tuple[Derivatives, int]:
-    """By the engine that takes the network; and whether it has S (2) or J alone (1)."""
-    try:
-        return differentiate(model, x, engine=engine, layers=layers), 2
-    except NotImplementedError:
-        pass  # of the second order only, or the next line says why
+    """By the engine that takes the network; and whether S is affordable (2) or J alone (1)."""
+    for name in ("layerwise", "traced") if engine == "auto" else (engine,):
+        try:
+            return differentiate(model, x, engine=name, layers=layers), 2
+        except NotImplementedError:
+            pass  # of the second order only, or the last line says why
+    wanted = selected(model, layers)
+    count = sum(p.numel() for n, p in model.named_parameters() if wanted is None or n in wanted)
+    if engine == "auto" and count <= FEW_PARAMETERS:
+        start = time.monotonic()
+        try:
+            found = differentiate(model, x, engine="functional", layers=layers)
+        except NotImplementedError:
+            pass
+        else:
+            if (time.monotonic() - start) * (clock.count or 1) < clock.left:
+                return found, 2
     return differentiate(model, x, engine=engine, order=1, layers=layers), 1
 
 

@@ -76,7 +76,7 @@ def draw(s: Findings) -> Figure:
 def panel(ax: Axes, layer: LayerSummary, s: Findings) -> None:
     """The lines of one layer."""
     counts = [n for x in s.layers for n in (x.labels_needed_i1, x.labels_needed_i2)]
-    last = max([10.0, *filter(math.isfinite, counts)])
+    last = max([10.0, *(n for n in counts if n is not None and math.isfinite(n))])
     span = (1.0, 10.0 ** math.ceil(math.log10(last)))
 
     def falling(at_n: float) -> list[float]:
@@ -84,14 +84,14 @@ def panel(ax: Axes, layer: LayerSummary, s: Findings) -> None:
 
     ax.axhline(1, label=FISHER, **LEGEND[FISHER])
     ax.axhline(s.relative_error, label=WANTED, **LEGEND[WANTED])
-    if layer.relative_sd_i2_error:
+    if layer.relative_sd_i2 is not None and layer.relative_sd_i2_error:
         above = falling(layer.relative_sd_i2 + layer.relative_sd_i2_error)
         ax.plot(span, above, label=ABOVE, **LEGEND[ABOVE])
     for j, sd, needed, color, bound in (
         (1, layer.relative_sd_i1, layer.labels_needed_i1, BLUE, layer.bound_i1),
         (2, layer.relative_sd_i2, layer.labels_needed_i2, VERMILION, layer.bound_i2),
     ):
-        if sd == 0 or math.isinf(sd):
+        if sd is None or needed is None or sd == 0 or math.isinf(sd):
             continue
         ax.plot(span, falling(sd), color=color, label=hat(j))
         if bound is not None and math.isfinite(bound):
@@ -113,7 +113,7 @@ def write_names(ax: Axes, layer: LayerSummary) -> None:
     """Each estimator where its line ends, in its colour; or in a corner that it has no variance."""
     lines = {str(line.get_label()): points(ax, line) for line in ax.lines}
     words: list[NDArray[np.float64]] = []
-    for j in (1, 2):
+    for j in (1, 2) if layer.relative_sd_i2 is not None else (1,):
         own = lines.get(hat(j))
         taken = [*(at for name, at in lines.items() if name != hat(j)), *words]
         places: Iterable[NDArray[np.float64]]
@@ -131,7 +131,7 @@ def write_names(ax: Axes, layer: LayerSummary) -> None:
 
 def note(layer: LayerSummary, j: int) -> str:
     """What is said of an estimator without a line, whose error is none or infinite."""
-    if (layer.relative_sd_i1, layer.relative_sd_i2)[j - 1] > 0:
+    if ((layer.relative_sd_i1, layer.relative_sd_i2)[j - 1] or 0.0) > 0:
         return rf"$V_{j} > I = 0$"
     return rf"$V_{j} \approx 0$" if j == 2 and layer.relative_sd_i2_error else rf"$V_{j} = 0$"
 

@@ -19,16 +19,26 @@ def text(s: Findings) -> str:
 def head(s: Findings) -> list[str]:
     """What was looked at, and what the columns mean."""
     one = s.num_inputs == 1
-    lines = [
-        f"{some_inputs(s.num_inputs)}, {type(s.joint.family).__name__} outputs; {origin(s)}",
+    inputs = (
+        f"the first {some_inputs(s.num_inputs)} (budget=)"
+        if s.is_cut
+        else some_inputs(s.num_inputs)
+    )
+    columns = [*ESTIMATORS.values()] if s.has_i2 else ["Î₁"]
+    drawn = ["Î₁ on classes drawn by importance"] if has_classes(s) else []
+    return [
+        f"{inputs}, {type(s.joint.family).__name__} outputs; {origin(s)}",
         f"error   typical ‖Î − I‖ / ‖I‖ in a layer, from {some_labels(s)} for "
         f"{'it' if one else 'each input'}",
         f"labels  {'needed' if one else 'per input'} to keep that below "
         f"{percent(s.relative_error)} at {percent(s.confidence)} confidence",
+        f"of      {', '.join(columns)}, {', '.join([*drawn, 'random signs in place of labels'])}",
     ]
-    if not one:
-        lines.append(f"inputs  drawn at random, with {some_labels(s)} each, for the same")
-    return lines
+
+
+def has_classes(s: Findings) -> bool:
+    """Whether there is a column for classes drawn by importance."""
+    return s.layers[0].relative_sd_importance is not None
 
 
 def origin(s: Findings) -> str:
@@ -43,11 +53,16 @@ def origin(s: Findings) -> str:
 
 def table(s: Findings) -> list[str]:
     """The rows, aligned, under two lines of titles."""
-    kinds = ["error", "labels", *(["inputs"] if s.num_inputs > 1 else [])]
-    pairs = [word for kind in kinds for word in (kind, "")]
+    names = [
+        "Î₁",
+        *(["Î₂"] if s.has_i2 else []),
+        *(["important"] if has_classes(s) else []),
+        "signs",
+    ]
+    kinds = [word for kind in ("error", "labels") for word in (kind, *[""] * (len(names) - 1))]
     rows = [
-        ["", "", "", *pairs, ""],
-        ["layer", "params", "mean I", *["Î₁", "Î₂"] * len(kinds), "better"],
+        ["", "", "", *kinds, *[""] * s.has_i2],
+        ["layer", "params", "mean I", *names * 2, *["better"] * s.has_i2],
         *(row(layer, s) for layer in s.layers),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -58,22 +73,21 @@ def table(s: Findings) -> list[str]:
     return [*lines[:2], "─" * max(map(len, lines)), *lines[2:]]
 
 
-def row(layer: LayerSummary, s: Findings) -> list[str]:
+def row(x: LayerSummary, s: Findings) -> list[str]:
     """The cells of one layer."""
-    second = percent(layer.relative_sd_i2)
-    if layer.relative_sd_i2_error:
-        second += f" ± {percent(layer.relative_sd_i2_error)}"
-    counts = [layer.labels_needed_i1, layer.labels_needed_i2]
-    if s.num_inputs > 1:
-        counts += [c for c in (layer.inputs_needed_i1, layer.inputs_needed_i2) if c is not None]
+    errors = [x.relative_sd_i1, x.relative_sd_i2, x.relative_sd_importance, x.relative_sd_signs]
+    counts = [x.labels_needed_i1, x.labels_needed_i2, x.labels_needed_importance]
+    cells = [percent(e) for e in errors if e is not None]
+    if x.relative_sd_i2_error:
+        cells[1] += f" ± {percent(x.relative_sd_i2_error)}"
+    better = "?" if x.better is None else ESTIMATORS[x.better]
     return [
-        title(layer.layer),
-        f"{layer.num_parameters:,}",
-        f"{layer.mean_fisher:.1e}",
-        percent(layer.relative_sd_i1),
-        second,
-        *map(number, counts),
-        "?" if layer.better is None else ESTIMATORS[layer.better],
+        title(x.layer),
+        f"{x.num_parameters:,}",
+        f"{x.mean_fisher:.1e}",
+        *cells,
+        *(number(n) for n in [*counts, x.labels_needed_signs] if n is not None),
+        *[better] * s.has_i2,
     ]
 
 
@@ -87,7 +101,7 @@ class Choice(NamedTuple):
 
 def choice(x: LayerSummary) -> Choice:
     """The choice that the sentences below the table make."""
-    if x.better == 2:
+    if x.better == 2 and x.relative_sd_i2 is not None and x.labels_needed_i2 is not None:
         error = x.relative_sd_i2 + x.relative_sd_i2_error
         return Choice(error, x.labels_needed_i2, x.inputs_needed_i2)
     return Choice(x.relative_sd_i1, x.labels_needed_i1, x.inputs_needed_i1)
@@ -100,7 +114,8 @@ def advice(s: Findings) -> list[str]:
     counts_doubt = any(x.better == 2 and x.relative_sd_i2_error for x in s.layers)
     doubt = " (counting one standard error)" if counts_doubt else ""
     span = low if low == high else f"{low} to {high}"
-    lines = [*which(s), f"The error is then {span} of I{doubt}."]
+    lines = which(s) if s.has_i2 else [LEFT_OUT]
+    lines += [f"The error{'' if s.has_i2 else ' of Î₁'} is then {span} of I{doubt}."]
     where = "in every layer" if len(s.layers) > 1 else "there"
     if math.isinf(max(labels)):
         lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")
@@ -114,8 +129,34 @@ def advice(s: Findings) -> list[str]:
         lines.append(
             f"Of inputs drawn at random it takes {max(known):,.0f}, with {some_labels(s)} each."
         )
-    lines.append("I itself takes no labels at all: joint.fisher_information() of this summary.")
-    return lines
+    return [*lines, cheapest(s)]
+
+
+LEFT_OUT = (
+    "Î₂ is left out: its variance needs second derivatives, which this network does not give at a "
+    "bearable cost. num_probes=128 estimates it."
+)
+HOW = {
+    "I itself": "joint.fisher_information() of this summary",
+    "Î₁": "estimate, estimator='labels', squares='input'",
+    "important classes": "estimate, estimator='importance', squares='input'",
+    "random signs": "estimate, squares='input'",
+}
+
+
+def cheapest(s: Findings) -> str:
+    """The least work that keeps the error in every layer."""
+    passes = {"I itself": float(s.num_outputs)}
+    passes["Î₁"] = max(x.labels_needed_i1 for x in s.layers)
+    if has_classes(s):
+        passes["important classes"] = max(x.labels_needed_importance or 1.0 for x in s.layers)
+    passes["random signs"] = max(x.labels_needed_signs for x in s.layers)
+    first, *others = sorted(passes, key=lambda name: passes[name])
+    rest = ", ".join(f"{name} {number(passes[name])}" for name in others)
+    return (
+        f"The cheapest in backward passes is {first} ({HOW[first]}): {number(passes[first])}; "
+        f"{rest}."
+    )
 
 
 def which(s: Findings) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fimlib
-from fimlib.engines import forward_mode
+from fimlib import projections
 from fimlib.summary import measure as module
 from fimlib.summary import plot as drawing
 from fimlib.summary import text as words
@@ -86,6 +86,10 @@ def test_errors_and_counts_are_those_of_the_definitions(family):
     I = fimlib.fisher_information(derivs, family)
     norm, means = squared_norms(I), layer_sums(I)
     V = [layer_sums(f(derivs, family)) for f in (fimlib.variance_i1, fimlib.variance_i2)]
+    signs = layer_sums(projections.variance_signs(derivs, family))
+    important = None
+    if isinstance(family, fimlib.Categorical):
+        important = layer_sums(projections.variance_importance(derivs, family))
     assert [row.layer for row in found.layers] == ["0", "2", "4"]
     assert [row.num_parameters for row in found.layers] == [20, 24, 20]
     for row in found.layers:
@@ -95,6 +99,17 @@ def test_errors_and_counts_are_those_of_the_definitions(family):
         assert row.relative_sd_i1 == pytest.approx((v1 / (len(x) * num_samples) / squared) ** 0.5)
         assert row.relative_sd_i2 == pytest.approx((v2 / (len(x) * num_samples) / squared) ** 0.5)
         assert row.relative_sd_i2_error == 0
+        unit = len(x) * num_samples * squared
+        assert row.relative_sd_signs == pytest.approx(float(signs[row.layer] / unit) ** 0.5)
+        if important is None:
+            assert row.relative_sd_importance is row.labels_needed_importance is None
+        else:
+            v = float(important[row.layer])
+            assert row.relative_sd_importance == pytest.approx((v / unit) ** 0.5)
+            wanted = v / len(x) / (0.2**2 * 0.05 * squared)
+            assert row.labels_needed_importance == max(1, math.ceil(wanted * (1 - 1e-9)))
+        wanted = float(signs[row.layer]) / len(x) / (0.2**2 * 0.05 * squared)
+        assert row.labels_needed_signs == max(1, math.ceil(wanted * (1 - 1e-9)))
         assert row.better == (2 if v2 < v1 else 1)
         for v, needed in ((v1, row.labels_needed_i1), (v2, row.labels_needed_i2)):
             wanted = v / len(x) / (0.2**2 * 0.05 * squared)
@@ -175,7 +190,7 @@ def test_only_the_named_layers():
 def first_order_only(monkeypatch):
     """As if the network were too large for second derivatives."""
 
-    def functional(model, x, _engine, layers):
+    def functional(model, x, _engine, layers, _clock):
         return fimlib.differentiate(model, x, engine="functional", order=1, layers=layers), 1
 
     return lambda: monkeypatch.setattr(module, "_engine", functional)
@@ -234,7 +249,7 @@ def test_the_error_of_an_estimate_is_that_of_its_probes_or_of_its_inputs(count, 
 
 @pytest.mark.long
 def test_large_networks_without_an_exact_s_are_estimated(monkeypatch):
-    monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", 20)
+    monkeypatch.setattr(module, "FEW_PARAMETERS", 20)
     x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
     found = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)
     again = fimlib.summarise(attends(), x, FAMILIES["categorical"], num_probes=8)
@@ -258,9 +273,79 @@ def test_the_callers_random_numbers_stay(monkeypatch):
     network = attends()
     before = torch.get_rng_state()
     for most in (10_000, 0):
-        monkeypatch.setattr(forward_mode, "MANY_PARAMETERS", most)
+        monkeypatch.setattr(module, "FEW_PARAMETERS", most)
         fimlib.summarise(network, x, FAMILIES["categorical"], num_probes=4)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_an_affordable_s_the_second_estimator_is_left_out(monkeypatch):
+    from matplotlib import pyplot as plt
+
+    monkeypatch.setattr(module, "FEW_PARAMETERS", 20)
+    x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    found = fimlib.summarise(attends(), x, FAMILIES["categorical"])
+    V = fimlib.accumulate(attends(), x, FAMILIES["categorical"], quantities=["signs"])
+    signs = V.layer_sums(V.label_variance("signs"))
+    norms = V.layer_sums({n: I.square() for n, I in V.fisher_information().items()})
+    for row in found.layers:
+        assert row.relative_sd_i2 is row.labels_needed_i2 is row.inputs_needed_i2 is None
+        assert row.better is None
+        expected = float(signs[row.layer] / 4 / norms[row.layer]) ** 0.5
+        assert row.relative_sd_signs == pytest.approx(expected)
+    said = str(found)
+    assert "Î₂ is left out" in said
+    assert "num_probes=128 estimates it" in said
+    assert said.split("\n")[6].split()[-6:] == ["Î₁", "important", "signs"] * 2
+    figure = found.plot()
+    assert {text.get_text() for ax in figure.axes for text in ax.texts} == {r"$\hat I_1$"}
+    plt.close(figure)
+
+
+def test_the_cheapest_way_counts_backward_passes():
+    found = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"])
+    [line] = [line for line in str(found).split("\n") if line.startswith("The cheapest")]
+    assert "is I itself (joint.fisher_information() of this summary): 4;" in line
+    most = {
+        "Î₁": max(row.labels_needed_i1 for row in found.layers),
+        "important classes": max(row.labels_needed_importance for row in found.layers),
+        "random signs": max(row.labels_needed_signs for row in found.layers),
+    }
+    for name, passes in most.items():
+        assert f"{name} {passes:,.0f}" in line
+    few = fimlib.summarise(mlp(), inputs(), FAMILIES["categorical"], relative_error=10)
+    assert "The cheapest in backward passes is Î₁ (estimate, estimator='labels'" in str(few)
+
+
+def test_a_budget_is_kept(monkeypatch):
+    """Inputs that are left when it ends are left out, and the result says so."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    batches = []
+
+    def slowly():
+        for batch in inputs(30).split(5):
+            now[0] += 10.0
+            batches.append(batch)
+            yield batch
+
+    found = fimlib.summarise(mlp(), slowly(), FAMILIES["categorical"], budget=25.0)
+    assert found.is_cut
+    assert found.num_inputs == 15 == 5 * len(batches)
+    assert str(found).startswith("the first 15 inputs (budget=), Categorical outputs")
+    whole = fimlib.summarise(mlp(), inputs(30)[:15], FAMILIES["categorical"])
+    assert not whole.is_cut
+    assert [row.relative_sd_i1 for row in found.layers] == pytest.approx(
+        [row.relative_sd_i1 for row in whole.layers]
+    )
+
+
+def test_second_derivatives_that_take_too_long_are_left_out(monkeypatch):
+    x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    found = fimlib.summarise(attends(), x, FAMILIES["categorical"], budget=1000.0)
+    assert found.has_i2
+    times = iter(range(0, 100_000, 300))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))  # 300 s for one input
+    assert not fimlib.summarise(attends(), x, FAMILIES["categorical"], budget=1000.0).has_i2
 
 
 def test_tied_parameters_are_taken():
@@ -324,14 +409,17 @@ def test_the_table_is_aligned_and_says_what_it_found():
     assert lines[0] == "7 inputs, Categorical outputs; all exact (engine 'layerwise')."
     rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
     titles, rows = lines[rule - 1], lines[rule + 1 : rule + 4]
-    assert titles.split() == [*["layer", "params", "mean", "I"], *["Î₁", "Î₂"] * 3, "better"]
+    names = ["Î₁", "Î₂", "important", "signs"]
+    assert titles.split() == [*["layer", "params", "mean", "I"], *names * 2, "better"]
     assert {len(line) for line in [titles, lines[rule], *rows]} == {len(titles)}
     for line, row in zip(rows, found.layers, strict=True):
         cells = re.split(r"\s{2,}", line)
         assert cells[0] == row.layer
         assert cells[-1] == f"Î{'₁₂'[row.better - 1]}"
         assert cells[3] == words.percent(row.relative_sd_i1)
-        assert cells[6] == f"{row.labels_needed_i2:,.0f}"
+        assert cells[5] == words.percent(row.relative_sd_importance)
+        assert cells[8] == f"{row.labels_needed_i2:,.0f}"
+        assert cells[10] == f"{row.labels_needed_signs:,.0f}"
     best = max(
         row.labels_needed_i2 if row.better == 2 else row.labels_needed_i1 for row in found.layers
     )
@@ -371,6 +459,7 @@ def test_many_outputs_have_no_bounds():
         ({"relative_error": 0}, ValueError, "relative_error (ε) must be a positive number"),
         ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
         ({"num_probes": 2}, ValueError, "num_probes must be an integer ≥ 3"),
+        ({"budget": 0}, ValueError, "budget must be a positive number of seconds, got 0"),
         ({"layers": ["9"]}, ValueError, "no layer '9' with parameters; there are: '0', '2', '4'"),
         ({"engine": "magic"}, ValueError, "unknown engine 'magic'"),
         ({"inputs": torch.ones(0, 3)}, ValueError, "there are no inputs"),
