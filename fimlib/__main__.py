@@ -91,8 +91,8 @@ def run_summary(arguments: argparse.Namespace) -> None:
         lambda model, x, family: summarise(
             model, x, family,
             num_samples=arguments.num_samples, relative_error=arguments.relative_error,
-            confidence=arguments.confidence, layers=arguments.layers, engine=arguments.engine,
-            num_probes=arguments.num_probes, budget=arguments.budget,
+            confidence=arguments.confidence, layers=of_layers(arguments.layers),
+            engine=arguments.engine, num_probes=arguments.num_probes, budget=arguments.budget,
         ),
     )  # fmt: skip
     print(json.dumps(as_json(found), indent=1) if arguments.json else found, flush=True)
@@ -104,18 +104,26 @@ def run_estimate(arguments: argparse.Namespace) -> None:
     """Print what ``estimate`` finds, and save it."""
     if arguments.output:
         check_path(arguments.output)
+        if arguments.checkpoint and arguments.checkpoint.resolve() == arguments.output.resolve():
+            raise UsageError("--output and --checkpoint need a file each.")
     found = with_warnings(
         arguments,
         lambda model, x, family: estimate(
             model, x, family,
             estimator=arguments.estimator, squares=arguments.squares, passes=arguments.passes,
             relative_error=arguments.relative_error, batch_size=arguments.batch_size,
-            layers=arguments.layers, seed=arguments.seed, checkpoint=arguments.checkpoint,
+            layers=of_layers(arguments.layers), seed=arguments.seed,
+            checkpoint=arguments.checkpoint,
         ),
     )  # fmt: skip
     if arguments.output:
         found.save(arguments.output)
     print(json.dumps(estimate_as_json(found), indent=1) if arguments.json else found, flush=True)
+
+
+def of_layers(names: list[str] | None) -> list[str] | str | None:
+    """As the functions take them."""
+    return "trainable" if names == ["trainable"] else names
 
 
 def with_warnings(

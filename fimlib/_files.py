@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fimlib._version import __version__
 
@@ -45,11 +46,22 @@ def check_path(path: str | Path) -> Path:
     """
     safetensors()
     found = Path(path)
-    if found.is_dir() or not os.access(found.parent, os.W_OK):
+    try:
+        if found.is_dir():
+            raise IsADirectoryError("it is a folder")
+        part_of(found).touch()
+        part_of(found).unlink()
+    except OSError as error:
         raise ValueError(
-            f"{found} cannot be written: give the path of a file in a folder of yours."
-        )
+            f"{found} cannot be written ({error.strerror or error}): give the path of a file in a "
+            "folder of yours."
+        ) from error
     return found
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
@@ -57,15 +69,27 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, s
 
     Raises:
         ImportError, ValueError: as ``check_path``.
+        OSError: it could not be written, as on a full disk.
     """
+    package = safetensors()
     target = check_path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = part_of(target)
     own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     try:
-        safetensors().torch.save_file(own, part, {"format": FORMAT, **notes})
+        package.torch.save_file(own, part, {"format": FORMAT, **notes})
+        part.chmod(0o666 & ~umask())
         part.replace(target)
+    except package.SafetensorError as error:
+        raise OSError(f"{target} could not be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """What new files do not allow."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -94,12 +118,20 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def model_digest(model: nn.Module) -> str:
-    """A checksum of all parameters and buffers, with their names and types."""
+    """A checksum of all parameters and buffers, with their names; of any floating-point type."""
     digest = hashlib.sha256()
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(raw(t[None]).numpy().tobytes())
+        digest.update(f"{name} {tensor_digest(t)}".encode())
     return digest.hexdigest()
+
+
+def tensor_digest(t: Tensor) -> str:
+    """A checksum of a tensor's numbers and shape."""
+    if is_lazy(t) or t.is_meta:
+        return "none"
+    t = t.detach().to_dense() if t.layout != torch.strided else t.detach()
+    t = t.double() if t.is_floating_point() else t.resolve_conj()
+    return hashlib.sha256(f"{list(t.shape)}".encode() + raw(t[None]).numpy().tobytes()).hexdigest()
 
 
 class DataDigest:
@@ -124,4 +156,4 @@ class DataDigest:
 def raw(t: Tensor) -> Tensor:
     """The bytes of every row, [B, n], on the CPU."""
     rows: Sequence[int] = (len(t), -1) if t.numel() else (len(t), 0)
-    return t.detach().cpu().contiguous().reshape(*rows).view(torch.uint8)
+    return t.detach().cpu().resolve_neg().contiguous().reshape(*rows).view(torch.uint8)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -33,12 +34,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fimlib._checks import check_integer
-from fimlib._files import DataDigest, check_path, model_digest, versions
+from fimlib._files import DataDigest, check_path, model_digest, tensor_digest, versions
 from fimlib._progress import progress
 from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
@@ -55,9 +58,15 @@ from fimlib.engines.checks import (
 from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import inputs_to_check, positions_to_check
 from fimlib.engines.held import Forward, Held
-from fimlib.engines.model import kept_random_state, private_copy, selected
+from fimlib.engines.model import (
+    finite_outputs,
+    kept_random_state,
+    perturb_weights,
+    private_copy,
+    selected,
+)
 from fimlib.engines.rewrite import exact_lookups
-from fimlib.estimates import Estimate, Record
+from fimlib.estimates import Estimate, Record, later
 from fimlib.families.base import Family, check_family, random_signs
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.fisher import natural
@@ -81,6 +90,7 @@ PASSES = 32
 PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
 MOST_PASSES = 10_000
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
+SMALLEST_ERROR = 1e-6
 
 
 def estimate(
@@ -131,6 +141,7 @@ def estimate(
             group, as of torchrun, draw different ones; ``all_reduce`` merges their estimates.
         checkpoint: A file. Passes are saved to it at least every ten seconds, and when the call
             ends; the same call goes on from there, to the same numbers. More ``passes`` go on, too.
+            One more forward pass sees that model and inputs are those of the file.
 
     Returns:
         The estimate; ``print`` shows its layers, ``save`` keeps it. Ctrl-C after two passes or more
@@ -160,9 +171,10 @@ def estimate(
     draw = DRAWS[one_of("estimator", estimator, tuple(DRAWS))]
     most = passes_to_take(estimator, passes, relative_error)
     model = check_module(model)
+    check_parameters(model)
     origin = {
-        "family": json.dumps(settings_of(family), sort_keys=True, default=in_json),
-        "seed": str(seed),
+        "family": json.dumps(in_json(settings_of(family))),
+        "seed": f"{seed}{process()}",
         "model": model_digest(model),
     }
     if any(p.dtype in HALF for p in model.parameters()):
@@ -196,7 +208,7 @@ def estimate(
             UserWarning,
             stacklevel=2,
         )
-    origin |= {"data": str(source.digest or source.expected), **versions()}
+    origin |= {"data": str(source.digest), **versions()}
     return record.estimate(estimator, squares, origin)
 
 
@@ -243,30 +255,63 @@ class Checkpoint:
     def __init__(
         self, path: Path, record: Record, source: Source, origin: Mapping[str, str]
     ) -> None:
-        self.path, self.record, self.source, self.origin = path, record, source, origin
+        self.path, self.record = path, record
+        self.outputs = source.look_through()
+        self.origin = {**origin, "data": str(source.digest)}
         if path.exists():
-            source.expected = record.resume(path, origin)
+            record.resume(path, self.origin, self.outputs)
             source.num_inputs = record.num_inputs
         self.saved, self.time = record.passes, time.monotonic()
 
     def save(self, seconds: float = 0.0) -> None:
-        """Write the passes so far, if there are new ones and the last were so long ago."""
-        if self.record.passes == self.saved or time.monotonic() - self.time < seconds:
+        """Write the passes so far, if there are new ones and the last were so long ago.
+
+        Warns:
+            UserWarning: it cannot be written, as on a full disk.
+        """
+        is_new = self.record.is_whole and self.record.passes > self.saved
+        if not is_new or time.monotonic() - self.time < seconds:
             return
-        data = str(self.source.digest or self.source.expected)
-        self.record.save(self.path, {**self.origin, "data": data, **versions()})
-        self.saved, self.time = self.record.passes, time.monotonic()
+        try:
+            with later(signal.SIGINT):
+                self.record.save(self.path, {**self.origin, **versions()}, self.outputs)
+            self.saved = self.record.passes
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{self.path} cannot be written now: {error}", UserWarning, stacklevel=4)
+        self.time = time.monotonic()
 
 
-def in_json(value: object) -> object:
-    """A family's setting that JSON does not know."""
-    return value.tolist() if isinstance(value, Tensor) else repr(value)
+def check_parameters(model: nn.Module) -> None:
+    """A ValueError where there is nothing to differentiate in yet."""
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ValueError("the model has no parameters: there is nothing to differentiate in.")
+    if any(is_lazy(p) for p in parameters):
+        raise ValueError(
+            "the model has lazy parameters without a shape: call it once, model(x), before."
+        )
+
+
+def in_json(value: Any) -> Any:
+    """A setting of a family in what JSON knows; the order of a dict counts."""
+    if isinstance(value, Mapping):
+        return [[in_json(key), in_json(inside)] for key, inside in value.items()]
+    if isinstance(value, list | tuple):
+        return [in_json(inside) for inside in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Tensor | np.ndarray):
+        return tensor_digest(torch.as_tensor(value))
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def passes_to_take(estimator: str, passes: int | None, relative_error: float | None) -> int:
     """The most passes; for signs 2/ε² are enough for a relative error ε, and 16 at least."""
-    if relative_error is not None and not 0 < relative_error < math.inf:
-        raise ValueError(f"relative_error must be a positive number, got {relative_error!r}.")
+    if relative_error is not None and not SMALLEST_ERROR <= relative_error < math.inf:
+        raise ValueError(
+            f"relative_error must be a positive number, {SMALLEST_ERROR:g} or more, got "
+            f"{relative_error!r}."
+        )
     if passes is not None:
         return check_integer(passes, "passes", 2, remedy="one pass has no standard error.")
     if relative_error is None:
@@ -294,8 +339,7 @@ class Source:
         place: The pass and the batch, from 0 and 1.
         num_inputs: m, once a pass is through.
         width: T, after the first batch.
-        digest: A checksum of the inputs, once a pass is through.
-        expected: The checksum of a checkpoint.
+        digest: A checksum of the inputs, once they were all seen.
     """
 
     model: nn.Module
@@ -309,7 +353,6 @@ class Source:
     num_inputs: int = 0
     width: int | None = None
     digest: DataDigest | None = None
-    expected: str = ""
 
     def run(self, number: int, square: Square) -> tuple[PerParameter, int]:
         """Σ_x of one pass, and how many inputs there are."""
@@ -337,14 +380,23 @@ class Source:
         self.num_inputs = count
         if digest is not None:
             self.digest = digest
-            if self.expected not in ("", str(digest)):
-                warnings.warn(
-                    "these are not the inputs of the passes in the checkpoint. That is right if "
-                    "they are drawn anew in every pass, as by augmentation; else delete the file.",
-                    UserWarning,
-                    stacklevel=4,
-                )
         return total, count
+
+    def look_through(self) -> Tensor:
+        """Take a checksum of all inputs; and the sums of the outputs and of their squares, [2]."""
+        digest, found = DataDigest(), torch.zeros(2, dtype=torch.float64)
+        own = private_copy(self.model)
+        device = next(own.parameters()).device
+        for at, held, x in batches(self.model, self.inputs, self.family, self.pick, self.forward):
+            digest.add(tensors_of(held, x))
+            x = x.float() if x.dtype in HALF else x
+            network = held.around(own) if isinstance(held, Held) else own
+            with named(f"batch {at}"), torch.no_grad():
+                h = outputs_of(network, x.to(device))
+                check_outputs(h, len(x))
+            found += torch.stack([h.double().sum(), h.double().square().sum()]).cpu()
+        self.digest = digest
+        return found
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Random rows w of every input at the outputs, [B, 1, T], float64."""
@@ -390,8 +442,8 @@ class Square(ABC):
     def check(self, held: nn.Module, x: Tensor) -> None:
         """Compare autograd with difference quotients at a few inputs, as for every engine.
 
-        The outputs are combined at random, each in units of its size, so that thousands of outputs
-        cost no more than one.
+        The outputs are combined at random, each in units of how far it moves with the weights, so
+        that thousands of outputs cost no more than one, and a constant in one hides no other.
 
         Raises:
             NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of
@@ -405,8 +457,9 @@ class Square(ABC):
             _, h = functional.private(held, some)
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
+        movement = movement_of(held, some, h)
         try:
-            differentiate_checked(Combined(held, h), some, "functional", 1, wanted)
+            differentiate_checked(Combined(held, movement), some, "functional", 1, wanted)
         except (ValueError, NotImplementedError) as error:
             message = str(error).replace("'network.", "'").replace("'network'", "''")
             raise type(error)(message) from error
@@ -438,8 +491,16 @@ def check_squares(squares: PerParameter) -> None:
         )
 
 
+def movement_of(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+    """How far the outputs h move with the weights, [T]."""
+    moved = private_copy(model)
+    perturb_weights(moved, 0.01)
+    other = finite_outputs(moved, x)
+    return (h if other is None else other.to(h) - h).abs().amax(0)
+
+
 class Combined(nn.Module):
-    """A random combination of a network's outputs, each in units of its size at some inputs.
+    """A random combination of a network's outputs, each in units of its own.
 
     Attributes:
         network: The network.
@@ -448,12 +509,11 @@ class Combined(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, network: nn.Module, h: Tensor) -> None:
+    def __init__(self, network: nn.Module, units: Tensor) -> None:
         super().__init__()
         self.network = network
-        size = h.abs().amax(0)
-        signs = random_signs(size, torch.Generator(h.device).manual_seed(0)).to(h)
-        self.register_buffer("weights", signs / torch.where(size > 0, size, 1))
+        signs = random_signs(units, torch.Generator(units.device).manual_seed(0)).to(units)
+        self.register_buffer("weights", signs / torch.where(units > 0, units, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1]."""
@@ -474,9 +534,9 @@ class SquaredBatches(Square):
 
     def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """(Σ_x w_x·J)²."""
-        own = held.around(self.own) if isinstance(held, Held) else self.own
-        parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
         with torch.inference_mode(False), torch.enable_grad(), kept_random_state(x):
+            own = held.around(self.own) if isinstance(held, Held) else self.own
+            parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
             with exact_lookups():
                 h = outputs_of(own, x)
             check_outputs(h, len(x))

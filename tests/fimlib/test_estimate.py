@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
-from fimlib import projections
+from fimlib import estimates, projections
 from fimlib.families.categorical import residual_of
 from fimlib.projections import DRAWS, MOST_PASSES, passes_to_take
 
@@ -406,3 +406,96 @@ def test_the_error_of_a_layer_of_one_parameter_is_that_of_the_parameter():
     assert layer.total == pytest.approx(float(found.value["w"]))
     assert error > 0
     assert layer.standard_error == pytest.approx(error)
+
+
+def coverage(net, x, repetitions, **options):
+    """How often the interval of 32 passes holds the exact sum, by layer."""
+    record = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimates.Record, "estimate", lambda self, *_: record.update(sums=self.sums))
+        fimlib.estimate(net, x, FAMILIES["Categorical"][0], passes=32 * repetitions, **options)
+    I = fimlib.fisher_information(fimlib.differentiate(net, x), FAMILIES["Categorical"][0])
+    shares = {}
+    for layer in record["sums"][0]:
+        exact = sum(float(v.sum()) for n, v in I.items() if n.startswith(layer)) / len(x)
+        sums = torch.stack([one[layer] for one in record["sums"]]).view(repetitions, 32)
+        held = 0
+        for total, error in zip(sums.mean(1), sums.std(1) / 32**0.5, strict=True):
+            layers = {layer: estimates.LayerEstimate(float(total), float(error), 0.0)}
+            one = estimates.Estimate({}, {}, layers, 0.0, 32, len(x), "signs", "batch")
+            low, high = one.interval(layer)
+            held += low <= exact <= high
+        shares[layer] = held / repetitions
+    return shares
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("squares", ["batch", "input"])
+def test_intervals_cover_what_they_say(kind, squares):
+    net, x, _ = problem("Categorical")
+    shares = coverage(net, x, 1000, estimator=kind, squares=squares)
+    assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
+
+
+def test_an_interval_by_hand():
+    layers = {"a": estimates.LayerEstimate(2.0, 0.5, 0.1), "b": estimates.LayerEstimate(3.0, 0, 0)}
+    found = estimates.Estimate({}, {}, layers, 0.1, 3, 5, "signs", "batch")
+    low, high = found.interval("a", 0.9)
+    assert math.log(high / 2) == pytest.approx(2.919986 * 0.25)  # Student's t, two degrees
+    assert low * high == pytest.approx(4.0)
+    assert found.interval("b") == (3.0, 3.0)
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+        found.interval("a", 95)
+
+
+class CutBehindAnOffset(nn.Module):
+    """The first output is cut off from the body, and has a constant that is large."""
+
+    def __init__(self, offset):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.price, self.other = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+        self.offset = offset
+
+    def forward(self, x):
+        z = torch.tanh(self.body(x))
+        return torch.cat([self.offset + self.price(z.detach()), self.other(z)], 1)
+
+
+@pytest.mark.parametrize("count", [1, 16])
+@pytest.mark.parametrize(("dtype", "offset"), [("float32", 300.0), ("float64", 1e6)])
+def test_a_constant_in_an_output_hides_no_cut(dtype, offset, count):
+    net, x = CutBehindAnOffset(offset).to(getattr(torch, dtype)), inputs(count, 4)
+    with pytest.raises(NotImplementedError, match="autograd's derivative is not"):
+        fimlib.estimate(net, x.to(net.body.weight.dtype), fimlib.Gaussian(), passes=2)
+
+
+def test_numbers_that_are_too_small_to_be_squared_have_no_small_error():
+    net, x, _ = problem("Categorical")
+    with torch.no_grad():
+        net[2].weight.mul_(0.1)
+        net[2].bias.copy_(torch.tensor([450.0, 0, 0]))
+    found = fimlib.estimate(net, x, fimlib.Categorical(), passes=4)
+    assert math.isinf(found.relative_error)
+
+
+@pytest.mark.parametrize("squares", ["batch", "input"])
+def test_inference_mode_changes_nothing(squares):
+    net, x, family = problem("Categorical")
+    right = fimlib.estimate(net, x, family, passes=3, squares=squares)
+    with torch.inference_mode():
+        found = fimlib.estimate(net, x, family, passes=3, squares=squares)
+    for n, value in right.value.items():
+        assert torch.equal(found.value[n], value)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(nn.ReLU(), "the model has no parameters"), (nn.LazyLinear(2), "lazy parameters")],
+    ids=["none", "lazy"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_model_without_parameters_is_refused(model, words):
+    with pytest.raises(ValueError, match=words):
+        fimlib.estimate(model, torch.ones(2, 3), fimlib.Gaussian(), passes=2)

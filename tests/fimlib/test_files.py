@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fimlib
-from fimlib import _files, projections
+from fimlib import _files, estimates
 from fimlib.estimates import merged
+from fimlib.families import Heads
 
 FAMILY = fimlib.Categorical()
 
@@ -103,8 +104,23 @@ def test_another_model_is_refused_and_other_weights_are_told(tmp_path):
         fimlib.load(tmp_path / "file", nn.Linear(4, 3))
     net = network()
     net[0].weight.data[0, 0] += 1
-    with pytest.warns(UserWarning, match="at other weights of this model"):
+    with pytest.warns(UserWarning, match="at other weights or buffers of this model"):
         fimlib.load(tmp_path / "file", net)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_the_one_inside(tmp_path):
+    ask().save(tmp_path / "file")
+    loaded = fimlib.load(tmp_path / "file", torch.compile(network()))
+    assert loaded.passes == 6
+    with pytest.raises(TypeError, match="must be an nn.Module"):
+        fimlib.load(tmp_path / "file", "model")
+
+
+def test_others_may_read_the_file(tmp_path):
+    ask().save(tmp_path / "file")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -126,7 +142,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 @pytest.mark.parametrize("call", ["save", "checkpoint"])
 def test_a_path_that_cannot_be_written_is_said_at_once(call, tmp_path):
     for path in (tmp_path / "no" / "file", tmp_path):
-        with pytest.raises(ValueError, match="cannot be written: give the path of a file"):
+        with pytest.raises(ValueError, match="cannot be written .*give the path of a file"):
             ask().save(path) if call == "save" else ask(checkpoint=path)
 
 
@@ -144,12 +160,19 @@ def test_without_the_package_it_is_named(tmp_path, monkeypatch):
 # Checkpoints.
 
 
+class Shared(list):
+    """The same list in every copy."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Stops(nn.Module):
     """A network that raises an error at a call."""
 
     def __init__(self, at, error):
         super().__init__()
-        self.net, self.left, self.error = network(), [at], error
+        self.net, self.left, self.error = network(), Shared([at]), error
 
     def forward(self, x):
         self.left[0] -= 1
@@ -183,8 +206,7 @@ def test_a_batch_of_any_kind_goes_on_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
-def test_a_stop_loses_no_pass(error, tmp_path, monkeypatch):
-    monkeypatch.setattr(projections, "private_copy", lambda model: model)
+def test_a_stop_loses_no_pass(error, tmp_path):
     whole = ask(Stops(-1, error), passes=40)
     is_error = isinstance(error, RuntimeError)
     stopped = (
@@ -260,12 +282,63 @@ def test_an_estimate_is_no_checkpoint(tmp_path):
         ask(checkpoint=tmp_path / "file")
 
 
-def test_other_inputs_are_told(tmp_path):
+@pytest.mark.parametrize("passes", [6, 8])  # none are left, or some
+def test_other_inputs_are_refused_and_leave_no_trace(passes, tmp_path):
     ask(checkpoint=tmp_path / "file")
-    with pytest.raises(ValueError, match="pass 7 went through 11 inputs, the first through 12"):
-        ask(x=inputs(11, 4), checkpoint=tmp_path / "file", passes=8)
-    with pytest.warns(UserWarning, match="not the inputs of the passes in the checkpoint"):
-        ask(x=inputs(12, 4) + 1e-9, checkpoint=tmp_path / "file", passes=8)
+    before = (tmp_path / "file").read_bytes()
+    for x in (inputs(11, 4), inputs(12, 4) + 1e-9, inputs(12, 4).flip(1)):
+        with pytest.raises(ValueError, match="of another estimate, with another data"):
+            ask(x=x, checkpoint=tmp_path / "file", passes=passes)
+    assert (tmp_path / "file").read_bytes() == before
+
+
+def test_another_forward_pass_is_refused(tmp_path):
+    """With the same weights, and the same inputs."""
+    batches = [{"x": part} for part in inputs(12, 4).split(5)]
+    options = {"x": batches, "checkpoint": tmp_path / "file"}
+    ask(forward=lambda net, batch: net(batch["x"]), **options)
+    with pytest.raises(ValueError, match="with another forward pass"):
+        ask(forward=lambda net, batch: net(2 * batch["x"]), **options)
+    other = nn.Sequential(network()[0], nn.Tanh(), network()[2])
+    ask(checkpoint=tmp_path / "other")
+    with pytest.raises(ValueError, match="with another forward pass"):
+        ask(other, checkpoint=tmp_path / "other")
+
+
+def test_the_order_of_heads_counts(tmp_path):
+    heads = {"a": (FAMILY, 2), "b": (fimlib.Gaussian(torch.eye(1)), 1)}
+    ask(family=Heads(heads), checkpoint=tmp_path / "file")
+    other = Heads({"b": heads["b"], "a": heads["a"]})
+    with pytest.raises(ValueError, match="with another family"):
+        ask(family=other, checkpoint=tmp_path / "file")
+
+
+def test_a_signal_in_the_middle_of_a_pass_waits(tmp_path, monkeypatch):
+    whole, real, left = ask(passes=8), estimates.layer_of, [20]
+
+    def layer_of(name):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(name)
+
+    monkeypatch.setattr(estimates, "layer_of", layer_of)
+    with pytest.raises(KeyboardInterrupt):
+        ask(passes=8, checkpoint=tmp_path / "file")
+    monkeypatch.undo()
+    saved = safetensors.torch.load_file(tmp_path / "file")["sums/0"]
+    assert 0 < len(saved) < 8
+    assert numbers(ask(passes=8, checkpoint=tmp_path / "file")) == numbers(whole)
+
+
+def test_a_full_disk_costs_the_file_and_not_the_estimate(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    whole = ask()
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.warns(UserWarning, match="cannot be written now: no space left"):
+        assert numbers(ask(checkpoint=tmp_path / "file")) == numbers(whole)
 
 
 def test_inputs_in_another_order_are_the_same(tmp_path):
@@ -302,11 +375,28 @@ def test_a_checksum_sees_every_number(dtype):
     assert _files.model_digest(model) != before
 
 
-def test_a_checksum_takes_tensors_without_numbers():
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.empty(0, 3),
+        torch.tensor(1.0),
+        torch.eye(2).to_sparse(),
+        torch.ones(3, dtype=torch.cfloat).conj(),
+        torch.ones(3, dtype=torch.cfloat).imag.neg(),
+        torch.empty(2, device="meta"),
+        torch.ones(2, dtype=torch.bool),
+    ],
+    ids=str,
+)
+def test_a_checksum_takes_every_tensor(buffer):
     model = nn.Linear(2, 2)
-    model.register_buffer("none", torch.empty(0, 3))
-    model.register_buffer("one", torch.tensor(1.0))
+    model.register_buffer("b", buffer)
     assert len(_files.model_digest(model)) == 64
+
+
+def test_a_wider_type_has_the_same_checksum():
+    model = nn.Linear(2, 2).bfloat16()
+    assert _files.model_digest(model) == _files.model_digest(model.float())
 
 
 # Merged.
@@ -336,6 +426,7 @@ def test_the_merged_estimate_is_that_of_all_inputs():
 def test_estimates_of_different_things_are_not_merged():
     one = ask()
     for other, words in (
+        (ask(), "same random vectors"),
         (ask(layers=["2"]), "different parameters"),
         (ask(estimator="labels"), "different estimator"),
         (ask(squares="input"), "different squares"),

@@ -150,6 +150,7 @@ def test_it_prints_and_saves_an_estimate(here, capsys):
     [
         (["--passes", "1"], "passes must be an integer ≥ 2"),
         (["--output", "none/I"], "none/I cannot be written"),
+        (["--checkpoint", "a", "--output", "./a"], "--output and --checkpoint need a file each"),
         (["--checkpoint", "x.pt"], "x.pt is no whole safetensors file"),
         (
             ["--estimator", "importance", "--family", "gaussian"],
