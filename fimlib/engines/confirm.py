@@ -35,6 +35,7 @@ from fimlib.engines.held import other_input
 from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.engines.truth import (
+    MARGIN,
     Comparison,
     PerParameter,
     Truth,
@@ -356,10 +357,11 @@ def first_order_doubts(claim: Claim) -> Tensor:
     truth, eps, noise, unit = claim.truth, claim.eps, claim.noise, step_of(claim.truth.dtype)
     doubt = torch.zeros(len(truth.x), dtype=torch.bool, device=truth.x.device)
     for w, found, scale in along(claim):
-        rounding = 4 * noise * (eps / torch.finfo(truth.dtype).eps) + eps * scale.max() + TINY
+        coarser = eps / torch.finfo(truth.dtype).eps  # of which the noise was measured
+        rounding = 4 * noise / MARGIN * coarser + eps * scale.max() + TINY
         slack = eps**0.35 * scale + rounding
         most = torch.maximum(RESOLUTION * scale, noise / unit)
-        comparison = Comparison(found, slack)
+        comparison = Comparison(found, slack, knows_noise=True)
         for factor in STEPS:
             step = factor * unit
             plus, minus = (outputs_at(truth, w, sign * step) for sign in (1, -1))

@@ -202,27 +202,38 @@ class Comparison:
     """A derivative beside difference quotients with several steps, entry by entry.
 
     Rounding errors of a quotient count up to a limit, or they would hide the derivative. A step
-    that is lost in them confirms nothing: the outputs did not move. Where two quotients agree with
-    each other, and are far from the derivative, it is wrong, and no coarser one confirms it.
+    that is lost in them confirms nothing: the outputs did not move. Nor does one that is coarser
+    than what an exacter quotient was off; and where two quotients agree with each other, and are
+    far from the derivative, it is wrong.
+
+    Args:
+        found: The derivative.
+        slack: How far it may be off, beside the rounding errors of a quotient.
+        knows_noise: Whether these were measured, so that a single quotient tells.
 
     Attributes:
         doubt: Which entries no quotient has confirmed.
     """
 
-    def __init__(self, found: Tensor, slack: Tensor) -> None:
-        self.found, self.slack = found, slack
+    def __init__(self, found: Tensor, slack: Tensor, *, knows_noise: bool = False) -> None:
+        self.found, self.slack, self.knows_noise = found, slack, knows_noise
         self.doubt = torch.ones_like(found, dtype=torch.bool)
         self.wrong = torch.zeros_like(self.doubt)
         self.last, self.last_noise = torch.full_like(found, float("nan")), torch.zeros_like(found)
+        self.least = torch.full_like(found, float("inf"))  # that an exact quotient was off
 
     def add(self, quotient: Tensor, noise: Tensor, most: Tensor) -> None:
         """Compare with a quotient, whose rounding errors count up to ``most``."""
         slack, off = self.slack + torch.minimum(noise, most), (self.found - quotient).abs()
-        near = (noise / MARGIN <= slack) & (off <= slack)  # NaN is not
+        is_fine = (noise / MARGIN <= slack) & (slack < self.least)
+        near = is_fine & (off <= slack)  # NaN is not
         both = self.slack + noise + self.last_noise
         self.wrong |= ((quotient - self.last).abs() <= both) & (off > 4 * both)
         self.doubt &= ~near | self.wrong
         self.last, self.last_noise = quotient, noise
+        if self.knows_noise:
+            is_far = off > 4 * (self.slack + noise)
+            self.least = torch.where(is_far, torch.minimum(self.least, off), self.least)
 
 
 # Moved weights.

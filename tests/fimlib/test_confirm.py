@@ -723,6 +723,15 @@ class FaintMean(nn.Module):
         return self.a(x - self.share * x.mean(0)) + 1e5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [(torch.float32, 1e5), (torch.float32, 3e5), (torch.float64, 1e8)]
+)
+def test_a_cut_behind_a_large_offset_is_seen(dtype, offset):
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with pytest.raises(NotImplementedError, match="not the derivative of"):
+        fimlib.differentiate(Offset(torch.detach, offset).to(dtype), x, order=1)
+
+
 @pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
 def test_an_offset_hides_no_other_inputs(share):
     with pytest.raises(NotImplementedError, match="others of the batch"):
