@@ -27,6 +27,7 @@ __all__ = ["Estimate", "LayerEstimate", "load"]
 
 PerParameter = dict[str, Tensor]
 SMALLEST = 1e-150  # whose square is still a number
+WIDEST = 100.0  # interval, on a logarithmic scale
 
 
 class LayerEstimate(NamedTuple):
@@ -108,8 +109,10 @@ class Estimate:
         total, error, _ = self.layers[layer]
         if error == 0:
             return total, total
-        width = math.exp(float(stats.t.ppf((1 + confidence) / 2, self.passes - 1)) * error / total)
-        return total / width, total * width
+        width = float(stats.t.ppf((1 + confidence) / 2, self.passes - 1)) * error / total
+        if width > WIDEST:
+            return 0.0, math.inf
+        return total / math.exp(width), total * math.exp(width)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: "value/…" and "standard_error/…" of every parameter, float64.

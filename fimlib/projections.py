@@ -20,8 +20,10 @@ The passes are independent, so their spread is the standard error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import pickle
 import random
 import signal
 import time
@@ -179,9 +181,10 @@ def estimate(
     }
     if any(p.dtype in HALF for p in model.parameters()):
         model = private_copy(model).float()
+    batches_of = ""
     if isinstance(inputs, Tensor):
         size = check_integer(batch_size, "batch_size")
-        inputs = list(inputs.split(size)) if len(inputs) else []
+        inputs, batches_of = list(inputs.split(size)) if len(inputs) else [], str(size)
     elif hasattr(inputs, "__next__"):
         raise ValueError(
             "inputs is an iterator, which can be used only once, and every pass goes through all "
@@ -195,7 +198,7 @@ def estimate(
     file = None
     if checkpoint is not None:
         told = {**origin, "estimator": estimator, "squares": squares}
-        told["parameters"] = ", ".join(record.mean)
+        told |= {"parameters": ", ".join(record.mean), "batch_size": batches_of}
         file = Checkpoint(check_path(checkpoint), record, source, told)
     try:
         interrupted = go_through(record, source, square, most, relative_error, file)
@@ -225,14 +228,13 @@ def go_through(
         bar.update(record.passes)
         while record.passes < most and not is_reached(record, relative_error):
             try:
-                found = source.run(record.passes, square)
+                record.add(*source.run(record.passes, square))
+                if file is not None:
+                    file.save(SECONDS_BETWEEN_CHECKPOINTS)
             except KeyboardInterrupt:
                 if record.passes < 2:
                     raise
                 return True
-            record.add(*found)
-            if file is not None:
-                file.save(SECONDS_BETWEEN_CHECKPOINTS)
             if bar.update() and record.passes > 1:  # it was drawn
                 bar.set_postfix_str(f"relative error {record.relative_error():.2g}")
     return False
@@ -302,7 +304,11 @@ def in_json(value: Any) -> Any:
         return value
     if isinstance(value, Tensor | np.ndarray):
         return tensor_digest(torch.as_tensor(value))
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    try:
+        return f"{kind} {hashlib.sha256(pickle.dumps(value)).hexdigest()}"
+    except Exception:  # of any kind, as objects have their own
+        return kind
 
 
 def passes_to_take(estimator: str, passes: int | None, relative_error: float | None) -> int:

@@ -440,11 +440,13 @@ def test_intervals_cover_what_they_say(kind, squares):
 
 def test_an_interval_by_hand():
     layers = {"a": estimates.LayerEstimate(2.0, 0.5, 0.1), "b": estimates.LayerEstimate(3.0, 0, 0)}
+    layers["c"] = estimates.LayerEstimate(1e-200, math.inf, math.inf)
     found = estimates.Estimate({}, {}, layers, 0.1, 3, 5, "signs", "batch")
     low, high = found.interval("a", 0.9)
     assert math.log(high / 2) == pytest.approx(2.919986 * 0.25)  # Student's t, two degrees
     assert low * high == pytest.approx(4.0)
     assert found.interval("b") == (3.0, 3.0)
+    assert found.interval("c") == (0.0, math.inf)
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
         found.interval("a", 95)
 

@@ -266,6 +266,7 @@ OTHERS = {
     "squares": {"squares": "input"},
     "parameters": {"layers": ["2"]},
     "family": {"family": fimlib.Gaussian(torch.eye(3))},
+    "batch_size": {"batch_size": 4},
 }
 
 
@@ -323,11 +324,11 @@ def test_a_signal_in_the_middle_of_a_pass_waits(tmp_path, monkeypatch):
         return real(name)
 
     monkeypatch.setattr(estimates, "layer_of", layer_of)
-    with pytest.raises(KeyboardInterrupt):
-        ask(passes=8, checkpoint=tmp_path / "file")
+    with pytest.warns(match="interrupted: this estimate rests on 5 of 8 passes"):
+        assert ask(passes=8, checkpoint=tmp_path / "file").passes == 5
     monkeypatch.undo()
     saved = safetensors.torch.load_file(tmp_path / "file")["sums/0"]
-    assert 0 < len(saved) < 8
+    assert len(saved) == 5
     assert numbers(ask(passes=8, checkpoint=tmp_path / "file")) == numbers(whole)
 
 
