@@ -117,6 +117,8 @@ def tensors(value):
     """All tensors in a result, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if value is None:  # as where the labels are no classes
+        return []
     if isinstance(value, fimlib.Diagonal | dict):
         value = value.values()
     return [tensor for part in value for tensor in tensors(part)]

@@ -20,6 +20,8 @@ from fimlib import _files, estimates
 from fimlib.estimates import merged
 from fimlib.families import Heads
 
+pytestmark = pytest.mark.long
+
 FAMILY = fimlib.Categorical()
 
 
@@ -233,7 +235,6 @@ print(found.passes, found.value["weight"].tolist())
 """
 
 
-@pytest.mark.long
 def test_a_process_that_is_killed_goes_on(tmp_path):
     command = [sys.executable, "-c", LONG]
     root = str(Path(fimlib.__file__).parents[1])
