@@ -115,7 +115,7 @@ def advice(s: Findings) -> list[str]:
     doubt = " (counting one standard error)" if counts_doubt else ""
     span = low if low == high else f"{low} to {high}"
     lines = which(s) if s.has_i2 else [LEFT_OUT]
-    lines += [f"The error{'' if s.has_i2 else ' of Î₁'} is then {span} of I{doubt}."]
+    lines.append(f"The error {'is then' if s.has_i2 else 'of Î₁ is'} {span} of I{doubt}.")
     where = "in every layer" if len(s.layers) > 1 else "there"
     if math.isinf(max(labels)):
         lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")
