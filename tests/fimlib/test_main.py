@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fimlib
+from fimlib import _progress
 from fimlib.__main__ import as_json, main
 
 pytestmark = pytest.mark.long
@@ -44,6 +45,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_progress, "SECONDS_BEFORE_PROGRESS", 1e9)  # no bar on a slow machine
     x = torch.linspace(-1, 1, 12).view(4, 3)
     torch.save(x, "x.pt")
     np.save("x.npy", x.double().numpy())
@@ -287,6 +289,7 @@ def test_as_a_command(here):
     """In a process of its own, on a terminal that knows ASCII only."""
     build, *_ = here
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    environment["TQDM_DISABLE"] = "1"  # a slow machine would draw a bar
     command = [sys.executable, "-m", "fimlib", build, "--inputs"]
     good, bad = (
         subprocess.run(
