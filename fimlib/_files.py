@@ -76,7 +76,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, s
     part = part_of(target)
     own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     try:
-        package.torch.save_file(own, part, {"format": FORMAT, **notes})
+        package.torch.save_file(own, part, {"format": FORMAT, **versions(), **notes})
         part.chmod(0o666 & ~umask())
         part.replace(target)
     except package.SafetensorError as error:
@@ -131,7 +131,9 @@ def tensor_digest(t: Tensor) -> str:
         return "none"
     t = t.detach().to_dense() if t.layout != torch.strided else t.detach()
     t = t.double() if t.is_floating_point() else t.resolve_conj()
-    return hashlib.sha256(f"{list(t.shape)}".encode() + raw(t[None]).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{list(t.shape)}".encode())
+    digest.update(raw(t[None]).numpy().data)
+    return digest.hexdigest()
 
 
 class DataDigest:

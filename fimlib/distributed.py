@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -59,29 +58,14 @@ def all_reduce(joint: Found, group: dist.ProcessGroup | None = None) -> Found:
         raise ValueError("this process does not belong to the group: only its members may call.")
     total: Any = None
     for rank in range(dist.get_world_size(group)):
-        sent: list[Any] = [on_cpu(joint) if rank == own else None]
+        sent: list[Any] = [joint.to("cpu") if rank == own else None]
         dist.broadcast_object_list(sent, group=group, group_src=rank)
         try:
             total = sent[0] if total is None else together(total, sent[0])
         except ValueError as error:
             raise ValueError(f"rank {rank} does not fit the ranks before it: {error}") from error
-    if isinstance(joint, Joint):
-        return total.to(joint.device)  # type: ignore[no-any-return]
-    value, errors = (
-        {n: t.to(joint.value[n].device) for n, t in D.items()}
-        for D in (total.value, total.standard_error)
-    )
-    return replace(total, value=value, standard_error=errors)  # type: ignore[no-any-return]
-
-
-def on_cpu(found: Joint | Estimate) -> Joint | Estimate:
-    """A copy that can be sent."""
-    if isinstance(found, Joint):
-        return found.to("cpu")
-    value, errors = (
-        {n: t.cpu() for n, t in D.items()} for D in (found.value, found.standard_error)
-    )
-    return replace(found, value=value, standard_error=errors)
+    merged_all: Found = total.to(joint.device)
+    return merged_all
 
 
 def together(one: Any, other: Any) -> Any:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import math
 import signal
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +19,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from fimlib import _files
+from fimlib._signals import later
+from fimlib._tables import aligned
 from fimlib.engines.checks import check_module
 
 __all__ = ["Estimate", "LayerEstimate", "load"]
@@ -82,17 +82,24 @@ class Estimate:
             rows.append(
                 (layer or "(all)", f"{size}", f"{total:.4g}", f"{spread:.2g}", f"{error:.2g}")
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
-            for cells in rows
-        ]
         head = [
             f"E_x I of {self.num_inputs} inputs in nat/θ², from {self.passes} passes with random "
             f"{self.estimator};",
             f"its relative error √(ΣSE²/ΣI²) over all parameters is {self.relative_error:.2g}.",
         ]
-        return "\n".join([*head, "", lines[0], "─" * len(lines[0]), *lines[1:]])
+        return "\n".join([*head, "", *aligned(rows)])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return next(t.device for t in self.value.values())
+
+    def to(self, device: torch.device | str) -> Estimate:
+        """A copy on another device."""
+        value, errors = (
+            {n: t.to(device) for n, t in D.items()} for D in (self.value, self.standard_error)
+        )
+        return replace(self, value=value, standard_error=errors)
 
     def interval(self, layer: str, confidence: float = 0.95) -> tuple[float, float]:
         """An interval that covers ΣI of a layer with this probability, about.
@@ -129,9 +136,7 @@ class Estimate:
         told = {name: getattr(self, name) for name in plain}
         told |= {"layers": dict(self.layers), "origin": dict(self.origin)}
         told["parameters"] = list(self.value)
-        _files.write(
-            path, tensors, {"kind": "estimate", "estimate": json.dumps(told), **self.origin}
-        )
+        _files.write(path, tensors, {"kind": "estimate", "estimate": json.dumps(told)})
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Estimate:
@@ -357,22 +362,6 @@ class Record:
         rows = zip(*sums.values(), strict=True)
         self.sums = [dict(zip(sums, row, strict=True)) for row in rows]
         self.num_inputs = int(metadata["num_inputs"])
-
-
-@contextmanager
-def later(number: int) -> Iterator[None]:
-    """Hold a signal back for a moment; outside the main thread it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told: list[int] = []
-    before = signal.signal(number, lambda one, _: told.append(one))
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-        if told:
-            signal.raise_signal(number)
 
 
 def layer_of(name: str) -> str:

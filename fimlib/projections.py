@@ -45,6 +45,7 @@ from torch.utils._pytree import tree_leaves
 from fimlib._checks import check_integer
 from fimlib._files import DataDigest, check_path, model_digest, tensor_digest, versions
 from fimlib._progress import progress
+from fimlib._signals import later
 from fimlib.derivatives import Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.distributed import process
@@ -68,7 +69,7 @@ from fimlib.engines.model import (
     selected,
 )
 from fimlib.engines.rewrite import exact_lookups
-from fimlib.estimates import Estimate, Record, later
+from fimlib.estimates import Estimate, Record
 from fimlib.families.base import Family, check_family, random_signs
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.fisher import natural
@@ -276,7 +277,7 @@ class Checkpoint:
             return
         try:
             with later(signal.SIGINT):
-                self.record.save(self.path, {**self.origin, **versions()}, self.outputs)
+                self.record.save(self.path, self.origin, self.outputs)
             self.saved = self.record.passes
         except (OSError, ValueError) as error:
             warnings.warn(f"{self.path} cannot be written now: {error}", UserWarning, stacklevel=4)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ from fimlib.summary.text import text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Number = TypeVar("Number")
 
 NUM_PROBES = 128  # are enough for most
 BUDGET = 60.0  # seconds
@@ -180,40 +182,42 @@ def summarise(
         v = {kind: variance[layer] for kind, variance in variances.items()}
         safe = v | ({2: v[2] + 2 * error} if 2 in v else {})
 
-        def relative(variance: Tensor | None) -> float | None:
-            if variance is None:
-                return None
+        def relative(variance: Tensor) -> float:
             return math.sqrt(_ratio(variance.clamp_min(0) / (m * num_samples), norm))
 
-        def needed(kind: int | str) -> float | None:
-            if kind not in v:
-                return None
+        def error_of(kind: int | str) -> float:
+            return relative(v[kind])
+
+        def needed(kind: int | str) -> float:
             return float(chebyshev(safe[kind] / m, norm, relative_error, confidence))
 
-        def inputs_needed(kind: int) -> float | None:
-            if kind not in v or m == 1:
-                return None
+        def inputs_needed(kind: int | str) -> float | None:
             variance = spread[layer] + safe[kind] / num_samples
-            return float(chebyshev(variance, norm, relative_error, confidence))
+            count = float(chebyshev(variance, norm, relative_error, confidence))
+            return count if m > 1 else None
 
-        sd = {kind: relative(v.get(kind)) for kind in (1, 2, "importance", "signs")}
-        above = relative(v[2].clamp_min(0) + error) if 2 in v else None
+        def if_known(ask: Callable[[int | str], Number], kind: int | str) -> Number | None:
+            return ask(kind) if kind in v else None
+
+        has_i2 = 2 in v
         return LayerSummary(
             layer=layer,
             num_parameters=sizes[layer],
             mean_fisher=float(means[layer]) / sizes[layer],
-            relative_sd_i1=sd[1] or 0.0,
-            relative_sd_i2=sd[2],
-            relative_sd_i2_error=0.0 if above is None else above - (sd[2] or 0.0),
-            relative_sd_importance=sd["importance"],
-            relative_sd_signs=sd["signs"] or 0.0,
-            better=_better(float(v[1]), float(v[2]), float(error)) if 2 in v else None,
-            labels_needed_i1=needed(1) or 1.0,
-            labels_needed_i2=needed(2),
-            labels_needed_importance=needed("importance"),
-            labels_needed_signs=needed("signs") or 1.0,
+            relative_sd_i1=error_of(1),
+            relative_sd_i2=if_known(error_of, 2),
+            relative_sd_i2_error=(
+                relative(v[2].clamp_min(0) + error) - error_of(2) if has_i2 else 0.0
+            ),
+            relative_sd_importance=if_known(error_of, "importance"),
+            relative_sd_signs=error_of("signs"),
+            better=_better(float(v[1]), float(v[2]), float(error)) if has_i2 else None,
+            labels_needed_i1=needed(1),
+            labels_needed_i2=if_known(needed, 2),
+            labels_needed_importance=if_known(needed, "importance"),
+            labels_needed_signs=needed("signs"),
             inputs_needed_i1=inputs_needed(1),
-            inputs_needed_i2=inputs_needed(2),
+            inputs_needed_i2=if_known(inputs_needed, 2),
             bound_i1=relative(bounds[0][layer]) if bounds[0] else None,
             bound_i2=relative(bounds[1][layer]) if bounds[1] else None,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from fimlib._tables import aligned
 from fimlib.summary.findings import Findings, LayerSummary
 
 MOST_NAMED = 4  # layers in a sentence
@@ -65,12 +66,7 @@ def table(s: Findings) -> list[str]:
         ["layer", "params", "mean I", *names * 2, *["better"] * s.has_i2],
         *(row(layer, s) for layer in s.layers),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-        for cells in rows
-    ]
-    return [*lines[:2], "─" * max(map(len, lines)), *lines[2:]]
+    return aligned(rows, titles=2)
 
 
 def row(x: LayerSummary, s: Findings) -> list[str]:

@@ -16,13 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from fimlib._signals import later
 from support import book, cli, data, forks, quote, report, results, runs, speed
 from support.quote import Quote
 from support.runs import RunError
@@ -95,7 +95,7 @@ class Pool:
             fits = len(self.running) < self.jobs and taken + needed(one) <= self.memory
             if not self.failed and (fits or not self.running):
                 self.queue.remove(one)
-                with told_later():
+                with later(signal.SIGTERM):  # or a run would be started and then forgotten
                     self.running.append(Running(one, self.start(one.name), time.monotonic()))
 
     def collect(self) -> None:
@@ -225,19 +225,6 @@ def launcher(text: str) -> list[str]:
 def tell_to_end(*_: object) -> None:
     """A signal's handler."""
     sys.exit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def told_later() -> Iterator[None]:
-    """Hold SIGTERM back for a moment, so that no run is started and then forgotten."""
-    told: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if told:
-            signal.raise_signal(signal.SIGTERM)
 
 
 @cli.command(RunError, data.DataError, book.BookError, ValueError)
