@@ -359,9 +359,8 @@ class Family(ABC):
 
     def variance_signs(self, h: Tensor, J: Tensor) -> Tensor:
         """Var (w·J)² = 4 Σ_{r<s} a_r² a_s², a = LᵀJ, for w = Lξ: [B, T, ...] → [B, ...]."""
-        return 4 * sum_of_pairs(
-            torch.einsum("btr,bt...->br...", self.factor(h), J.double()).square()
-        )
+        a = torch.einsum("btr,bt...->br...", self.factor(h), J.double())
+        return 4 * sum_of_pairs(a.square())
 
     def variance_importance(self, h: Tensor, J: Tensor) -> Tensor:  # noqa: ARG002
         """The same where classes are drawn by importance; see ``Categorical``.
