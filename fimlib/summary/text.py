@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import NamedTuple
 
 from fimlib._tables import aligned
 from fimlib.summary.findings import Findings, LayerSummary
 
 MOST_NAMED = 4  # layers in a sentence
+WIDTH = 76  # of a line, which is what a page of the book shows
 ESTIMATORS = {1: "Î₁", 2: "Î₂"}
 
 
 def text(s: Findings) -> str:
     """All of it."""
-    return "\n".join([*head(s), "", *table(s), "", *advice(s)])
+    sentences = (line for one in advice(s) for line in textwrap.wrap(one, WIDTH))
+    return "\n".join([*head(s), "", *table(s), "", *sentences])
 
 
 def head(s: Findings) -> list[str]:
@@ -25,15 +28,15 @@ def head(s: Findings) -> list[str]:
         if s.is_cut
         else some_inputs(s.num_inputs)
     )
-    columns = [*ESTIMATORS.values()] if s.has_i2 else ["Î₁"]
-    drawn = ["Î₁ on classes drawn by importance"] if has_classes(s) else []
+    columns = ["Î₁", *(["Î₂"] if s.has_i2 else [])]
+    columns += ["imp. (classes drawn by importance)"] if has_classes(s) else []
     return [
         f"{inputs}, {type(s.joint.family).__name__} outputs; {origin(s)}",
         f"error   typical ‖Î − I‖ / ‖I‖ in a layer, from {some_labels(s)} for "
         f"{'it' if one else 'each input'}",
         f"labels  {'needed' if one else 'per input'} to keep that below "
         f"{percent(s.relative_error)} at {percent(s.confidence)} confidence",
-        f"of      {', '.join(columns)}, {', '.join([*drawn, 'random signs in place of labels'])}",
+        f"of      {', '.join([*columns, 'sign (random signs)'])}",
     ]
 
 
@@ -57,8 +60,8 @@ def table(s: Findings) -> list[str]:
     names = [
         "Î₁",
         *(["Î₂"] if s.has_i2 else []),
-        *(["important"] if has_classes(s) else []),
-        "signs",
+        *(["imp."] if has_classes(s) else []),
+        "sign",
     ]
     kinds = [word for kind in ("error", "labels") for word in (kind, *[""] * (len(names) - 1))]
     rows = [
