@@ -61,6 +61,17 @@ def test_the_code_runs_and_answers(ran):
     assert sum(bool(ax.get_title()) for ax in names["figure"].axes) == 6
 
 
+def test_the_reference_shows_the_table_of_today(ran):
+    """The page explains its columns, and shows what the committed run printed."""
+    shown = excerpts.read(ROOT / "data/reference/your-network/notebook.ipynb", executed=True)
+    for name, text in ran[1].items():
+        titles, there = (
+            [line.split() for line in t.splitlines() if line.startswith(("layer ", "of "))]
+            for t in (text, shown[name].rpartition("```text")[2])
+        )
+        assert titles == there, name
+
+
 def test_from_a_network_to_an_answer_takes_less_than_15_lines():
     for name in ("your-network-cnn", "your-network-gaussian", "your-network-head"):
         assert len(code(name).splitlines()) < 15
