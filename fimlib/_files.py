@@ -60,7 +60,7 @@ def check_path(path: str | Path) -> Path:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
+    """The temporary name of a file while it is being written."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
@@ -86,7 +86,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, s
 
 
 def umask() -> int:
-    """What new files do not allow."""
+    """The permissions that new files of this process do not get."""
     found = os.umask(0)
     os.umask(found)
     return found

@@ -83,6 +83,6 @@ def together(one: Any, other: Any) -> Any:
 
 
 def process() -> str:
-    """Which process of a group this is, in a seed; nothing for the first, and for a single one."""
+    """The rank, as a part of a seed; empty for rank 0 and outside a group."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return f", process {rank}" if rank else ""

@@ -102,7 +102,7 @@ class Estimate:
         return replace(self, value=value, standard_error=errors)
 
     def interval(self, layer: str, confidence: float = 0.95) -> tuple[float, float]:
-        """An interval that covers ΣI of a layer with this probability, about.
+        """An approximate confidence interval for ΣI of a layer.
 
         By Student's t on a logarithmic scale, since squares are skewed. From 32 passes on it covers
         94 to 95 % instead of 95 %, if a pass is like a χ² variable of two degrees or more.

@@ -242,7 +242,7 @@ def go_through(
 
 
 def is_reached(record: Record, relative_error: float | None) -> bool:
-    """Whether the error that was asked for is reached."""
+    """Whether the requested relative error is reached."""
     if relative_error is None or record.passes < PASSES_BEFORE_STOP:
         return False
     return record.relative_error() <= relative_error
@@ -420,7 +420,7 @@ class Source:
 
 
 def tensors_of(held: nn.Module, x: Tensor) -> list[Tensor]:
-    """Everything that a batch holds of its inputs."""
+    """The tensors of a batch that hold its inputs."""
     if not isinstance(held, Held):
         return [x]
     inside = held.batch.data if isinstance(held.batch, UserDict) else held.batch

@@ -272,7 +272,7 @@ def check_values(claim: Claim) -> None:
 
 
 def movements(claim: Claim) -> Tensor:
-    """How far every output moves with its parameters, [k, T]: no constant beside it counts."""
+    """How far every output moves with its parameters, [k, T]; added constants do not count."""
     squares = torch.stack(list(claim.squares.values()))
     return squares.sum(0).sqrt().to(claim.truth.outputs)
 

@@ -201,15 +201,15 @@ MARGIN = 2.0**5  # of the noise to expect over the noise that was measured
 class Comparison:
     """A derivative beside difference quotients with several steps, entry by entry.
 
-    Rounding errors of a quotient count up to a limit, or they would hide the derivative. A step
-    that is lost in them confirms nothing: the outputs did not move. Nor does one that is coarser
-    than what an exacter quotient was off; and where two quotients agree with each other, and are
-    far from the derivative, it is wrong.
+    The allowance for rounding errors has a limit, or they would hide the derivative. A quotient whose
+    step is lost in them confirms nothing, since the outputs did not move. Neither does one that is
+    less precise than an earlier quotient that disagreed. Where two quotients agree with each other
+    and not with the derivative, the derivative is wrong.
 
     Args:
         found: The derivative.
         slack: How far it may be off, beside the rounding errors of a quotient.
-        knows_noise: Whether these were measured, so that a single quotient tells.
+        knows_noise: Whether those were measured, so that a single quotient is conclusive.
 
     Attributes:
         doubt: Which entries no quotient has confirmed.
@@ -220,7 +220,7 @@ class Comparison:
         self.doubt = torch.ones_like(found, dtype=torch.bool)
         self.wrong = torch.zeros_like(self.doubt)
         self.last, self.last_noise = torch.full_like(found, float("nan")), torch.zeros_like(found)
-        self.least = torch.full_like(found, float("inf"))  # that an exact quotient was off
+        self.least = torch.full_like(found, float("inf"))  # error shown by a precise quotient
 
     def add(self, quotient: Tensor, noise: Tensor, most: Tensor) -> None:
         """Compare with a quotient, whose rounding errors count up to ``most``."""

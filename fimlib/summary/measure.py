@@ -230,10 +230,10 @@ def summarise(
 
 
 class Clock:
-    """How much of the budget is left; with a bar of the inputs that are done.
+    """The time that is left of the budget, and a progress bar.
 
     Attributes:
-        is_over: Whether it has stopped the work.
+        is_over: Whether the budget is spent.
     """
 
     def __init__(self, seconds: float, count: int | None) -> None:
