@@ -201,7 +201,7 @@ MARGIN = 2.0**5  # of the noise to expect over the noise that was measured
 class Comparison:
     """A derivative beside difference quotients with several steps, entry by entry.
 
-    The allowance for rounding errors has a limit, or they would hide the derivative. A quotient whose
+    The allowance for rounding errors has a limit, lest they hide the derivative. A quotient whose
     step is lost in them confirms nothing, since the outputs did not move. Neither does one that is
     less precise than an earlier quotient that disagreed. Where two quotients agree with each other
     and not with the derivative, the derivative is wrong.
