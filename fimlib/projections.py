@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fimlib._checks import check_integer
+from fimlib._checks import check_estimator, check_integer
 from fimlib._files import DataDigest, check_path, model_digest, tensor_digest, versions
 from fimlib._progress import progress
 from fimlib._signals import later
@@ -630,13 +630,33 @@ def variance_signs(derivs: Derivatives, family: Family) -> Diagonal:
     return derivs.contract(lambda block: family.variance_signs(h, block.J), degree=4)
 
 
-def variance_importance(derivs: Derivatives, family: Family) -> Diagonal:
-    r"""Variance of (p_k/q_k) c_k² with a class k ~ q, at one input: Î₁ on an important label.
+def variance_importance(derivs: Derivatives, family: Family, *, estimator: int = 1) -> Diagonal:
+    r"""Variance of Î₁ or Î₂ on one class k ~ q ∝ p_k ‖e_k − p‖ that counts p_k/q_k times.
 
-    ``Var = Σ_k q_k (p_k c_k²/q_k − I)²``, c_k = ∂ log p(k|x), q_k ∝ p_k ‖e_k − p‖. Not in the
-    paper.
+    ``Var Î₁ = Σ_k q_k (p_k c_k²/q_k − I)²`` with c_k = ∂ log p(k|x), and
+    ``Var Î₂ = Σ_k p_k² s_k²/q_k`` with s_k = S·δ_k (Proposition 9.4). Not in the paper.
 
-    Args, Returns, Raises: as ``variance_signs``; and ValueError where the labels are no classes.
+    Args:
+        derivs: J, for Î₂ also S, and the outputs at B inputs.
+        family: The output family, of classes.
+        estimator: 1 for Î₁, as ``estimate(estimator="importance")`` squares it; 2 for Î₂.
+
+    Returns:
+        [B, *shape] per parameter, in nat²/θ⁴.
+
+    Raises:
+        ValueError: the outputs do not fit the family, or its labels are no classes.
+
+    Example: at p = (1/2, 1/2) both classes are equally important, and nothing changes.
+        >>> from fimlib import Categorical, differentiate, variance_i2
+        >>> net = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Linear(1, 2)).double()
+        >>> _ = nn.init.zeros_(net[2].bias), nn.init.ones_(net[2].weight)
+        >>> derivs = differentiate(net, torch.ones(1, 1).double())
+        >>> found = variance_importance(derivs, Categorical(), estimator=2)["0.weight"]
+        >>> bool(torch.allclose(found, variance_i2(derivs, Categorical())["0.weight"]))
+        True
     """
     derivs, h = natural(derivs, family)
-    return derivs.contract(lambda block: family.variance_importance(h, block.J), degree=4)
+    if check_estimator(estimator) == 1:
+        return derivs.contract(lambda block: family.variance_importance(h, block.J), degree=4)
+    return derivs.contract(lambda block: family.variance2_importance(h, block.second), degree=4)

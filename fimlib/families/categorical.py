@@ -200,6 +200,12 @@ class Categorical(Family):
         ratio = torch.where(q > 0, sigma / q, 0)
         return weighted_variance(q, torch.einsum("bk,bk...->bk...", ratio, squares))
 
+    def variance2_importance(self, h: Tensor, S: Tensor) -> Tensor:
+        """Σ_k σ_k² s_k²/q_k, with s = ``project(S)``, for a class k ~ q = ``importance``."""
+        sigma, q = self.mean(h), self.importance(h)
+        weight = torch.where(q > 0, sigma.square() / q, 0)
+        return torch.einsum("bk,bk...->b...", weight, self.project(h, S).square())
+
     def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Σ_k ξ_k √σ_k (e_k − σ), without the columns."""
         sigma = self.mean(h)

@@ -95,6 +95,10 @@ class Product(Family):
         """As V₁; every label must be a class."""
         return self.sum_of_variances(lambda family, h, J: family.variance_importance(h, J), h, J)
 
+    def variance2_importance(self, h: Tensor, S: Tensor) -> Tensor:
+        """Σ_p of the labels' variances, since each has mean 0; every label must be a class."""
+        return self.each(lambda family, h, S: family.variance2_importance(h, S), h, S).sum(1)
+
     def sum_of_variances(self, variance: Function, h: Tensor, J: Tensor) -> Tensor:
         """Σ_p Var_p + 4 Σ_{p<q} I_p I_q."""
         information = self.each(lambda family, h, J: family.information(h, J), h, J)

@@ -98,13 +98,17 @@ def test_the_variance_with_signs_by_enumeration(name):
 def test_the_variance_with_important_labels_by_enumeration(name):
     h, family = logits_of(ADVERSARIAL[name]), fimlib.Categorical()
     p, q = family.mean(h), family.importance(h)
-    J = inputs(1, h.shape[1])[..., None]
-    derivs = fimlib.Derivatives(h, (fimlib.Block("", J, None, {"w": None}),))
+    J, S = (inputs(1, h.shape[1], seed)[..., None] for seed in (1, 2))
+    derivs = fimlib.Derivatives(h, (fimlib.Block("", J, S, {"w": None}),))
     squares = (p / q)[0] * family.project(h, J)[0, :, 0].square()
     mean = (q[0] * squares).sum()
     torch.testing.assert_close(mean, family.information(h, J)[0, 0])
     variance = (q[0] * (squares - mean).square()).sum()
     torch.testing.assert_close(projections.variance_importance(derivs, family)["w"][0, 0], variance)
+    i2 = mean - (p / q)[0] * family.project(h, S)[0, :, 0]
+    variance = (q[0] * (i2 - mean).square()).sum()
+    found = projections.variance_importance(derivs, family, estimator=2)["w"][0, 0]
+    torch.testing.assert_close(found, variance)
     norms = torch.stack([residual_of(p, torch.tensor([[k]])).norm() for k in range(p.shape[1])])
     torch.testing.assert_close(q[0], p[0] * norms / (p[0] * norms).sum())
 

@@ -202,3 +202,22 @@ def test_random_projections_are_those_of_all_labels_together(kind, name):
         mean = weights @ squares
         torch.testing.assert_close(mean, family.information(h[None], J[:1])[0])
         torch.testing.assert_close(found, weights @ (squares - mean).square())
+
+
+@each_product
+def test_the_second_estimator_on_important_labels_sums_over_the_labels(name):
+    family, parts = PRODUCTS[name]
+    kinds = family.families * (len(parts) // len(family.families))
+    S = inputs(6, 2, seed=1).expand(2, -1, -1)
+    if not all(isinstance(f, Categorical) for f in kinds):
+        with pytest.raises(ValueError, match="needs classes"):
+            family.variance2_importance(H, S)
+        return
+    sizes = [size for size, _ in parts]
+    for h, found in zip(H, family.variance2_importance(H, S), strict=True):
+        expected = torch.zeros(2).double()
+        for one, part, D in zip(kinds, h.split(sizes), S[0].split(sizes), strict=True):
+            p, q = one.mean(part[None])[0], one.importance(part[None])[0]
+            weighted = (p / q)[:, None] * (D - p @ D)  # of every class, with the mean 0
+            expected += q @ weighted.square()
+        torch.testing.assert_close(found, expected)

@@ -5,7 +5,7 @@ import pkgutil
 import pytest
 import torch
 from support import checks
-from support.checks import bounds, exact
+from support.checks import beyond, bounds, exact
 from support.checks.check import Check, at_most, equal, finding, together, within
 
 import fimlib
@@ -32,8 +32,8 @@ def test_statement_holds_at_length(name):
 
 
 def test_every_check_is_listed_once():
-    listed = checks.INEQUALITIES + checks.EQUALITIES + checks.SAMPLING + checks.FINDINGS
-    assert len(checks.CHECKS) == len(listed)
+    groups = (checks.INEQUALITIES, checks.EQUALITIES, checks.SAMPLING, checks.FINDINGS)
+    assert len(checks.CHECKS) == sum(map(len, (*groups, checks.BEYOND)))
     for group, kind in (
         (checks.INEQUALITIES, "inequality"),
         (checks.EQUALITIES, "equality"),
@@ -105,6 +105,17 @@ SABOTAGE = [
     ("empirical.data_fisher_covariance", 1.05, exact.eq_22),
     ("data_fisher_variance", 1.05, exact.corollary_f_1),
     ("kl_gradient", -1.0, exact.kl_gradient),
+    ("projections.variance_signs", 1.05, beyond.one_projection_of_a_batch),
+    ("variance_i1", 1.05, beyond.one_projection_of_a_batch),
+    ("fisher_information", 0.9, beyond.signs_scatter_less_than_twice),
+    ("projections.variance_importance", 1.05, beyond.important_labels),
+    ("projections.variance_importance", 10, beyond.important_labels_bound_the_noise),
+    ("covariance_i1_i2", 1.05, beyond.sequence_of_labels),
+    ("variance_i1", 1.05, beyond.sequence_of_labels),
+    ("variance_i1", 1.05, beyond.position_by_position),
+    ("num_samples_needed", 0.2, beyond.bernstein_is_enough),
+    ("fisher_information", 1.05, beyond.metric_between_its_bounds),
+    ("fisher_information", 0.95, beyond.metric_between_its_bounds),
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from support.checks import bounds, exact, findings
+from support.checks import beyond, bounds, exact, findings
 from support.checks.check import Check
 
 CheckFunction = Callable[[int], Check]
@@ -91,4 +91,21 @@ FINDINGS: tuple[CheckFunction, ...] = (
     findings.separated_expectation_is_false,
     findings.observed_labels_bias,
 )
-CHECKS = {check.__name__: check for check in INEQUALITIES + EQUALITIES + SAMPLING + FINDINGS}
+BEYOND: tuple[CheckFunction, ...] = (  # what is not in the paper, of all kinds
+    beyond.one_projection_of_a_batch,
+    beyond.one_projection_of_every_input,
+    beyond.signs_scatter_less_than_twice,
+    beyond.important_labels,
+    beyond.important_labels_bound_the_noise,
+    beyond.best_mixture,
+    beyond.mixture_is_never_worse,
+    beyond.sequence_of_labels,
+    beyond.position_by_position,
+    beyond.bernstein_is_enough,
+    beyond.metric_between_its_bounds,
+    beyond.metric_eigenvalues_interlace,
+    beyond.upper_bound_is_never_tight,
+)
+CHECKS = {
+    check.__name__: check for check in INEQUALITIES + EQUALITIES + SAMPLING + FINDINGS + BEYOND
+}
