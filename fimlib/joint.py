@@ -376,7 +376,8 @@ class Joint:
 
         Args:
             estimator: 1 or 2; or "signs" or "importance", with n_y random projections squared
-                input by input, as ``estimate(squares="input")`` takes them. Not in the paper.
+                input by input, as ``estimate(squares="input")`` takes them (Proposition 9.2, not in
+                the paper).
             num_inputs: As in ``variance_i1``.
             num_labels: The same.
             replacement: The same.
@@ -388,7 +389,7 @@ class Joint:
 
         ``α = (V₂ − C₁₂) / (V₁ + V₂ − 2C₁₂)`` with sums over the layer's parameters. Its label
         variance, ``(V₁V₂ − C₁₂²) / (V₁ + V₂ − 2C₁₂)``, is never above V₁ or V₂. It needs "V1", "V2"
-        and "C12". Not in the paper.
+        and "C12" (Proposition 9.5). Not in the paper.
         """
         v1, v2, c = (
             self.layer_sums(v) for v in (*map(self.label_variance, (1, 2)), self.label_covariance())

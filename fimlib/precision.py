@@ -96,9 +96,9 @@ def num_samples_needed(
         confidence: Between 0 and 1, both excluded.
         estimator: 1 for Î₁ or 2 for Î₂; or "signs" or "importance", for random projections that
             are squared input by input, by "chebyshev" alone.
-        rule: "chebyshev"; "bernstein", no larger and also a guarantee; or "approximate", which is
-            as many as it takes where N is large, and no guarantee. The last two need
-            ``Categorical``.
+        rule: "chebyshev"; "bernstein", no larger and also a guarantee (Proposition 9.7); or
+            "approximate", which is as many as it takes where N is large, and no guarantee. The last
+            two need ``Categorical``.
 
     Returns:
         Layer name → N ≥ 1 for each input, [B], float64 whole numbers; inf where the layer's I is 0

@@ -115,9 +115,9 @@ def estimate(
     r"""The diagonal Fisher information E_x I(θᵢ|x) of any network, estimated with standard errors.
 
     Each pass draws a random vector w for every input, with E w = 0 and E wwᵀ = 𝓘, and squares the
-    gradient of ``Σ_x w·h(x)``; the mean of these squares is ``Σ_x I(θᵢ|x)``. A pass costs one
-    forward and one backward pass for any number of outputs. The exact I takes a backward pass for
-    each output.
+    gradient of ``Σ_x w·h(x)``; the mean of these squares is ``Σ_x I(θᵢ|x)``, their variance is in
+    Proposition 9.1 (not in the paper, as all numbers from 9.1 on). A pass costs one forward and one
+    backward pass for any number of outputs. The exact I takes a backward pass for each output.
 
     Args:
         model: Maps inputs to natural parameters [B, T]; in eval mode. What is float16 or bfloat16
@@ -602,7 +602,7 @@ def variance_signs(derivs: Derivatives, family: Family) -> Diagonal:
 
     ``Var = 2 (I² − Σ_r a_r⁴)`` with a = LᵀJ, as 4 Σ_{r<s} a_r² a_s², where nothing cancels. It
     depends on the L that the family chooses: columns √σ_k (e_k − σ) for classes, diag √κ₂ for
-    independent labels, L⁻ᵀ for Gaussian ones. Not in the paper.
+    independent labels, L⁻ᵀ for Gaussian ones (Proposition 9.3). Not in the paper.
 
     Args:
         derivs: J and the outputs at B inputs.

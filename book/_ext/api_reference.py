@@ -164,8 +164,8 @@ def members(target: type) -> list[str]:
 
 @cache
 def anchors(book: str | Path) -> dict[str, str]:
-    """Labels in the book by the numbers of the paper."""
-    groups = paper_map.read_map(Path(book) / paper_map.MAP)
+    """Labels in the book by number."""
+    groups = paper_map.read_maps(Path(book))
     return {number: item["anchor"] for items in groups.values() for number, item in items.items()}
 
 

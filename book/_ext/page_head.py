@@ -1,7 +1,8 @@
 r"""The head of a page: what you will learn, the result, how sure it is, where the code is.
 
 The directive ``{page-head}`` has two paragraphs, written by hand: what one learns, and the result.
-The other two lines are made when the book is built, from the map ``paper.yml``, from what executed
+The other two lines are made when the book is built, from the maps ``paper.yml`` and ``beyond.yml``,
+from what executed
 notebooks found, and from the report's verdicts, so they cannot go stale. The map's items that a
 page states or proves count as its own. Options add to that:
 
@@ -28,7 +29,7 @@ from support.results import ROOT
 
 LABELS = ("You will learn", "Result", "How sure", "Code")
 FINDINGS = {c.__name__ for c in checks.FINDINGS}
-COUNTED = {c.__name__ for c in checks.INEQUALITIES + checks.EQUALITIES}
+COUNTED = {c.__name__ for c in checks.INEQUALITIES + checks.EQUALITIES + checks.BEYOND}
 NOTEBOOK = re.compile(rf"{paper_map.NOTEBOOKS}/([\w-]+)\.ipynb")
 STATEMENTS = "statements"  # the experiment whose claims are the checks themselves
 FEW = 5  # functions that are named
@@ -47,7 +48,7 @@ class PageHead(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """A list of four entries."""
         book, page = Path(self.env.srcdir), self.env.docname
-        for name in (paper_map.MAP, live.FACTS):
+        for name in (*paper_map.MAPS, live.FACTS):
             self.env.note_dependency(name)
         paragraphs = "\n".join(self.content).strip().split("\n\n")
         if len(paragraphs) != 2:
@@ -76,7 +77,7 @@ def items(book: Path, page: str, source: str) -> dict[str, Item]:
     """The items of the map that a page states or proves."""
     return {
         number: item
-        for group in paper_map.read_map(book / paper_map.MAP).values()
+        for group in paper_map.read_maps(book).values()
         for number, item in group.items()
         if item.get("proof") == page or defines(source, item["anchor"])
     }

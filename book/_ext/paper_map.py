@@ -1,6 +1,6 @@
-r"""Show the map of the paper, ``paper.yml``: what is where, and what checks it.
+r"""Show a map of the book, as ``paper.yml``: what is where, and what checks it.
 
-The directive ``{paper-map}`` becomes a section with a table for every group of the map. It writes
+The directive ``{paper-map} FILE`` becomes a section with a table for every group. It writes
 Markdown with ordinary roles, so a missing anchor, notebook or key is a warning of Sphinx. Code and
 checks are linked to the pages of their sources.
 """
@@ -19,7 +19,7 @@ from sphinx.util.docutils import SphinxDirective
 from support import checks, listings
 from support.results import ROOT
 
-MAP = "paper.yml"
+PAPER, BEYOND = MAPS = ("paper.yml", "beyond.yml")  # numbers of the paper, and ours
 NOTEBOOKS = "_generated/notebooks"
 FIELDS = ("cases", "violations", "worst")  # of an outcome
 
@@ -28,22 +28,24 @@ Groups = dict[str, dict[str, Item]]  # items by number, in groups by title
 
 
 class PaperMap(SphinxDirective):
-    """``{paper-map}``: all items of the map, in tables."""
+    """``{paper-map} FILE``: all items of a map, in tables."""
+
+    required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """One section with a table for every group."""
-        book = Path(self.env.srcdir)
-        self.env.note_dependency(MAP)
+        book, file = Path(self.env.srcdir), self.arguments[0]
+        self.env.note_dependency(file)
         results = glued(book / NOTEBOOKS)
         return [
-            self.section(title, map_table(items, results))
-            for title, items in read_map(book / MAP).items()
+            self.section(title, map_table(items, results), file)
+            for title, items in read_map(book / file).items()
         ]
 
-    def section(self, title: str, markdown: str) -> nodes.section:
+    def section(self, title: str, markdown: str, file: str) -> nodes.section:
         """A section of the page with parsed content."""
         section = nodes.section("", nodes.title(title, title), ids=[nodes.make_id(title)])
-        self.state.nested_parse(StringList(markdown.splitlines(), source=MAP), 0, section)
+        self.state.nested_parse(StringList(markdown.splitlines(), source=file), 0, section)
         return section
 
 
@@ -53,11 +55,16 @@ def read_map(path: Path) -> Groups:
     return groups
 
 
+def read_maps(book: Path) -> Groups:
+    """The groups of all maps."""
+    return {title: items for file in MAPS for title, items in read_map(book / file).items()}
+
+
 def map_table(items: dict[str, Item], results: dict[str, str]) -> str:
     """A table, one row per item."""
     head = "```{list-table}\n:header-rows: 1\n:widths: 28 30 42\n:class: paper-map\n"
     rows = [row(number, item, results) for number, item in items.items()]
-    return "\n".join([head, "* - paper\n  - code\n  - checks", *rows, "```"])
+    return "\n".join([head, "* - number\n  - code\n  - checks", *rows, "```"])
 
 
 def row(number: str, item: Item, results: dict[str, str]) -> str:

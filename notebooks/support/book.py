@@ -34,6 +34,7 @@ from support import (
     forks,
     listings,
     passports,
+    projection_figures,
     report,
     results,
     runs,
@@ -52,6 +53,7 @@ WHICH = "which-estimator"  # the figure that says which estimator is the better 
 OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "sweep": sweep_figures.validity,
     "decay": sweep_figures.decay,
+    "projections": projection_figures.errors,
 }
 ASIDE = "not-counted-"  # before the names of figures of runs that do not count
 FORKS = "forks/"  # the folder of their pages
@@ -209,6 +211,8 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     reference = results.load(report.REFERENCE)
     results.write_text(GENERATED / "report.md", report.report_page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
+    projections = report.experiments(main).get("projections", {})
+    results.write_text(GENERATED / "projections.md", projection_figures.table(projections))
     results.write_text(GENERATED / "mutation.md", mutation())
     results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
 

@@ -113,7 +113,7 @@ def test_in_a_class_bare_names_are_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", sorted({c for g in paper_map.read_map(BOOK / "paper.yml").values() for i in g.values()
+    "name", sorted({c for g in paper_map.read_maps(BOOK).values() for i in g.values()
                     for c in i.get("code", [])}),
 )  # fmt: skip
 def test_code_of_the_map_has_an_entry(name):
@@ -166,7 +166,7 @@ def html(tmp_path_factory):
     pages = stubs() | {p.stem: without_head(p) for p in [BOOK / "api.md", *PAGES]}
     orphan = "---\norphan: true\n---\n"
     files = {f"{name}.md": orphan + text.removeprefix(orphan) for name, text in pages.items()}
-    files |= {"conf.py": CONFIG, "paper.yml": (BOOK / "paper.yml").read_text("utf-8")}
+    files |= {"conf.py": CONFIG} | {m: (BOOK / m).read_text("utf-8") for m in paper_map.MAPS}
     for name, text in files.items():
         (book / name).parent.mkdir(parents=True, exist_ok=True)
         (book / name).write_text(text, encoding="utf-8")

@@ -219,6 +219,7 @@ def build(book, changes=None):
         "_config.yml": CONFIG,
         "_toc.yml": TOC,
         "paper.yml": MAP,
+        "beyond.yml": "{}\n",
         "notation.yml": NOTATION,
         "section-3.md": PAGE,
         "notation.md": "# Notation\n\n```{notation} letters\n```\n",

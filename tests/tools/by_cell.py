@@ -7,7 +7,7 @@ import torch
 from support import results, runs
 
 # Runs that test_notebooks makes in this way, at smoke size.
-SMOKE = ("statements", "bounds", "joint", "shortcuts", "recipes")
+SMOKE = ("statements", "bounds", "joint", "shortcuts", "recipes", "beyond")
 
 
 def run(notebook, **parameters):

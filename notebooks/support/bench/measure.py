@@ -308,6 +308,8 @@ def confirmation(case: Case, order: int) -> Row:
         calls = (lambda: yardstick(x, y), *2 * [lambda: again(x).derivatives()])  # noqa: B023
         meter = Meter(case.device)
         rounds.append([meter.time(call) for call in calls])
+        if len(rounds) > 1 and sum(rounds[-1]) > SLOW:
+            break
     unit, first, next_one = (statistics.median(t) for t in zip(*rounds[1:], strict=True))
     return {
         **heading("check", case),

@@ -1,0 +1,123 @@
+"""Errors of random projections against the backward passes that they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from support import figures
+from support.markdown import markdown_table
+from support.results import NETWORK, Run
+
+KINDS = {
+    "signs": ("random signs", figures.BLACK),
+    "labels": ("labels", figures.BLUE),
+    "importance": ("important labels", figures.ORANGE),
+}
+DASHES = {"batch": "-", "input": "--"}
+CALLS = ("exact", "signs by batch", "signs by input")
+MEASURED = re.compile(r"measured_(\w+)_(batch|input)_(\d+)")
+NAME = re.compile(r"projections-network-(.+)")
+
+
+def errors(values: pd.DataFrame) -> Figure:
+    """One panel per run: predicted lines, measured dots, and where the exact value stands.
+
+    Args:
+        values: The tables of runs of ``projections.ipynb``.
+    """
+    of = {str(name): last_epoch(part) for name, part in values.groupby("run")}
+    of = dict(sorted(of.items(), key=lambda item: item[1]["outputs"]))
+    with mpl.rc_context(figures.STYLE):
+        figure, axes = plt.subplots(
+            1, len(of), figsize=(2.5 * len(of) + 1.5, 4.2), sharey=True, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for ax, (name, at) in zip(axes[0], of.items(), strict=True):
+            draw(ax, at)
+            found = NAME.fullmatch(name)
+            ax.set_title(found[1] if found else name)
+            ax.set_xlabel("backward passes")
+        axes[0, 0].set_ylabel("relative error of I")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def last_epoch(values: pd.DataFrame) -> pd.Series[float]:
+    """Quantities of the whole network after the last epoch."""
+    of_network = values[(values.layer == NETWORK) & (values.epoch == values.epoch.max())]
+    found: pd.Series[float] = of_network.set_index("quantity").value
+    return found
+
+
+def draw(ax: Axes, at: pd.Series[float]) -> None:
+    """The errors of all estimators in one network."""
+    ax.set(xscale="log", yscale="log")
+    outputs = at["outputs"]
+    measured = {q: found for q in at.index if (found := MEASURED.fullmatch(str(q)))}
+    passes = np.array([1.0, max([outputs, *(int(found[3]) for found in measured.values())])])
+    for kind, (label, color) in KINDS.items():
+        for squares, dashes in DASHES.items():
+            one = at[f"predicted_{kind}_{squares}"]
+            ax.plot(
+                passes, one / passes**0.5, color=color, linestyle=dashes,
+                label=f"{label}, squared by {squares}",
+            )  # fmt: skip
+    for quantity, found in measured.items():
+        color = KINDS[found[1]][1]
+        ax.plot(
+            int(found[3]), at[quantity], "o", color=color, markersize=5,
+            markerfacecolor=color if found[2] == "batch" else "white",
+        )  # fmt: skip
+    ax.axvline(outputs, color=figures.GREEN, linewidth=4, alpha=0.75, label="exact I")
+
+
+def table_of_passes(values: pd.DataFrame) -> str:
+    """Predicted and measured errors of one run, as a Markdown table."""
+    at = last_epoch(values)
+    counts = sorted({int(found[3]) for q in at.index if (found := MEASURED.fullmatch(str(q)))})
+    rows = []
+    for kind, (label, _) in KINDS.items():
+        for squares in DASHES:
+            one = at[f"predicted_{kind}_{squares}"]
+            cells = [
+                f"{at[f'measured_{kind}_{squares}_{k}']:.3g} (predicted {one / k**0.5:.3g})"
+                for k in counts
+            ]
+            rows.append([label, f"by {squares}", f"{one:.3g}", *cells])
+    head = ["w", "squared", "one pass, predicted", *(f"{k} passes" for k in counts)]
+    return markdown_table(head, rows)
+
+
+def farthest(at: pd.Series[float]) -> float:
+    """The largest factor between a measured error and the predicted one."""
+    ratios: list[float] = []
+    for quantity, error in at.items():
+        if found := MEASURED.fullmatch(str(quantity)):
+            ratios.append(error * int(found[3]) ** 0.5 / at[f"predicted_{found[1]}_{found[2]}"])
+    return max(max(ratio, 1 / ratio) for ratio in ratios)
+
+
+def table(group: Mapping[str, Run]) -> str:
+    """Networks, errors and times of all runs of ``projections.ipynb``, as a Markdown table."""
+    rows, passes = [], 0
+    found = [(last_epoch(run.values), run) for run in group.values()]
+    for at, run in sorted(found, key=lambda pair: pair[0]["outputs"]):
+        seconds = run.record["timings"]
+        passes = max(run.record["parameters"]["passes"])
+        cells = [run.record["parameters"]["network"]]
+        cells += [f"{at[name]:,.0f}" for name in ("parameters", "outputs")]
+        cells += [f"{at[f'predicted_signs_{squares}']:.2f}" for squares in DASHES]
+        cells += [f"{seconds[call]:.2g} s" for call in CALLS]
+        rows.append([*cells, f"{farthest(at):.2f}"])
+    head = ["network", "parameters", "outputs", "error by batch", "by input", "time of exact"]
+    head += [f"{passes} by batch", f"{passes} by input", "farthest"]
+    return markdown_table(head, rows)
