@@ -35,6 +35,7 @@ from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.independent import Bernoulli, Poisson
+from fimlib.precision import BY_VARIANCE
 from fimlib.projections import DRAWS, PASSES, SQUARES, estimate
 from fimlib.summary.measure import BUDGET, NUM_PROBES, Summary, summarise
 
@@ -91,8 +92,9 @@ def run_summary(arguments: argparse.Namespace) -> None:
         lambda model, x, family: summarise(
             model, x, family,
             num_samples=arguments.num_samples, relative_error=arguments.relative_error,
-            confidence=arguments.confidence, layers=of_layers(arguments.layers),
-            engine=arguments.engine, num_probes=arguments.num_probes, budget=arguments.budget,
+            confidence=arguments.confidence, rule=arguments.rule,
+            layers=of_layers(arguments.layers), engine=arguments.engine,
+            num_probes=arguments.num_probes, budget=arguments.budget,
         ),
     )  # fmt: skip
     print(json.dumps(as_json(found), indent=1) if arguments.json else found, flush=True)
@@ -156,6 +158,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-samples", type=int, default=1, metavar="N", help="labels per input (1)")
     p.add_argument("--relative-error", type=float, default=0.1, metavar="ε", help="wanted (0.1)")
     p.add_argument("--confidence", type=float, default=0.95, metavar="P", help="wanted (0.95)")
+    p.add_argument(
+        "--rule", choices=BY_VARIANCE, default="chebyshev", help="for labels needed (chebyshev)"
+    )
     p.add_argument("--engine", default="auto", help="see fimlib.differentiate")
     p.add_argument(
         "--num-probes", type=int, metavar="M",

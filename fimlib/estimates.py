@@ -104,8 +104,14 @@ class Estimate:
     def interval(self, layer: str, confidence: float = 0.95) -> tuple[float, float]:
         """An approximate confidence interval for ΣI of a layer.
 
-        By Student's t on a logarithmic scale, since squares are skewed. From 32 passes on it covers
-        94 to 95 % instead of 95 %, if a pass is like a χ² variable of two degrees or more.
+        By Student's t on a logarithmic scale, since squares are skewed. How often intervals of 95 %
+        held the sum, in 40 random networks of five families:
+
+        * "signs": 93 to 96 % from 32 passes on, for the sum over any layer.
+        * "importance": the same in most layers; at worst 80 % with 32 passes, 93 % with 64.
+        * "labels": 94 % in the median layer, at worst 74 % with 32 passes and 79 % with 64. A label
+          that no pass has drawn is missing from the sum and from its error. Where one class has a
+          probability of 0.99, and the other carries the sum, 22 % of 32 passes' intervals hold it.
 
         Raises:
             KeyError: there is no such layer.

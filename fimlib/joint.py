@@ -35,7 +35,7 @@ from fimlib.left_factors import (
     float32_checks,
     left_factors,
 )
-from fimlib.precision import PROJECTIONS, Combination, chebyshev, mixture
+from fimlib.precision import PROJECTIONS, Combination, mixture, samples
 from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
@@ -444,6 +444,7 @@ class Joint:
         confidence: float,
         num_labels: int = 1,
         estimator: Estimator = 1,
+        rule: str = "chebyshev",
     ) -> dict[str, float]:
         r"""Inputs that bring a layer's estimate within a relative error, by Chebyshev.
 
@@ -456,6 +457,8 @@ class Joint:
             confidence: Between 0 and 1, both excluded.
             num_labels: n_y ≥ 1, labels for each input.
             estimator: As in ``variance``.
+            rule: "chebyshev"; or "approximate", the most that it takes where n_x is large, and no
+                guarantee. See ``num_samples_needed``.
 
         Returns:
             Layer name → n_x ≥ 1, a whole number; inf where I is 0 and its estimate is not.
@@ -467,7 +470,7 @@ class Joint:
         totals = self.layer_sums(self._total(label_variance, 1, num_labels, True))
         norms = self.layer_sums({name: I.square() for name, I in self._mean("I").items()})
         return {
-            layer: float(chebyshev(total, norms[layer], relative_error, confidence))
+            layer: float(samples(total, norms[layer], relative_error, confidence, rule))
             for layer, total in totals.items()
         }
 

@@ -25,7 +25,7 @@ class LayerSummary(NamedTuple):
         better: 1 or 2, the estimator with less variance on equally many labels, 1 in a tie; None
             where V₁ lies within two standard errors of the estimate of V₂, or V₂ is not known.
         labels_needed_i1: Labels for each of these inputs that bring ‖Î₁ − I‖ within the relative
-            error at the confidence, by Chebyshev's inequality; inf where none do.
+            error at the confidence, by the rule; inf where none do.
         labels_needed_i2: The same of Î₂; of a V₂ two standard errors above where it is an estimate.
         labels_needed_importance: The same of classes drawn by importance.
         labels_needed_signs: Projections by random signs, for the same.
@@ -65,6 +65,7 @@ class Findings:
     num_outputs: int
     relative_error: float
     confidence: float
+    rule: str
     engine: str
     num_probes: int
     num_estimated: int

@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -30,8 +31,16 @@ from fimlib.families.product import Product
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
-from fimlib.precision import chebyshev, labels_of
-from fimlib.streaming import Batch, Pick, accumulate_stream, batches, check_shape
+from fimlib.precision import labels_of, samples
+from fimlib.streaming import (
+    Batch,
+    Pick,
+    accumulate_stream,
+    batches,
+    check_finite,
+    check_shape,
+    named,
+)
 from fimlib.summary.findings import Findings, LayerSummary
 from fimlib.summary.plot import draw
 from fimlib.summary.text import text
@@ -59,6 +68,7 @@ class Summary(Findings):
         num_outputs: T, the backward passes that the exact I takes.
         relative_error: ε, the error that the numbers of labels and inputs are to keep.
         confidence: The probability with which they keep it.
+        rule: How the numbers of labels and inputs were found.
         engine: Which engine made the derivatives.
         num_probes: Random probes behind the estimate of V₂; 0 where V₂ is none.
         num_estimated: Inputs at which V₂ was estimated; 0 where V₂ is no estimate.
@@ -91,6 +101,7 @@ def summarise(
     num_samples: int = 1,
     relative_error: float = 0.1,
     confidence: float = 0.95,
+    rule: str = "chebyshev",
     layers: Sequence[str] | str | None = None,
     engine: str = "auto",
     num_probes: int | None = None,
@@ -115,12 +126,16 @@ def summarise(
         num_samples: N ≥ 1, labels for each input.
         relative_error: ε > 0, of ‖Î − I‖ in units of ‖I‖, norms over a layer.
         confidence: Between 0 and 1, both excluded.
+        rule: How the numbers of labels and inputs are found: "chebyshev", for any distribution of
+            the error; or "approximate", about a fifth of it at 95 %, the most that it takes where
+            the error is nearly normal, as with many inputs or labels. See ``num_samples_needed``,
+            which has sharper rules for the labels of one input.
         layers: Names of modules: only their parameters are looked at. None: all.
         engine: Where the derivatives come from; see ``differentiate``.
         num_probes: ≥ 3, to estimate V₂ where it is not known exactly; 128 is a fair number. See
             ``hutchinson_variance_i2``. None: leave Î₂ out there.
         budget: Seconds that it may take. The batch that is under way is finished; inputs that are
-            left then are left out, as the result says.
+            left then are left out, as the result says, which takes one more batch of a stream.
         pick: Which part of every batch is x; see ``accumulate``.
         forward: From the model and a batch of any kind to the outputs; see ``accumulate``.
 
@@ -147,7 +162,8 @@ def summarise(
     """
     check_family(family)
     check_num_samples(num_samples)
-    chebyshev(torch.ones(()), torch.ones(()), relative_error, confidence)
+    needs = partial(samples, relative_error=relative_error, confidence=confidence, rule=rule)
+    needs(torch.ones(()), torch.ones(()))
     if num_probes is not None:
         blocks_of(num_probes)
     model = check_module(model)
@@ -165,6 +181,7 @@ def summarise(
         joint = accumulate_stream(
             model, sample.of(stream), empty, None, layers, engine, go_on=clock.goes_on
         )
+    is_cut = clock.is_over and (joint.count < sample.seen or _goes_on(stream))
     norms = joint.layer_sums({n: I.square() for n, I in joint.fisher_information().items()})
     kinds: list[int | str] = [1, *([2] if order == 2 else []), *projections]
     variances = {kind: joint.layer_sums(joint.label_variance(kind)) for kind in kinds}
@@ -189,12 +206,11 @@ def summarise(
             return relative(v[kind])
 
         def needed(kind: int | str) -> float:
-            return float(chebyshev(safe[kind] / m, norm, relative_error, confidence))
+            return float(needs(safe[kind] / m, norm))
 
         def inputs_needed(kind: int | str) -> float | None:
             variance = spread[layer] + safe[kind] / num_samples
-            count = float(chebyshev(variance, norm, relative_error, confidence))
-            return count if m > 1 else None
+            return float(needs(variance, norm)) if m > 1 else None
 
         def if_known(ask: Callable[[int | str], Number], kind: int | str) -> Number | None:
             return ask(kind) if kind in v else None
@@ -223,9 +239,9 @@ def summarise(
         )
 
     return Summary(
-        tuple(map(row, norms)), m, num_samples, num_outputs, relative_error, confidence,
+        tuple(map(row, norms)), m, num_samples, num_outputs, relative_error, confidence, rule,
         found.engine, num_probes or 0 if is_estimate else 0, len(sample) if is_estimate else 0,
-        clock.is_over and m != count, joint,
+        is_cut, joint,
     )  # fmt: skip
 
 
@@ -276,9 +292,19 @@ def _peek(stream: Iterator[Batch]) -> tuple[tuple[nn.Module, Tensor], Iterator[B
             "be used only once, make it anew."
         )
     _, network, x = first
-    check_shape(x, None)
+    with named("batch 1"):
+        check_shape(x, None)
+        check_finite(x[:1])
     device = next((p.device for p in network.parameters()), None)
     return (network, x[:1].to(device)), itertools.chain([first], stream)
+
+
+def _goes_on(stream: Iterator[Batch]) -> bool:
+    """Whether there is another batch, be it one that would be refused."""
+    try:
+        return next(stream, None) is not None
+    except (ValueError, TypeError, NotImplementedError):
+        return True
 
 
 def _engine(
@@ -316,10 +342,11 @@ class _Sample:
 
     Attributes:
         kept: For every batch with some of them: a random key of each, the network, and the inputs.
+        seen: Inputs of the stream so far.
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.most, self.seen = most, 0
         self.kept: list[tuple[Tensor, nn.Module, Tensor]] = []
         self._generator = torch.Generator().manual_seed(0)  # not the caller's
 
@@ -329,6 +356,7 @@ class _Sample:
     def of(self, stream: Iterable[Batch]) -> Iterator[Batch]:
         """The same stream; what passes may stay in the sample."""
         for batch in stream:
+            self.seen += len(batch[2])
             if self.most:
                 self._take(*batch[1:])
             yield batch

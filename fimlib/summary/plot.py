@@ -23,13 +23,13 @@ GREEN, BLUE, VERMILION, GREY = "#009E73", "#0072B2", "#D55E00", "#666666"
 INK = {1: BLUE, 2: "#B75100"}  # of letters, which need more contrast to white than lines
 COLUMNS = 4  # panels in a row, at most
 FISHER, WANTED = "Fisher information I", "error asked for"
-ABOVE, BOUND, SAFE = "one standard error above", "upper bound", "safe number of labels"
+ABOVE, BOUND, NEEDED = "one standard error above", "upper bound", "labels needed"
 # What the legend explains, for both estimators at once. Their own lines have names beside them.
 LEGEND: dict[str, dict[str, Any]] = {
     FISHER: {"color": GREEN, "linewidth": 4, "alpha": 0.75},
     WANTED: {"color": GREY, "linestyle": ":"},
     BOUND: {"color": GREY, "linestyle": "--", "linewidth": 1},
-    SAFE: {"color": GREY, "marker": "o", "linestyle": ""},
+    NEEDED: {"color": GREY, "marker": "o", "linestyle": ""},
     ABOVE: {"color": VERMILION, "linestyle": ":"},
 }
 # The size of words in a panel, in units of its own.
@@ -99,7 +99,7 @@ def panel(ax: Axes, layer: LayerSummary, s: Findings) -> None:
             ax.plot(span, falling(bound), label=f"{BOUND} of {hat(j)}", **style)
         if math.isfinite(needed):
             error = sd * (s.num_samples / needed) ** 0.5
-            ax.plot(needed, error, "o", color=color, label=f"{SAFE} of {hat(j)}")
+            ax.plot(needed, error, "o", color=color, label=f"{NEEDED} of {hat(j)}")
     around = span[1] ** -0.05, span[1] ** 1.15  # on the right there is room for names
     ax.set(xscale="log", yscale="log", title=title(layer.layer), xlim=around)
 

@@ -7,6 +7,7 @@ import textwrap
 from typing import NamedTuple
 
 from fimlib._tables import aligned
+from fimlib.precision import normal_quantile
 from fimlib.summary.findings import Findings, LayerSummary
 
 MOST_NAMED = 4  # layers in a sentence
@@ -122,13 +123,22 @@ def advice(s: Findings) -> list[str]:
         lines.append(f"That is good enough {where}: no more labels are needed.")
     else:
         each = "" if s.num_inputs == 1 else " per input"
-        lines.append(f"{max(labels):,.0f} labels{each} are enough {where}; mostly fewer will do.")
+        enough = f"{max(labels):,.0f} labels{each} are enough {where}"
+        lines.append(f"{enough}{caution(max(labels), s)}.")
     known = [n for n in inputs if n is not None]
     if known and math.isfinite(max(known)):
         lines.append(
             f"Of inputs drawn at random it takes {max(known):,.0f}, with {some_labels(s)} each."
         )
     return [*lines, cheapest(s)]
+
+
+def caution(labels: float, s: Findings) -> str:
+    """What the number of labels supposes, or what fewer of them would suppose."""
+    if s.rule == "approximate":
+        return " if errors are nearly normal; rule='chebyshev' supposes nothing"
+    fewer = math.ceil(labels * (1 - s.confidence) * normal_quantile(s.confidence))
+    return f"; about {fewer:,} if errors are nearly normal (rule='approximate')"
 
 
 LEFT_OUT = (

@@ -86,11 +86,11 @@ def test_every_option_arrives(here, capsys):
     text = printed(
         capsys, build, "--weights", "state.pt", "--inputs", "x.pt", "--family", "gaussian-head",
         "--num-samples", "7", "--relative-error", "0.3", "--confidence", "0.8", "--layers", "3",
-        "--engine", "traced",
+        "--engine", "traced", "--rule", "approximate",
     )  # fmt: skip
     expected = fimlib.summarise(
         model, x, fimlib.GaussianHead(), num_samples=7, relative_error=0.3, confidence=0.8,
-        layers=["3"], engine="traced",
+        layers=["3"], engine="traced", rule="approximate",
     )  # fmt: skip
     assert text == f"{expected}\n"
 

@@ -10,7 +10,13 @@ from torch import nn
 import fimlib
 from fimlib import Categorical, Gaussian, differentiate, projections
 from fimlib._checks import check_estimator
-from fimlib.precision import compare_estimators, mixture, num_samples_needed
+from fimlib.precision import (
+    compare_estimators,
+    mixture,
+    normal_quantile,
+    num_samples_needed,
+    samples,
+)
 
 ESTIMATORS = {1: fimlib.estimate_i1, 2: fimlib.estimate_i2}
 VARIANCES = {1: fimlib.variance_i1, 2: fimlib.variance_i2}
@@ -106,6 +112,54 @@ def test_sharper_rules_are_their_formulas(estimator):
 
 
 WHICH = {1: "jacobian", 2: "second"}
+
+
+@pytest.mark.parametrize("confidence", [0.05, 0.5, 0.6, 0.7, 0.785, 0.9, 0.95, 0.999])
+def test_no_normal_errors_need_more_than_the_rule_says(confidence):
+    """Quantiles of Σλχ²₁ with Σλ = 1 for random λ, and those of χ²_f/f, which reach it."""
+    q = normal_quantile(confidence)
+    assert q <= 1 / (1 - confidence)
+    squares = torch.randn(40_000, 12, generator=torch.Generator().manual_seed(0)).double().square()
+    for seed in range(30):
+        decay = 0.2 + 0.1 * seed
+        lam = torch.rand(12, generator=torch.Generator().manual_seed(seed)).double() ** decay
+        kept = float((squares @ (lam / lam.sum()) <= q).double().mean())
+        assert kept >= confidence - 4 * (confidence * (1 - confidence) / 40_000) ** 0.5
+    exact = [stats.chi2.ppf(confidence, f) / f for f in range(1, 100)]
+    assert q >= max(exact)
+    assert confidence < 0.785 or q == pytest.approx(stats.norm.ppf((1 + confidence) / 2) ** 2)
+
+
+@pytest.mark.parametrize("estimator", [1, 2, "signs"])
+def test_the_approximate_rule_of_other_labels_knows_the_variance_alone(estimator):
+    derivs, family = differentiate(mlp([3, 5, 4, 3], nn.Tanh), inputs(4, 3)), fimlib.Bernoulli()
+    ask = {"relative_error": 1e-3, "confidence": 0.95, "estimator": estimator}
+    sure, near = (
+        num_samples_needed(derivs, family, **ask, rule=r) for r in ("chebyshev", "approximate")
+    )
+    for name, n in sure.items():
+        expected = (n * 0.05 * stats.norm.ppf(0.975) ** 2).clamp_min(1)
+        torch.testing.assert_close(near[name], expected, atol=1.2, rtol=0)
+
+
+def test_the_rule_for_classes_is_no_larger_than_the_one_for_any_label():
+    derivs, family = differentiate(mlp([3, 5, 4, 3], nn.Tanh), inputs(4, 3)), Categorical()
+    ask = {"relative_error": 0.1, "confidence": 0.95}
+    known = num_samples_needed(derivs, family, **ask, rule="approximate")
+    for name, n in known.items():
+        squared_norm, v1, _ = sums(derivs, family, name)
+        assert (n <= samples(v1, squared_norm, 0.1, 0.95, "approximate")).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "estimator"),
+    [(Gaussian(), 1), (Categorical(), "signs"), (Categorical(), "importance")],
+)
+def test_bernstein_needs_all_labels(family, estimator):
+    derivs = differentiate(mlp([3, 5, 3], nn.Tanh), inputs(2, 3))
+    ask = {"relative_error": 0.1, "confidence": 0.9, "estimator": estimator, "rule": "bernstein"}
+    with pytest.raises(ValueError, match="'bernstein' is for Î₁ and Î₂ of Categorical"):
+        num_samples_needed(derivs, family, **ask)
 
 
 def test_the_first_estimator_is_the_default():
@@ -339,10 +393,6 @@ def test_random_projections_are_compared_as_well(family):
             torch.testing.assert_close(ours.relative_sd_importance, (v / squared_norm).sqrt())
         else:
             assert ours.relative_sd_importance is None
-    with pytest.raises(ValueError, match="is for Î₁ and Î₂"):
-        num_samples_needed(
-            derivs, family, relative_error=0.1, confidence=0.5, estimator="signs", rule="bernstein"
-        )
 
 
 # Errors. ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import itertools
 import math
 import re
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fimlib
-from fimlib import projections
+from fimlib import projections, streaming
 from fimlib.summary import measure as module
 from fimlib.summary import plot as drawing
 from fimlib.summary import text as words
@@ -116,6 +117,59 @@ def test_errors_and_counts_are_those_of_the_definitions(family):
             assert needed == max(1, math.ceil(wanted * (1 - 1e-9)))
     assert {row.better for row in found.layers} <= {1, 2}
     assert (found.num_probes, found.num_estimated, found.engine) == (0, 0, "layerwise")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_nearly_normal_errors_need_fewer_samples(family):
+    """At 95 %, the square of 1.96 in the place of 1/0.05; for random inputs, too."""
+    sure, near = (
+        fimlib.summarise(mlp(), inputs(), family, relative_error=1e-3, rule=rule)
+        for rule in ("chebyshev", "approximate")
+    )
+    share = 1.959963984540054**2 * 0.05
+    for a, b in zip(sure.layers, near.layers, strict=True):
+        for field in a._fields:
+            x, y = getattr(a, field), getattr(b, field)
+            if "needed" in field and x is not None:
+                assert y == pytest.approx(max(1, x * share), abs=1.2)
+            else:
+                assert x == y
+    joint = fimlib.accumulate(mlp(), inputs(), family)
+    needed = joint.num_inputs_needed(1e-3, 0.95, rule="approximate")
+    assert {row.layer: row.inputs_needed_i1 for row in near.layers} == needed
+    text = str(sure).replace("\n", " ")
+    fewer = int(
+        re.search(r"; about ([\d,]+) if errors are nearly normal", text)[1].replace(",", "")
+    )
+    best = [r.labels_needed_i2 if r.better == 2 else r.labels_needed_i1 for r in near.layers]
+    assert fewer == pytest.approx(max(best), abs=1)
+    assert "are enough in every layer if errors are nearly normal;" in str(near).replace("\n", " ")
+    assert (sure.rule, near.rule) == ("chebyshev", "approximate")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_with_so_many_labels_the_error_is_as_small_as_asked_for(confidence):
+    """Labels are drawn for 7 inputs, as counts of classes; errors of Î₁ over a layer."""
+    net, x, family, draws = mlp(), inputs(), FAMILIES["categorical"], 4000
+    ask = {"relative_error": 0.1, "confidence": confidence}
+    found = fimlib.summarise(net, x, family, **ask, rule="approximate")
+    derivs = fimlib.differentiate(net, x)
+    h = family.natural(derivs.outputs)
+    generator = torch.Generator().manual_seed(0)
+    for row in found.layers:
+        keys = [f"{row.layer}.weight", f"{row.layer}.bias"]
+        J = torch.cat([derivs.jacobian(key).double().flatten(2) for key in keys], 2)
+        squares = family.project(h, J).square()
+        shares = [
+            family.sample(one.expand(draws, -1), int(row.labels_needed_i1), generator).weights
+            for one in h[:, None]
+        ]
+        I = torch.einsum("bk,bki->i", family.mean(h), squares) / len(x)
+        off = sum(w @ of_one for w, of_one in zip(shares, squares, strict=True)) / len(x) - I
+        kept = float((torch.linalg.vector_norm(off, dim=1) < 0.1 * I.norm()).double().mean())
+        assert kept >= confidence - 0.02
+        assert row.labels_needed_i1 > 1
 
 
 def test_for_one_input_it_is_what_the_other_functions_say():
@@ -332,13 +386,63 @@ def test_a_budget_is_kept(monkeypatch):
 
     found = fimlib.summarise(mlp(), slowly(), FAMILIES["categorical"], budget=25.0)
     assert found.is_cut
-    assert found.num_inputs == 15 == 5 * len(batches)
+    assert found.num_inputs == 15
+    assert len(batches) == 4  # the last of them tells that there is more
     assert str(found).startswith("the first 15 inputs (budget=), Categorical outputs")
     whole = fimlib.summarise(mlp(), inputs(30)[:15], FAMILIES["categorical"])
     assert not whole.is_cut
     assert [row.relative_sd_i1 for row in found.layers] == pytest.approx(
         [row.relative_sd_i1 for row in whole.layers]
     )
+
+
+@pytest.mark.parametrize("after", [[], [inputs(5)], [inputs(5)[0, 0]]])
+def test_a_budget_that_ends_with_the_last_input_cuts_nothing(monkeypatch, after):
+    """A batch that would be refused is one that is left."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def slowly():
+        for batch in [*inputs(15).split(5), *after]:
+            now[0] += 10.0
+            yield batch
+
+    found = fimlib.summarise(mlp(), slowly(), FAMILIES["categorical"], budget=25.0)
+    assert found.num_inputs == 15
+    assert found.is_cut == bool(after)
+
+
+def test_a_budget_that_ends_inside_a_batch_cuts_it(monkeypatch):
+    monkeypatch.setattr(streaming, "default_batch_size", lambda *_: 4)
+    for budget, count in ((1.0, 4), (None, 10)):
+        clock = iter([0.0, *[100.0] * 100]) if budget else itertools.repeat(0.0)
+        monkeypatch.setattr(module.time, "monotonic", lambda clock=clock: next(clock))
+        found = fimlib.summarise(mlp(), [inputs(10)], FAMILIES["categorical"], budget=budget or 60)
+        assert (found.num_inputs, found.is_cut) == (count, bool(budget))
+
+
+@pytest.mark.parametrize("at", [0, 4, 8])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_damaged_inputs_are_named_as_accumulate_names_them(at, batches):
+    x = inputs(9)
+    x[at, 1] = math.nan
+    said = []
+    for function in (fimlib.accumulate, fimlib.summarise):
+        with pytest.raises(ValueError, match="NaN or infinite values") as caught:
+            function(mlp(), list(x.split(9 // batches)), FAMILIES["categorical"])
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"batch {1 + at * batches // 9}")
+
+
+def test_ctrl_c_ends_it_as_it_ends_accumulate():
+    def interrupted():
+        yield inputs(3)
+        raise KeyboardInterrupt
+
+    for function in (fimlib.accumulate, fimlib.summarise):
+        with pytest.raises(KeyboardInterrupt):
+            function(mlp(), interrupted(), FAMILIES["categorical"])
 
 
 def test_second_derivatives_that_take_too_long_are_left_out(monkeypatch):
@@ -460,6 +564,7 @@ def test_many_outputs_have_no_bounds():
         ({"num_samples": 0}, ValueError, "num_samples (N) must be an integer ≥ 1"),
         ({"relative_error": 0}, ValueError, "relative_error (ε) must be a positive number"),
         ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
+        ({"rule": "bernstein"}, ValueError, "rule must be one of 'chebyshev', 'approximate'"),
         ({"num_probes": 2}, ValueError, "num_probes must be an integer ≥ 3"),
         ({"budget": 0}, ValueError, "budget must be a positive number of seconds, got 0"),
         ({"layers": ["9"]}, ValueError, "no layer '9' with parameters; there are: '0', '2', '4'"),
@@ -510,15 +615,15 @@ def test_the_figure_shows_the_numbers():
             if sd > 0:
                 assert lines[name].get_xdata()[0] == 1
                 assert lines[name].get_ydata()[0] == pytest.approx(2 * sd)  # N = 4
-                [at] = lines[f"safe number of labels of {name}"].get_xdata()
+                [at] = lines[f"labels needed of {name}"].get_xdata()
                 assert at == needed
-                [error] = lines[f"safe number of labels of {name}"].get_ydata()
+                [error] = lines[f"labels needed of {name}"].get_ydata()
                 # Chebyshev: sd = ε √(1 − confidence), rounded up to whole labels
                 assert error <= 0.1 * 0.05**0.5 * (1 + 1e-9)
     assert any(text.get_text() == "$V_2 = 0$" for text in figure.axes[2].texts)
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        "Fisher information I", "error asked for", "upper bound", "safe number of labels",
+        "Fisher information I", "error asked for", "upper bound", "labels needed",
     ]  # fmt: skip
     plt.close(figure)
 

@@ -8,8 +8,8 @@ from support import results
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
     "engines": 6080,
-    "core": 5850,
-    "rest": 2755,
+    "core": 5890,
+    "rest": 2800,
     "support and extensions": 11_600,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
