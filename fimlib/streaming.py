@@ -51,7 +51,7 @@ def accumulate(
     depend on the size of the batches, up to rounding (1e-12).
 
     Args:
-        model: Maps inputs to natural parameters [B, T]; in eval mode.
+        model: Maps inputs to natural parameters [B, T]; in eval mode. See ``differentiate``.
         inputs: [M, ...], or an iterable of batches: a ``DataLoader``, a list, a generator. Batches
             go to the model's device one at a time. A batch is a tensor x or, with labels that are
             left out, (x, y), where y has one label for each input: [B] or [B, 1], or floating-point
