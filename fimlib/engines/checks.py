@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fimlib.derivatives import all_finite
-from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, private_copy
+from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, is_sharded, private_copy
 
 FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
@@ -27,7 +27,7 @@ def check_module(model: object) -> nn.Module:
     Raises:
         TypeError: it is no module.
         ValueError: a parameter has no values here.
-        NotImplementedError: a module inside it is compiled, or the wrapper has hooks.
+        NotImplementedError: a module inside it is compiled or sharded, or the wrapper has hooks.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise TypeError(f"{model.__name__} is a class: make an instance of it.")
@@ -44,6 +44,13 @@ def check_module(model: object) -> nn.Module:
             raise NotImplementedError(
                 f"module {name!r} is compiled by torch.compile, which hides its forward pass: put "
                 "its _orig_mod, the module as it was before, in its place."
+            )
+        if is_sharded(module):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) is sharded, and this process has a part "
+                "of its weights only: in every process load get_model_state_dict(model, options="
+                "StateDictOptions(full_state_dict=True)), of torch.distributed.checkpoint."
+                "state_dict, into a plain network."
             )
     for name, parameter in found.named_parameters():
         if parameter.is_meta:

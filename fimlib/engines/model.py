@@ -201,3 +201,12 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile made this module."""
     return type(module).__module__.startswith("torch._dynamo")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP made this module, or its parameters are spread over processes."""
+    kinds = {*type(module).__mro__, *map(type, module.parameters(recurse=False))}
+    return any(kind.__module__.startswith(SHARDED) for kind in kinds)
+
+
+SHARDED = ("torch.distributed.fsdp", "torch.distributed.tensor")
