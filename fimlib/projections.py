@@ -476,7 +476,13 @@ class Square(ABC):
         if self.checked < inputs_to_check(self.model):
             self.check(held, x)
             self.checked += len(x)
-        found = self.squares(held, x)
+        try:
+            found = self.squares(held, x)
+        except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # of any kind, from forward()
+            check_forward(held, x)
+            raise
         check_squares(found)
         for name, square in found.items():
             total[name] += square
