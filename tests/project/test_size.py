@@ -7,9 +7,9 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6080,
-    "core": 5850,
-    "rest": 2755,
+    "engines": 6135,
+    "core": 5880,
+    "rest": 2765,
     "support and extensions": 11_600,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
