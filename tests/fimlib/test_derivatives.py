@@ -788,7 +788,7 @@ def test_integers_and_missing_values_are_refused_with_a_remedy():
         differentiate(net, torch.ones(2, 3).long())
     with pytest.raises(ValueError, match=r"input is on the meta device and has no values"):
         differentiate(net, torch.ones(2, 3, device="meta").double())
-    with pytest.raises(ValueError, match=r"'0.weight' is torch.float64 on meta: convert"):
+    with pytest.raises(ValueError, match="'0.weight' is on the meta device.*without offloading"):
         differentiate(net.to("meta"), torch.ones(2, 3).double())
 
 
