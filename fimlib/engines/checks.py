@@ -48,8 +48,8 @@ def check_module(model: object) -> nn.Module:
         if is_sharded(module):
             raise NotImplementedError(
                 f"module {name!r} ({type(module).__name__}) is sharded, and this process has a "
-                "part of its weights only: in every process load get_model_state_dict(model, options="
-                "StateDictOptions(full_state_dict=True)), of torch.distributed.checkpoint."
+                "part of its weights only: in every process load get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), of torch.distributed.checkpoint."
                 "state_dict, into a plain network."
             )
     for name, parameter in found.named_parameters():
