@@ -21,7 +21,8 @@ def all_reduce(joint: Found, group: dist.ProcessGroup | None = None) -> Found:
 
     Args:
         joint: What this process has accumulated; or what ``estimate`` returned for its share of the
-            inputs, with the whole model in every process (DDP; not the shards of FSDP).
+            inputs, with the whole model in every process, as ``model.module`` of DDP. Load the full
+            state dict of an FSDP model into a plain one, in every process.
         group: The processes; all of them by default.
 
     Returns:

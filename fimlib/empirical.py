@@ -43,7 +43,10 @@ def data_fisher(derivs: Derivatives, labels: Labels) -> Diagonal:
             ``family.observed(derivs.outputs, y)``.
 
     Returns:
-        [B, *shape] per parameter, in nat/θ².
+        [B, *shape] per parameter, in nat/θ². It is that of log p(y|x). Gradients of a loss with
+        class weights have squares c² times as large, c the weight of the label's class. Under label
+        smoothing q is the smoothed labels, ``family.expected(h, q)``, and the square of the loss's
+        gradient is that of ``kl_gradient``.
 
     Raises:
         ValueError: the labels belong to other outputs.

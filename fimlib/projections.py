@@ -121,7 +121,7 @@ def estimate(
 
     Args:
         model: Maps inputs to natural parameters [B, T]; in eval mode. What is float16 or bfloat16
-            is computed in a float32 copy.
+            is computed in a float32 copy. Forward hooks are part of it; see ``differentiate``.
         inputs: [M, ...], or an iterable of batches that can be used again, as in ``accumulate``.
         family: The output family.
         estimator: How w is drawn. "signs": w = Lξ with random signs ξ and 𝓘 = LLᵀ, so that one
@@ -477,7 +477,13 @@ class Square(ABC):
         if self.checked < inputs_to_check(self.model):
             self.check(held, x)
             self.checked += len(x)
-        found = self.squares(held, x)
+        try:
+            found = self.squares(held, x)
+        except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # of any kind, from forward()
+            check_forward(held, x)
+            raise
         check_squares(found)
         for name, square in found.items():
             total[name] += square

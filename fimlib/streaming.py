@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from fimlib._checks import check_integer
 from fimlib.derivatives import Sweep, all_finite
-from fimlib.engines.checks import WRAPPER, add_axis, check_module
+from fimlib.engines.checks import WRAPPER, add_axis, check_module, short
 from fimlib.engines.choose import differentiate, differentiator
 from fimlib.engines.confirm import positions_to_check
 from fimlib.engines.held import Forward, hold
@@ -51,7 +51,7 @@ def accumulate(
     depend on the size of the batches, up to rounding (1e-12).
 
     Args:
-        model: Maps inputs to natural parameters [B, T]; in eval mode.
+        model: Maps inputs to natural parameters [B, T]; in eval mode. See ``differentiate``.
         inputs: [M, ...], or an iterable of batches: a ``DataLoader``, a list, a generator. Batches
             go to the model's device one at a time. A batch is a tensor x or, with labels that are
             left out, (x, y), where y has one label for each input: [B] or [B, 1], or floating-point
@@ -179,7 +179,9 @@ def accumulate_stream(
                         check_rounding(held, here, done.outputs, family)
                     joint.update_sweep(done)
                     before = before or parts_of(model)
-                except ValueError:
+                except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
+                    raise
+                except Exception:  # of any kind, from forward()
                     differentiate(held, part.to(device), **choice)  # with all checks
                     raise
             if not go_on(joint.count):
@@ -416,6 +418,12 @@ def named(place: str) -> Iterator[None]:
         raise NotImplementedError(f"{place}: {told}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        kind = MemoryError if isinstance(error, MemoryError) else torch.OutOfMemoryError
+        raise kind(
+            f"{place}: {short(error)}: take smaller batches, by batch_size= where inputs are a "
+            "tensor, else in your loader."
+        ) from error
 
 
 def check_shape(batch: Tensor, shape: torch.Size | None) -> torch.Size:

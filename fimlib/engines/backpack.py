@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fimlib.derivatives import Block, Derivatives
-from fimlib.engines.checks import check_no_global_hooks, check_outputs, failed, short
+from fimlib.engines.checks import check_no_hooks, check_outputs, failed, short
 from fimlib.engines.model import private_copy, tensors
 
 
@@ -21,7 +21,7 @@ def differentiate(
     model: nn.Module, x: Tensor, *, order: int = 2, wanted: frozenset[str] | None = None
 ) -> Derivatives:
     """J and S by T passes of BackPACK over a copy of the model; see ``fimlib.differentiate``."""
-    check_no_global_hooks()
+    check_no_hooks(model)
     return passes(private_copy(model), x, order, wanted)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fimlib.derivatives import all_finite
-from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, private_copy
+from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, is_sharded, private_copy
 
 FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
@@ -26,24 +26,48 @@ def check_module(model: object) -> nn.Module:
 
     Raises:
         TypeError: it is no module.
-        NotImplementedError: a module inside it is compiled.
+        ValueError: a parameter has no values here.
+        NotImplementedError: a module inside it is compiled or sharded, or the wrapper has hooks.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise TypeError(f"{model.__name__} is a class: make an instance of it.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}.")
     found: nn.Module = model.get_submodule("_orig_mod") if is_compiled(model) else model
+    if found is not model and any(hooks_of(model)):
+        raise NotImplementedError(
+            "a hook is on what torch.compile returned, and not on the network inside it: register "
+            "it on model._orig_mod."
+        )
     for name, module in found.named_modules():
         if is_compiled(module):
             raise NotImplementedError(
                 f"module {name!r} is compiled by torch.compile, which hides its forward pass: put "
                 "its _orig_mod, the module as it was before, in its place."
             )
+        if is_sharded(module):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) is sharded, and this process has a "
+                "part of its weights only: in every process load get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), of torch.distributed.checkpoint."
+                "state_dict, into a plain network."
+            )
+    for name, parameter in found.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device, without its values: load the model "
+                "without offloading parts of it."
+            )
     return found
 
 
 def check_plain(model: nn.Module) -> None:
-    """Refuse hooks and replaced forward passes, which engines cannot see."""
+    """Refuse wrappers that hide the network, and hooks that may change gradients."""
+    if modules._global_backward_hooks or modules._global_backward_pre_hooks:
+        raise NotImplementedError(
+            "a global backward hook may change all gradients: remove it, by handle.remove() of the "
+            "handle that its registration returned."
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise NotImplementedError(
@@ -55,27 +79,34 @@ def check_plain(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) is a script module, which hides its "
                 "forward pass: pass the network as it was before torch.jit."
             )
-        if not all(isinstance(hook, PARAMETRISATIONS) for hook in hooks_of(module)):
+        if module._backward_hooks or module._backward_pre_hooks:
             raise NotImplementedError(
-                f"module {name!r} ({type(module).__name__}) has a hook, which an engine would "
-                "miss: remove it, by handle.remove() of the handle that its registration returned."
-            )
-        if "forward" in vars(module):
-            raise NotImplementedError(
-                f"module {name!r} ({type(module).__name__}) has a replaced forward(), which an "
-                "engine would miss: make it a method of a class of its own."
+                f"module {name!r} ({type(module).__name__}) has a backward hook, which may change "
+                "gradients: remove it, by handle.remove() of the handle that its registration "
+                "returned."
             )
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters: there is nothing to differentiate in.")
 
 
-def check_no_global_hooks() -> None:
-    """Refuse hooks on all modules, for the engines that know modules by their types."""
+def check_no_hooks(model: nn.Module) -> None:
+    """Refuse hooks and replaced forward passes, for engines that know modules by their types."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         raise NotImplementedError(
             "a global forward hook (torch.nn.modules.module.register_module_forward_hook) may "
-            "change what every module computes: remove it, or take engine='traced'."
+            "change what every module computes, which this engine would miss."
         )
+    for name, module in model.named_modules():
+        if not all(isinstance(hook, PARAMETRISATIONS) for hook in hooks_of(module)):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) has a hook, which this engine would "
+                "miss."
+            )
+        if "forward" in vars(module):
+            raise NotImplementedError(
+                f"module {name!r} ({type(module).__name__}) has a replaced forward(), which this "
+                "engine would miss."
+            )
 
 
 def short(error: Exception, most: int = 160) -> str:

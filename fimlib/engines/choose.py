@@ -207,6 +207,8 @@ def differentiate(
 
     Args:
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
+            Forward hooks and replaced ``forward()`` are part of it. Copies of the model call them
+            often, at other weights too, so a hook fills a list of yours with values of no use.
         x: [B, ...], the inputs, of the model's dtype (or integers, where it embeds them) and on its
             device.
         engine: "layerwise" (``nn.Sequential`` of ``Linear``, elementwise activations, ``Dropout``,
@@ -225,7 +227,8 @@ def differentiate(
     Raises:
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
             shapes or dtypes do not fit; the engine or a layer is unknown.
-        NotImplementedError: no engine supports a module, or it cannot be copied; or what autograd
+        NotImplementedError: no engine supports a module, or it cannot be copied, or has a backward
+            hook, which may change gradients; or what autograd
             says is not the derivative of the outputs, as with ``detach()`` or a straight-through
             estimator; or the outputs for one input depend on the others of the batch. The message
             names the module, and a remedy that works if there is one.

@@ -76,7 +76,7 @@ def hold(network: nn.Module, forward_of: Forward, batch: Any) -> Held:
     Raises:
         ValueError: the batch has no tensors, or its tensors differ in their first axis; it holds
             NaN.
-        NotImplementedError: the network has hooks; see ``check_plain``.
+        NotImplementedError: the network is hidden by a wrapper; see ``check_plain``.
     """
     check_plain(network)
     check_training(network)

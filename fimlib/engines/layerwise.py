@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fimlib.derivatives import Block, Derivatives, Sweep, all_finite
 from fimlib.engines import activations as curves
 from fimlib.engines.activations import Curve
-from fimlib.engines.checks import check_no_global_hooks
+from fimlib.engines.checks import check_no_hooks
 from fimlib.engines.model import is_same, private_copy
 from fimlib.engines.traced.graph import CapturedError, Uncaptured
 
@@ -135,7 +135,7 @@ def piece_size(steps: Steps, rows: Tensor, order: int) -> int:
 
 def record(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
     """The outputs and the steps of a forward pass, of a copy if the model may do anything."""
-    check_no_global_hooks()
+    check_no_hooks(model)
     with torch.no_grad():
         if all(type(module) in KNOWN for module in model.modules()):
             outputs, steps = forward(chain(model), x, {})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 
 def selected(model: nn.Module, layers: Sequence[str] | str | None) -> frozenset[str] | None:
@@ -99,15 +100,12 @@ def private_copy(model: nn.Module) -> nn.Module:
     Raises:
         NotImplementedError: an attribute of the model cannot be copied.
     """
-    # autograd forbids copies of what it has computed; where these are used, the copies show up as
-    # no parameters
-    kept = (t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None)
-    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_() for t in kept}
     # deepcopy() would spend most of its time on the many empty dicts of hooks
     values = (v for m in model.modules() for v in vars(m).values())
-    memo |= {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
+    memo = {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
     try:
-        own = copy.deepcopy(model, dict(memo))
+        with ComputedToo():
+            own = copy.deepcopy(model, dict(memo))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every attribute may have its own
@@ -124,10 +122,24 @@ def private_copy(model: nn.Module) -> nn.Module:
     return own
 
 
+class ComputedToo(TorchFunctionMode):
+    """Copies what autograd has computed, too, as leaves: where they are used, they show up."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, unless it would copy such a tensor."""
+        if func is not Tensor.__deepcopy__ or args[0].grad_fn is None:
+            return func(*args, **(kwargs or {}))
+        t, memo = args
+        return memo.setdefault(id(t), t.detach().clone().requires_grad_())
+
+
 def is_copyable(module: nn.Module, memo: dict[int, Any]) -> bool:
     """Whether the module's own attributes can be copied, those inside it left out."""
     try:
-        copy.deepcopy({k: v for k, v in vars(module).items() if k != "_modules"}, memo)
+        with ComputedToo():
+            copy.deepcopy({k: v for k, v in vars(module).items() if k != "_modules"}, memo)
     except Exception:  # the one that is being explained
         return False
     return True
@@ -189,3 +201,12 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile made this module."""
     return type(module).__module__.startswith("torch._dynamo")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP made this module, or its parameters are spread over processes."""
+    kinds = {*type(module).__mro__, *map(type, module.parameters(recurse=False))}
+    return any(kind.__module__.startswith(SHARDED) for kind in kinds)
+
+
+SHARDED = ("torch.distributed.fsdp", "torch.distributed.tensor")

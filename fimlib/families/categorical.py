@@ -30,6 +30,9 @@ class Categorical(Family):
     Every contraction goes through the C projections ``D_k − σ·D``: the derivative of
     log p(k|x) for D = J. A sample of N labels enters only by its C class counts. ``observed``
     takes classes, integers [B] or [B, N]; rows that look one-hot are refused.
+
+    Class weights and label smoothing change the loss of a training, and not p(y|x): I stays as it
+    is, at given weights of the network.
     """
 
     min_outputs = 2

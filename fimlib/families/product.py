@@ -21,6 +21,7 @@ from torch import Tensor
 from fimlib._checks import check_integer
 from fimlib.families.base import Family, Labels, check_family, pairings, sum_of_pairs
 
+IGNORED = -100  # the label that torch's losses leave out by default
 Function = Callable[..., Tensor]  # of a family, its outputs, and derivatives of these
 
 
@@ -144,6 +145,9 @@ class Positions(Product):
         family: Of the label at one position.
         size: The outputs of one position, as V words or C classes.
         class_dim: Their axis in what the network returns.
+        ignore_index: In ``observed``, the label of a position that counts nothing, as −100 in
+            torch's losses; None: there is none. The model has a label at such a position all the
+            same, so I and the estimators count it unless its outputs are multiplied by 0.
 
     Raises:
         ValueError: size is no integer, or too small for the family.
@@ -156,9 +160,11 @@ class Positions(Product):
         (2.0, 8.0)
     """
 
-    def __init__(self, family: Family, size: int, *, class_dim: int = -1) -> None:
+    def __init__(
+        self, family: Family, size: int, *, class_dim: int = -1, ignore_index: int | None = None
+    ) -> None:
         check_family(family)
-        self.family, self.class_dim = family, class_dim
+        self.family, self.class_dim, self.ignore_index = family, class_dim, ignore_index
         self.size = check_integer(size, "size", family.min_outputs)
         self.min_outputs = self.size
 
@@ -212,17 +218,35 @@ class Positions(Product):
     def observed(self, h: Tensor, y: Any) -> Labels:
         """Labels that were observed: [B, L] classes, or [B, L, size] for other families.
 
+        The residual is 0 where all of y at a position is ``ignore_index``.
+
         Raises:
-            ValueError: as the family's.
+            ValueError: y has other positions, or as the family's.
         """
-        y = torch.as_tensor(y)
-        count = y[0].numel() // max(1, self.natural(h).shape[1] // self.size)
-
-        def one(family: Family, h: Tensor) -> Tensor:
-            return statistics(family.observed(h, y.reshape(len(h), count)))
-
-        h = self.natural(h)
-        return self.equally_weighted(h, self.rows(one, h)[:, None])
+        h, y = self.natural(h), torch.as_tensor(y)
+        length = h.shape[1] // self.size
+        if y.shape[:1] != h.shape[:1] or y[0].numel() % length:
+            raise ValueError(
+                f"Positions: the outputs are those of {length} positions of {len(h)} inputs, and y "
+                f"is {list(y.shape)}: give a label for each position."
+            )
+        y = y.reshape(len(h) * length, -1).to(h.device)
+        ignored = (y == self.ignore_index).all(1) if self.ignore_index is not None else None
+        if ignored is not None:
+            y = y.masked_fill(ignored[:, None], 0)
+        try:
+            t = self.rows(lambda family, h: statistics(family.observed(h, y)), h)
+        except ValueError as error:
+            if ignored is None and bool((y == IGNORED).any()):
+                hint = (
+                    f" If {IGNORED} stands for no label, pass ignore_index={IGNORED} to Positions."
+                )
+                raise ValueError(f"{error}{hint}") from error
+            raise
+        if ignored is not None:
+            outputs = ignored.view(len(h), length).repeat_interleave(self.size, 1)
+            t = torch.where(outputs, self.mean(h), t)
+        return self.equally_weighted(h, t[:, None])
 
 
 class Heads(Product):

@@ -1,5 +1,6 @@
 """Accumulators of several processes become one, by torchrun and gloo on the CPU."""
 
+import copy
 import json
 import os
 import re
@@ -23,8 +24,10 @@ TIME_LIMIT = 120  # seconds; a process that waits in vain is one that fails
 
 # Every case goes through in the same processes: starting them takes longest.
 CASES = """
-import json, sys, torch, fimlib
+import copy, json, sys, torch, fimlib
 from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from fimlib import accumulate, all_reduce
 
 torch.distributed.init_process_group("gloo")
@@ -153,6 +156,54 @@ def estimates():
     return numbers(total), before
 
 
+def fsdp_1(net):
+    return fsdp.FullyShardedDataParallel(
+        net, sharding_strategy=fsdp.ShardingStrategy.FULL_SHARD, device_id=torch.device("cpu")
+    )
+
+
+def fsdp_2(net):
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    fsdp.fully_shard(net[0], mesh=mesh)
+    return fsdp.fully_shard(net, mesh=mesh)
+
+
+def trained(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x).square().mean().backward()
+    optimizer.step()
+    return net
+
+
+def sharded(wrap):
+    found, part = {}, (x[:4], x[4:])[rank]
+    net = trained(wrap(copy.deepcopy(model)))
+    for call in (fimlib.estimate, accumulate):
+        try:
+            call(net, part, family)
+        except NotImplementedError as error:
+            found[call.__name__] = str(error)
+    # its remedy
+    plain = copy.deepcopy(model)
+    options = StateDictOptions(full_state_dict=True)
+    plain.load_state_dict(get_model_state_dict(net, options=options))
+    found["joint"] = state(all_reduce(accumulate(plain, part, family)))
+    estimates = (
+        all_reduce(fimlib.estimate(m, part, family, passes=5))
+        for m in (plain, trained(copy.deepcopy(model)))
+    )
+    found["estimates"] = [numbers(one)["value"] for one in estimates]
+    return found
+
+
+def fsdp_1_sharded():
+    return sharded(fsdp_1)
+
+
+def fsdp_2_sharded():
+    return sharded(fsdp_2)
+
+
 def own_signs():
     return estimate(x).value["0.weight"].tolist()
 
@@ -176,6 +227,7 @@ torch.distributed.destroy_process_group()
 """
 ANSWERS = ["unequal", "batches", "first_empty", "last_empty", "twice", "subgroup", "all_empty"]
 ANSWERS += ["some_quantities", "labels", "same_settings", "outside", "estimates", "own_signs"]
+ANSWERS += ["fsdp_1_sharded", "fsdp_2_sharded"]
 REFUSALS = {
     "other_estimator": r"rank 1 .*estimates with different estimator= cannot be merged",
     "estimate_and_joint": r"rank 1 .*an estimate and an accumulator cannot be merged",
@@ -275,6 +327,23 @@ def test_two_processes_give_the_answer_of_one(case, results, network):
         assert ranks[0] == ranks[1]  # to the bit
     bounds = "certified" if case == "unequal" else None
     assert_is(ranks[1], accumulate(model, x, Categorical(), bounds=bounds))
+
+
+@pytest.mark.parametrize("case", ["fsdp_1_sharded", "fsdp_2_sharded"])
+def test_the_full_weights_of_a_sharded_network(case, results, network):
+    model, x = network
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    for result in results[case]:
+        for call in ("estimate", "accumulate"):
+            assert re.search(r"is sharded.* load get_model_state_dict\(model, opti", result[call])
+        assert_is(result["joint"], accumulate(model, x, Categorical()))
+        found, expected = result["estimates"]
+        for name, values in expected.items():
+            a, b = (torch.tensor(v, dtype=torch.float64) for v in (found[name], values))
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
 def test_other_kinds_of_accumulators(results, network):

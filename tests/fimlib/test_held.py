@@ -345,8 +345,8 @@ def test_arguments_that_do_not_fit(function):
         function(net, [batch], Categorical(), pick="x", **call)
     with pytest.raises(ValueError, match="none is trainable"):
         function(net.requires_grad_(False), [batch], Categorical(), layers="trainable", **call)
-    net.requires_grad_(True)[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match="has a hook"):
+    net.requires_grad_(True)[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="has a backward hook"):
         function(net, [batch], Categorical(), **call)
     random = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).double()
     with pytest.raises(ValueError, match="training mode"):

@@ -6,8 +6,9 @@ import pytest
 import reference
 import torch
 from strategies import inputs
+from torch import nn
 
-from fimlib import Joint
+from fimlib import Joint, data_fisher, differentiate, kl_gradient
 from fimlib.derivatives import Block, Derivatives
 from fimlib.families import (
     Bernoulli,
@@ -117,6 +118,94 @@ def test_a_head_may_have_outputs_that_are_not_natural_parameters():
     I = GaussianHead().information(H[:, 2:], expected.J)
     I = I + Categorical().information(H[:, :2], J[:, :2])
     assert torch.allclose(heads.information(H, found.J), I)
+
+
+def padded_words():
+    """Three sequences of 4, 2 and 0 words of 3, logits and derivatives, 0 where padded."""
+    lengths = [4, 2, 0]
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]  # [3, 4]
+    y = (torch.arange(12).view(3, 4) * 5 % 3).masked_fill(~mask, -100)
+    outputs = mask.repeat_interleave(3, 1).double()
+    h, J = inputs(3, 12, seed=5) * outputs, inputs(3, 12 * 2, seed=6).view(3, 12, 2)
+    return lengths, y, h, J * outputs[..., None]
+
+
+def test_ignored_labels_of_padding_count_nothing():
+    lengths, y, h, J = padded_words()
+    family = Positions(Categorical(), 3, ignore_index=-100)
+    derivs = Derivatives(h, (Block("", J, None, {"w": None}),))
+    found = data_fisher(derivs, family.observed(h, y))["w"]
+    slopes = kl_gradient(derivs, family.observed(h, y))["w"]
+    joint = Joint(family, quantities=["I"])
+    joint.update(derivs, family.observed(h, y))
+    for b, length in enumerate(lengths):
+        delta = torch.eye(3)[y[b, :length]] - h[b].view(4, 3)[:length].softmax(1)
+        score = torch.einsum("lt,lti->i", delta, J[b].view(4, 3, 2)[:length])
+        assert torch.allclose(found[b], score.square())
+        assert torch.allclose(slopes[b], -score)
+    assert torch.allclose(joint.fisher_information()["w"], found.mean(0))
+    assert not found[2].any()
+    # I is that of the model's labels, of which there are none where the outputs are constant
+    I = family.information(h, J)
+    assert torch.allclose(I[1:2], family.information(h[1:2, :6], J[1:2, :6]))
+    assert not I[2].any()
+
+
+class Texts(nn.Module):
+    """Logits of the next of 4 words, 0 where a word is 0, position by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(4, 3), nn.GRU(3, 3, batch_first=True)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, ids):
+        return (self.head(self.rnn(self.table(ids))[0]) * (ids > 0)[..., None]).flatten(1)
+
+
+def test_padded_sequences_have_the_data_fisher_of_the_sequences_alone():
+    torch.manual_seed(0)
+    model, family = Texts().double(), Positions(Categorical(), 4, ignore_index=-100)
+    ids = torch.tensor([[1, 3, 2, 2], [2, 1, 0, 0], [3, 0, 0, 0]])
+    y = ids.roll(-1, 1).masked_fill(ids == 0, -100)
+    derivs = differentiate(model, ids, order=1)
+    found = data_fisher(derivs, family.observed(derivs.outputs, y))
+    for b, length in enumerate((4, 2, 1)):
+        one = differentiate(model, ids[b : b + 1, :length], order=1)
+        expected = data_fisher(
+            one, Positions(Categorical(), 4).observed(one.outputs, y[b : b + 1, :length])
+        )
+        for name, _ in model.named_parameters():
+            assert torch.allclose(found[name][b], expected[name][0], rtol=1e-9, atol=1e-14)
+
+
+def test_an_ignored_label_where_outputs_are_not_masked():
+    _, y, _, _ = padded_words()
+    h, J = inputs(3, 12, seed=5), torch.ones(3, 12, 2).double().cumsum(1)
+    family = Positions(Categorical(), 3, ignore_index=-100)
+    scores = family.observed(h, y).project(J)[:, 0]
+    short = Positions(Categorical(), 3).observed(h[1:2, :6], y[1:2, :2]).project(J[1:2, :6])[:, 0]
+    assert torch.allclose(scores[1:2], short)
+    assert not scores[2].any()
+    plain = Positions(Categorical(), 3)  # I counts the position: the model has a label there
+    assert torch.equal(family.information(h, J), plain.information(h, J))
+
+
+def test_ignored_labels_of_other_families():
+    h = inputs(2, 4, seed=5)
+    y = torch.tensor([[[3.0, 1.0], [-1.0, -1.0]], [[-1.0, 0.5], [2.0, 2.0]]]).double()
+    delta = Positions(Gaussian(), 2, ignore_index=-1).observed(h, y).mean_residual()
+    expected = y.flatten(1) - h
+    expected[0, 2:] = 0
+    assert torch.allclose(delta, expected)
+
+
+def test_labels_that_do_not_fit_the_positions():
+    _, y, h, _ = padded_words()
+    with pytest.raises(ValueError, match=r"between 0 and 2.* pass ignore_index=-100 to Positions"):
+        Positions(Categorical(), 3).observed(h, y)
+    with pytest.raises(ValueError, match=r"4 positions of 3 inputs, and y is \[3, 3\]"):
+        Positions(Categorical(), 3).observed(h, y[:, :3].clamp_min(0))
 
 
 def test_observed_labels():

@@ -6,6 +6,7 @@ the outputs. Where there is none, the message names the cause; all that it advis
 
 import ast
 import copy
+import functools
 import re
 import threading
 import warnings
@@ -130,9 +131,36 @@ def hooked():
     return net
 
 
+def hooked_backward():
+    net = row(nn.Tanh())
+    net[1].register_full_backward_hook(lambda _module, grads, _: (grads[0].clamp(-9, 9),))
+    return net
+
+
+def compiled_and_hooked():
+    compiled = torch.compile(row(nn.Tanh()))
+    compiled.register_forward_hook(lambda _module, _args, out: 2 * out)
+    return compiled
+
+
 def replaced():
     net = row(nn.Tanh())
     net[1].forward = torch.sin
+    return net
+
+
+def replaced_by_closure():
+    net = row(nn.Tanh())
+    before = net[0].forward
+    net[0].forward = lambda x: before(x).sin()
+    return net
+
+
+def replaced_by_partial():
+    """As accelerate does it."""
+    net = row(nn.Tanh())
+    net[0].before = net[0].forward
+    net[0].forward = functools.partial(lambda m, x: m.before(x).sin(), net[0])
     return net
 
 
@@ -394,6 +422,8 @@ CASES = {
             parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)
         )
     ),
+    "hook": right(hooked),
+    "replaced forward": right(replaced),
     "compiled": right(lambda: torch.compile(row(nn.Tanh()))),
     "a part without use": right(lambda: mid(lambda _, s: s.tanh(), c=nn.Linear(3, 3))),
     "head on a frozen backbone": right(
@@ -479,8 +509,26 @@ CASES = {
         mended=lambda: plain(torch.sin),
     ),
     # What cannot be seen.
-    "hook": refused(hooked, "'1' .*has a hook", "remove"),
-    "replaced forward": refused(replaced, "'1' .*replaced forward", mended=lambda: row(nn.Tanh())),
+    "backward hook": refused(hooked_backward, "'1' .*has a backward hook", "remove"),
+    "hook, layerwise": refused(hooked, "'1' .*has a hook", "engine", engine="layerwise"),
+    "hook on a compiled network": refused(
+        compiled_and_hooked,
+        r"register it on model\._orig_mod",
+        "_orig_mod",
+    ),
+    "replaced forward, backpack": refused(
+        replaced, "'1' .*replaced forward", "engine", engine="backpack"
+    ),
+    "replaced forward, out of a closure": refused(
+        replaced_by_closure,
+        "'0.weight', .*replaced forward.*make it an attribute",
+        mended=replaced_by_partial,
+    ),
+    "offloaded": refused(
+        lambda: row(nn.Tanh()).to("meta"),
+        "'0.weight' is on the meta device.*without offloading",
+        mended=lambda: row(nn.Tanh()),
+    ),
     "data parallel": refused(lambda: nn.DataParallel(row(nn.Tanh())), "DataParallel", "module"),
     "compiled inside": refused(
         lambda: nn.Sequential(torch.compile(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 2)),
@@ -612,6 +660,10 @@ def with_option(name, read):
 
 
 def unwrapped(model, x, options, _):
+    if hasattr(model, "_orig_mod"):
+        model._orig_mod._forward_hooks.update(model._forward_hooks)
+        model._forward_hooks.clear()
+        return model, x, options
     model = copy.copy(model)
     for name, child in model.named_children():
         if hasattr(child, "_orig_mod"):
@@ -621,7 +673,7 @@ def unwrapped(model, x, options, _):
 
 def unhooked(model, x, options, _):
     for module in model.modules():
-        module._forward_hooks.clear()
+        module._backward_hooks.clear()
     return model, x, options
 
 
@@ -806,7 +858,8 @@ OTHER_CALLS = {
 
 @pytest.mark.parametrize("call", OTHER_CALLS)
 @pytest.mark.parametrize(
-    "name", ["straight through", "positions", "hook", "one image", "KeyError", "batch mean"]
+    "name",
+    ["straight through", "positions", "backward hook", "one image", "KeyError", "batch mean"],
 )
 def test_other_functions_say_the_same(call, name):
     case = CASES[name]

@@ -70,6 +70,17 @@ def lora():
     return model
 
 
+def with_hooks():
+    """Of accelerate, on every module, and of transformers, on the table of an adapted model."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = lora()
+    model.enable_input_require_grads()
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    for module in [m for m in model.modules() if not list(m.children())]:
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+    return model
+
+
 def text():
     ids = torch.randint(1, WORDS, (4, LENGTH))
     mask = torch.ones_like(ids)
@@ -93,6 +104,7 @@ CASES = {
     "ViT": (vit, lambda: {"pixel_values": torch.randn(4, 1, 8, 8)}, Categorical(), logits),
     "T5": (t5, lambda: {**text(), "decoder_input_ids": torch.ones(4, 3).long()}, TEXTS, logits),
     "LoRA": (lora, text, TEXTS, words),
+    "LoRA with hooks": (with_hooks, text, TEXTS, words),
 }
 
 
@@ -102,7 +114,7 @@ def test_estimates_agree_with_the_exact_information(name):
     torch.manual_seed(0)
     make, batch, family, forward = CASES[name]
     model, data = make().eval(), [batch()]  # float32: some round to it on the way
-    layers = "trainable" if name == "LoRA" else None
+    layers = "trainable" if "LoRA" in name else None
     joint = accumulate(model, data, family, forward=forward, layers=layers, quantities=["V1"])
     found = estimate(model, data, family, forward=forward, layers=layers, passes=100)
     assert found.value.keys() == joint.fisher_information().keys()

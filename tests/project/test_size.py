@@ -7,10 +7,10 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6080,
-    "core": 5890,
-    "rest": 2800,
-    "support and extensions": 11_600,
+    "engines": 6135,
+    "core": 5960,
+    "rest": 2810,
+    "support and extensions": 12_050,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
 REST |= {"_files", "_signals", "_tables", "_version", "memory", "plan", "streaming"}

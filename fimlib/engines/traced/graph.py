@@ -100,7 +100,8 @@ class Uncaptured(TorchFunctionMode):
         for name in (self.foreign[id(t)] for t in arguments if id(t) in self.foreign):
             raise CapturedError(
                 f"{self.place} uses parameter {name!r}, not by its name in the module tree (but "
-                "out of a closure or a list): make it an attribute of the module that uses it."
+                "out of a closure, a list or a replaced forward()): make it an attribute of the "
+                "module that uses it."
             )
 
 
