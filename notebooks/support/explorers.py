@@ -72,7 +72,7 @@ def write_explorers(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run
 def origin(data: Mapping[str, Columns]) -> str:
     """Where the softmax explorer's numbers come from, in a line."""
     return (
-        f"Computed by fimlib {results.version('fimlib')}, commit {results.commit()}, when this "
+        f"Computed by fimlib {fimlib.__version__}, commit {results.commit()}, when this "
         f"book was built: {len(data['three']['sigma'])} + {len(data['ten']['sigma'])} softmax "
         "vectors. No data set, no run."
     )

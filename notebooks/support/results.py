@@ -25,12 +25,14 @@ from typing import Any
 import pandas as pd
 import torch
 
+import fimlib
+
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "network"  # the layer column of values that belong to no single layer
 DIGITS = 12  # significant ones of a value in a table
 COLUMNS = ["run", "epoch", "layer", "quantity", "value"]
 FILES = ("values.csv", "notebook.ipynb", "figure.svg")  # whose digests a record names, if there
-PACKAGES = ("fimlib", "numpy", "scipy", "pandas", "matplotlib", "papermill")
+PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "papermill")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def record(
         "data": dict(data),
         "counts": bool(data.get("is_mnist", True)) and not limited,
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"fimlib": fimlib.__version__}  # an installation in place keeps the version of its day
         | {p: version(p) for p in PACKAGES},
         "commit": commit(),
         "machine": {
