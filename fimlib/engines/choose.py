@@ -74,7 +74,7 @@ def attempt_layerwise(
 def attempts_functional(order: int) -> tuple[Attempt, ...]:
     """Two ways to J, three to S."""
     if order == 1:
-        return (attempt_first_order, functional_attempt(functional.first_order))
+        return (attempt_first_order, attempt_input_by_input)
     return tuple(
         functional_attempt(functional.second_order(curves)) for curves in forward_mode.WAYS
     )
@@ -89,6 +89,22 @@ def attempt_first_order(
     except first_order.NeedsTheBatchError:
         check_inputs_apart(model, x)
         raise
+
+
+def attempt_input_by_input(
+    model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None
+) -> Sweep:
+    """J by autograd at one input after the other, dense, so for a few at a time."""
+
+    def sweep(at: slice | Tensor) -> Derivatives:
+        way = functional.first_order
+        return functional.differentiate(model, x[at].clone(), wanted=wanted, way=way)
+
+    _, outputs = functional.private(model, x)
+    blocks = sweep(slice(1)).blocks
+    size = max(1, functional.NUMBERS_AT_A_TIME // sum(block.J.numel() for block in blocks))
+    inputs = tuple((block.layer, block.inputs) for block in blocks)
+    return Sweep(outputs, inputs, sweep, size, "functional")
 
 
 def functional_attempt(way: functional.Way) -> Attempt:
