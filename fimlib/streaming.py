@@ -21,7 +21,7 @@ from fimlib._checks import check_integer
 from fimlib.derivatives import all_finite
 from fimlib.engines.checks import WRAPPER, add_axis, check_model, check_module, check_plain
 from fimlib.engines.choose import differentiate, differentiator
-from fimlib.engines.confirm import inputs_to_check, positions_to_check
+from fimlib.engines.confirm import inputs_to_check
 from fimlib.engines.held import Forward, hold
 from fimlib.engines.model import finite_outputs, kept_random_state, private_copy
 from fimlib.families.base import Family
@@ -147,7 +147,8 @@ def accumulate_stream(
     keep_freed_memory()
     order = 2 if {"V2", "C12"} & joint.quantities else 1
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
-    differentiate_batch = differentiator(model, **choice)
+    compare = partial(check_rounding, family=family)
+    differentiate_batch = differentiator(model, compare=compare, **choice)
     size = None if batch_size is None else BatchSize(check_integer(batch_size, "batch_size"))
     shape, width = None, None
     before: list[Part] = []
@@ -168,12 +169,10 @@ def accumulate_stream(
                     check_unchanged(before, parts_of(model))
                 check_finite(part)
                 try:
-                    here = part.to(device)
-                    done = again(here)
+                    done = again(part.to(device))
                     width = check_width(done.outputs, family, width)
                     if joint.count == 0:
                         warn_of_probabilities(family, done.outputs, model)
-                        check_rounding(held, here, done.outputs, family)
                     joint.update_sweep(done)
                     del done  # before the next needs the memory
                     before = before or parts_of(model)
@@ -185,7 +184,7 @@ def accumulate_stream(
     return joint
 
 
-def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family) -> None:
+def check_rounding(outputs: Tensor, exact: Tensor, family: Family) -> None:
     """Refuse outputs that are rounded so much that the family has another mean.
 
     Large outputs may agree to all their digits where a softmax of them does not.
@@ -193,14 +192,9 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
     Raises:
         ValueError: the means differ from those in float64.
     """
-    if outputs.dtype == torch.float64:
+    if outputs.dtype == exact.dtype:  # float64, or a network that insists on its type
         return
-    at = positions_to_check(len(x), model).to(x.device)
-    z = x[at].double() if x.is_floating_point() else x[at]
-    exact = finite_outputs(private_copy(model).double(), z, grad=True)
-    if exact is None or exact.shape != outputs[at].shape:
-        return  # a network that insists on its type
-    means = [family.mean(family.natural(h)) for h in (outputs[at], exact)]
+    means = [family.mean(family.natural(h)) for h in (outputs, exact)]
     slack = 4 * torch.finfo(outputs.dtype).eps ** 0.5 * (1 + means[1].abs())
     if bool(((means[0] - means[1]).abs() > slack).any()):
         raise ValueError(

@@ -7,9 +7,9 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6090,
+    "engines": 6100,
     "core": 5850,
-    "rest": 2810,
+    "rest": 2805,
     "support and extensions": 11_600,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
