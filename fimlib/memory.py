@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,23 +30,25 @@ def keep_freed_memory() -> None:
 class LiveBytes(TorchDispatchMode):
     """Follows the memory of the tensors that are made inside it.
 
+    Args:
+        given: Tensors whose views are not counted.
+
     Attributes:
         live: Bytes of those that exist.
-        history: The same, after every operation so far.
+        peak: The most so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.history: list[int] = []
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {t.untyped_storage()._cdata: t for t in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        self.history.append(self.live)
+        self.peak = max(self.peak, self.live)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -60,23 +63,32 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def default_batch_size(work: Callable[[Tensor], None], x: Tensor) -> int:
-    """How many inputs like x, [1, ...], ``work`` takes in about 256 MB of tensors; at least 1.
-
-    It is tried on copies of x. What an input adds to every operation is compared, since what any
-    batch takes, as copies of the weights, may hide the growth of the peak.
-    """
-    one, two = live_bytes(work, x), live_bytes(work, x.expand(2, *x.shape[1:]))
-    if 2 * (max(two) - max(one)) >= BATCH_BYTES:
-        return 1
-    three = live_bytes(work, x.expand(3, *x.shape[1:]))
-    added = max(b - a for a, b in zip(two, three, strict=False))
-    return max(1, BATCH_BYTES // max(1, added))
-
-
-def live_bytes(work: Callable[[Tensor], None], x: Tensor) -> list[int]:
-    """Bytes of the tensors that live after every operation of ``work``."""
+def live_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that live at one time in ``work``."""
     live = LiveBytes()
     with live:
-        work(x)
-    return live.history
+        work()
+    return live.peak
+
+
+class BatchSize:
+    """How many inputs to take at a time, ``now``; as many as fit, once such a batch was measured.
+
+    ``room`` are the bytes that a batch may take; None: the size stays.
+    """
+
+    def __init__(self, now: int, room: int | None = None) -> None:
+        self.now, self.room = now, room
+
+    @contextmanager
+    def measured(self, *, wanted: bool) -> Iterator[None]:
+        """Around a batch of this size: the next may take all the room, if that is wanted."""
+        if self.room is None or not wanted:
+            yield
+            return
+        live = LiveBytes()
+        with live:
+            yield
+        self.now = max(1, self.now * self.room // max(1, live.peak))
+        if 2 * live.peak > self.room:
+            self.room = None

@@ -82,7 +82,7 @@ def plan(
     own = private_copy(model)  # a forward pass may leave its traces
     seconds = median_time(lambda: work(x), x.device)
     unit = median_time(lambda: forward_backward(own, x), x.device)
-    peak = max(live_bytes(work, x))
+    peak = live_bytes(lambda: work(x))
     return Plan(taken, order, len(x), seconds, seconds / unit, peak, refusals)
 
 

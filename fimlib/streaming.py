@@ -18,17 +18,24 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fimlib._checks import check_integer
-from fimlib.derivatives import Sweep, all_finite
-from fimlib.engines.checks import WRAPPER, add_axis, check_module, short
+from fimlib.derivatives import all_finite
+from fimlib.engines.checks import (
+    WRAPPER,
+    add_axis,
+    check_model,
+    check_module,
+    check_plain,
+    short,
+)
 from fimlib.engines.choose import differentiate, differentiator
-from fimlib.engines.confirm import positions_to_check
+from fimlib.engines.confirm import inputs_to_check
 from fimlib.engines.held import Forward, hold
-from fimlib.engines.model import finite_outputs, private_copy
+from fimlib.engines.model import finite_outputs, kept_random_state, private_copy
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.families.product import Positions
 from fimlib.joint import Joint
-from fimlib.memory import default_batch_size, keep_freed_memory
+from fimlib.memory import BATCH_BYTES, BatchSize, LiveBytes, keep_freed_memory
 
 
 def accumulate(
@@ -64,7 +71,8 @@ def accumulate(
         bounds: How λ_max(M) is found for the bounds; None, the default, for no bounds. See
             ``Joint``.
         batch_size: Inputs that are differentiated at a time; larger batches are split. By default
-            as many as take about 256 MB, as measured on the first input; at least 1.
+            as many as take about 256 MB, at least 1. For first derivatives a forward pass of one
+            input says how many; what comes next is as large as those before show that it may be.
         layers: Names of the modules to report, all by default; see ``differentiate``.
         engine: Where the derivatives come from; see ``differentiate``.
         dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
@@ -93,9 +101,8 @@ def accumulate(
     Memory: about 256 MB for a batch, however many there are, beside the accumulator's 40 bytes per
         parameter (see ``Joint``) and two or three times as much while a batch is merged into it.
 
-    Cost: that of ``differentiate`` and ``Joint.update`` for every batch, and for six more inputs
-        to find the size of a batch. With a thousand classes, bounds take most of the time: an
-        eigenvalue problem, O(C³), for each input. Batches are
+    Cost: that of ``differentiate`` and ``Joint.update`` for every batch. With a thousand classes,
+        bounds take most of the time: an eigenvalue problem, O(C³), for each input. Batches are
         looked at for NaN where they are: those on the CPU before they move, so that a GPU is not
         waited for; those on a GPU cost one more wait each.
 
@@ -143,16 +150,13 @@ def accumulate_stream(
 
     After every part of a batch ``go_on`` is told how many inputs are done, and may end it.
     """
-
-    def empty() -> Joint:
-        return Joint(family, quantities=joint.quantities, bounds=joint.bounds, dtype=joint.dtype)
-
     family = joint.family
     keep_freed_memory()
     order = 2 if {"V2", "C12"} & joint.quantities else 1
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
-    differentiate_batch = differentiator(model, **choice)
-    size = None if batch_size is None else check_integer(batch_size, "batch_size")
+    compare = partial(check_rounding, family=family)
+    differentiate_batch = differentiator(model, compare=compare, **choice)
+    size = None if batch_size is None else BatchSize(check_integer(batch_size, "batch_size"))
     shape, width = None, None
     before: list[Part] = []
     device = next((p.device for p in model.parameters()), None)
@@ -160,24 +164,24 @@ def accumulate_stream(
         again = partial(differentiate_batch, held=held)
         with named(f"batch {number}"):
             shape = check_shape(batch, shape)
-            if size is None:
-                some = batch[positions_to_check(len(batch), model).to(batch.device)]
-                again(some.to(device))  # the first call is not like the others
-                size = default_batch_size(partial(take, again, empty), batch[:1].to(device))
-        for i, part in enumerate(batch.split(size), start=1):
-            span = f"inputs {joint.count} to {joint.count + len(part) - 1}"
-            with named(f"batch {i if is_whole else number} ({span})"):
+            is_free = size is None
+            size = size or first_size(held, batch, joint, order)
+        start = joint.count
+        chosen = portions(batch, size, is_spread=is_free)
+        for i, (first, last, part) in enumerate(chosen, start=1):
+            place = f"batch {i if is_whole else number} (inputs {start + first} to {start + last})"
+            has_more = joint.count - start + len(part) < len(batch)
+            with named(place), size.measured(wanted=joint.count > 0 and has_more):
                 if before:
                     check_unchanged(before, parts_of(model))
                 check_finite(part)
                 try:
-                    here = part.to(device)
-                    done = again(here)
+                    done = again(part.to(device))
                     width = check_width(done.outputs, family, width)
                     if joint.count == 0:
                         warn_of_probabilities(family, done.outputs, model)
-                        check_rounding(held, here, done.outputs, family)
                     joint.update_sweep(done)
+                    del done  # before the next needs the memory
                     before = before or parts_of(model)
                 except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
                     raise
@@ -189,7 +193,7 @@ def accumulate_stream(
     return joint
 
 
-def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family) -> None:
+def check_rounding(outputs: Tensor, exact: Tensor, family: Family) -> None:
     """Refuse outputs that are rounded so much that the family has another mean.
 
     Large outputs may agree to all their digits where a softmax of them does not.
@@ -197,14 +201,9 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
     Raises:
         ValueError: the means differ from those in float64.
     """
-    if outputs.dtype == torch.float64:
+    if outputs.dtype == exact.dtype:  # float64, or a network that insists on its type
         return
-    at = positions_to_check(len(x), model).to(x.device)
-    z = x[at].double() if x.is_floating_point() else x[at]
-    exact = finite_outputs(private_copy(model).double(), z, grad=True)
-    if exact is None or exact.shape != outputs[at].shape:
-        return  # a network that insists on its type
-    means = [family.mean(family.natural(h)) for h in (outputs[at], exact)]
+    means = [family.mean(family.natural(h)) for h in (outputs, exact)]
     slack = 4 * torch.finfo(outputs.dtype).eps ** 0.5 * (1 + means[1].abs())
     if bool(((means[0] - means[1]).abs() > slack).any()):
         raise ValueError(
@@ -213,11 +212,57 @@ def check_rounding(model: nn.Module, x: Tensor, outputs: Tensor, family: Family)
         )
 
 
-def take(
-    differentiate_batch: Callable[[Tensor], Sweep], empty: Callable[[], Joint], x: Tensor
-) -> None:
-    """One batch, and nothing else."""
-    empty().update_sweep(differentiate_batch(x))
+def portions(
+    batch: Tensor, size: BatchSize, *, is_spread: bool
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Parts of a batch, with the first and the last of their positions in it.
+
+    The first part is the one that is checked. If asked, it is spread over the batch.
+    """
+    count, start = len(batch), 0
+    order = spread_first(count, size.now) if is_spread and size.now < count else None
+    while start < max(1, count):
+        stop = min(start + size.now, count)
+        if order is None:
+            yield start, stop - 1, batch[start:stop]
+        else:
+            at = order[start:stop]
+            yield int(at[0]), int(at[-1]), batch[at.to(batch.device)]
+        start = max(1, stop)
+
+
+def spread_first(count: int, few: int) -> Tensor:
+    """All positions in a batch: first so few that are spread over it, then the others."""
+    is_early = torch.zeros(count, dtype=torch.bool, device="cpu")
+    is_early[torch.arange(few, device="cpu") * count // few] = True
+    return torch.cat([is_early.nonzero()[:, 0], (~is_early).nonzero()[:, 0]])
+
+
+ROWS = 6  # of as many numbers as a forward pass keeps, beside those of outputs and quantities
+
+
+def first_size(model: nn.Module, batch: Tensor, joint: Joint, order: int) -> BatchSize:
+    """How many inputs to take while none was measured.
+
+    For S as few as are checked. For J as many as fit if the backward pass of every output leaves as
+    many numbers as the forward pass, which is called with one input.
+    """
+    x = batch[:1].to(next(model.parameters()).device)
+    check_model(model, x)
+    check_plain(model)
+    kinds = len(joint.quantities) + (0 if joint.bounds is None else 8)
+    room = BATCH_BYTES + 16 * kinds * sum(p.numel() for p in model.parameters())
+    few = inputs_to_check(model)
+    if len(batch) <= few or order == 2:
+        return BatchSize(few, room)
+    own = private_copy(model).requires_grad_()
+    kept = LiveBytes([x, *own.parameters(), *own.buffers()])
+    with torch.inference_mode(False), kept_random_state(x), kept:
+        h = finite_outputs(own, x, grad=True)
+    if h is None:  # the first batch will tell why
+        return BatchSize(few, room)
+    rows = h.numel() + ROWS + 2 * kinds
+    return BatchSize(max(few, BATCH_BYTES // max(1, rows * kept.peak)), room)
 
 
 # What is x.

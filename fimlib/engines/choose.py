@@ -74,7 +74,7 @@ def attempt_layerwise(
 def attempts_functional(order: int) -> tuple[Attempt, ...]:
     """Two ways to J, three to S."""
     if order == 1:
-        return (attempt_first_order, functional_attempt(functional.first_order))
+        return (attempt_first_order, attempt_input_by_input)
     return tuple(
         functional_attempt(functional.second_order(curves)) for curves in forward_mode.WAYS
     )
@@ -91,12 +91,19 @@ def attempt_first_order(
         raise
 
 
+def attempt_input_by_input(
+    model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None
+) -> Sweep:
+    """J by autograd at one input after the other."""
+    return functional.differentiate(model, x.clone(), wanted=wanted, way=functional.first_order)
+
+
 def functional_attempt(way: functional.Way) -> Attempt:
     """One of these ways."""
 
     def attempt(model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None) -> Sweep:
         found = functional.differentiate(model, x.clone(), wanted=wanted, way=way)
-        return Sweep.from_derivatives(found)
+        return Sweep.from_derivatives(found.derivatives())  # at once, since passes are many
 
     return attempt
 
@@ -147,11 +154,13 @@ class Chosen(NamedTuple):
 
     Attributes:
         batch: The derivatives.
+        exact: The outputs in float64 at the inputs that were checked, as in ``confirm``.
         attempt: The function that found them, for later batches.
         refusals: Why the engines before it failed, by name.
     """
 
     batch: Sweep
+    exact: Tensor
     attempt: Attempt
     refusals: dict[str, Exception]
 
@@ -272,6 +281,7 @@ def differentiator(
     engine: str = "auto",
     order: int = 2,
     layers: Sequence[str] | str | None = None,
+    compare: Callable[[Tensor, Tensor], None] = lambda *_: None,
 ) -> Callable[..., Sweep]:
     """``differentiate`` for many similar batches; the first is checked in full.
 
@@ -279,7 +289,8 @@ def differentiator(
 
     The others go to the engine that supports the first. The caller checks for finite values, so
     that a GPU is synchronised once. The function takes x, and the network that holds a batch, if
-    x are positions in one (``Held``).
+    x are positions in one (``Held``). At inputs that are checked ``compare`` is given the outputs,
+    and the same in float64.
 
     Args, Raises: as ``differentiate``.
     """
@@ -306,6 +317,8 @@ def differentiator(
                 except NotImplementedError:  # these inputs take another path through the network
                     pass
         chosen = differentiate_checked(network, x, engine, order, wanted)
+        at = positions_to_check(len(x), model).to(x.device)
+        compare(chosen.batch.outputs[at], chosen.exact)
         seen += len(x)
         first[:] = [(chosen.attempt, chosen.batch.engine, x.dtype, x.device)]
         return chosen.batch
@@ -335,12 +348,12 @@ def choose(
                 continue
         for attempt in ENGINES[name].attempts(order):
             try:
-                batch = tried(name, attempt, model, x, order, wanted)
+                found = tried(name, attempt, model, x, order, wanted)
             except (NotImplementedError, ImportError) as refusal:
                 if not isinstance(refusals.get(name), Unconfirmed):
                     refusals[name] = refusal
                 continue
-            return Chosen(batch, attempt, refusals)
+            return Chosen(*found, attempt, refusals)
     return refusals
 
 
@@ -351,8 +364,8 @@ def tried(
     x: Tensor,
     order: int,
     wanted: frozenset[str] | None,
-) -> Sweep:
-    """The derivatives of one attempt, confirmed.
+) -> tuple[Sweep, Tensor]:
+    """The derivatives of one attempt, confirmed, and what ``confirm`` returns.
 
     Raises:
         ValueError, NotImplementedError, ImportError: in fimlib's words.
@@ -373,7 +386,7 @@ def tried(
             return attempt(moved, inputs, order, wanted).derivatives()
 
         most = ENTRIES if name != "functional" else ENTRIES_OF_THE_SLOW
-        confirm(model, x[at], sample, again, most)
+        exact = confirm(model, x[at], sample, again, most)
     except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a forward pass may hold anything
@@ -381,7 +394,7 @@ def tried(
             f"engine {name!r} cannot follow the forward pass of {type(model).__name__}: "
             f"{short(error)}."
         ) from error
-    return batch
+    return batch, exact
 
 
 def check_first_order(model: nn.Module, x: Tensor, wanted: frozenset[str] | None) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fimlib.derivatives import Block, Derivatives, all_finite
+from fimlib.derivatives import Block, Derivatives, Sweep, all_finite
 from fimlib.engines import forward_mode
 from fimlib.engines.checks import check_outputs, short
 from fimlib.engines.forward_mode import Curves
@@ -28,9 +28,7 @@ PerParameter = dict[str, Tensor]
 Way = Callable[[nn.Module, Tensor, list[str], Tensor], Derivatives]
 
 
-def differentiate(
-    model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None, way: Way
-) -> Derivatives:
+def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None, way: Way) -> Sweep:
     """J of any network, and S; see ``fimlib.differentiate``.
 
     A tied parameter has the total derivative with respect to the shared tensor, under the first
@@ -48,17 +46,25 @@ def differentiate(
     """
     own, outputs = private(model, x)
     names = [n for n, _ in own.named_parameters() if wanted is None or n in wanted]
-    try:
-        derivs = way(own, x, names, outputs)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch.func and autograd fail in many ways
-        raise NotImplementedError(
-            f"torch cannot differentiate {type(own).__name__}: {short(error)}."
-        ) from error
-    for block in derivs.blocks:
-        check_finite(block)
-    return derivs
+
+    def sweep(at: slice | Tensor) -> Derivatives:
+        try:
+            with torch.inference_mode(False):
+                derivs = way(own, x[at], names, outputs[at])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch.func and autograd fail in many ways
+            raise NotImplementedError(
+                f"torch cannot differentiate {type(own).__name__}: {short(error)}."
+            ) from error
+        for block in derivs.blocks:
+            check_finite(block)
+        return derivs
+
+    inputs = tuple((n.rpartition(".")[0], {n: None}) for n in names)
+    numbers = outputs.shape[1] * sum(own.get_parameter(n).numel() for n in names)
+    size = max(1, NUMBERS_AT_A_TIME // max(1, numbers))
+    return Sweep(outputs, inputs, sweep, size, "functional")
 
 
 def first_order(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Derivatives:

@@ -245,8 +245,8 @@ def test_both_orders_agree_with_the_oracle(name):
 @pytest.mark.long
 @pytest.mark.parametrize("way", forward_mode.WAYS)
 def test_all_ways_to_second_derivatives_agree(way):
-    net, x = attention(), TOKENS
-    found = functional.differentiate(net, x, wanted=None, way=functional.second_order(way))
+    (net, x), curves = (attention(), TOKENS), functional.second_order(way)
+    found = functional.differentiate(net, x, wanted=None, way=curves).derivatives()
     for b, one in enumerate(x.split(1)):
         _, S = reference.derivatives(net, one)
         for name in S:

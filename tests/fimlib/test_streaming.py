@@ -7,6 +7,7 @@ import traceback
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import reference
@@ -19,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fimlib
 from fimlib import Categorical, Gaussian, Joint, differentiate, left_factors, memory, streaming
-from fimlib.engines import layerwise
+from fimlib.engines import choose, functional, layerwise
 from fimlib.engines.choose import differentiator
-from fimlib.memory import LiveBytes, default_batch_size, live_bytes
+from fimlib.memory import BatchSize, LiveBytes, live_bytes
 from fimlib.streaming import accumulate
 
 NET, X = mlp([4, 5, 3], nn.Tanh, scale=1.5), inputs(11, 4)
@@ -450,7 +451,7 @@ def test_where_second_derivatives_take_too_long_the_error_says_what_to_accumulat
             return self.inner(x[:, None])[0][:, 0]
 
     net = Recurrent().double()
-    message = r"^batch 1: .*take quantities=\['Var_x I', 'V1'\]\.$"
+    message = r"^batch 1 .*take quantities=\['Var_x I', 'V1'\]\.$"
     with pytest.raises(NotImplementedError, match=message):
         accumulate(net, X, Categorical())
     assert accumulate(net, X, Categorical(), quantities=["Var_x I", "V1"]).count == 11
@@ -604,14 +605,19 @@ def test_live_bytes_counts_what_lives():
         c.add_(1)
         del c
         assert live.live == 0
-    assert max(live.history) == 8000
+    assert live.peak == 8000
+    there = torch.zeros(100)
+    with LiveBytes([there]) as live:
+        seen, _ = there[10:], torch.zeros(10)
+        assert live.live == 40
+    assert len(seen) == 90
 
 
 def test_nothing_is_left_to_follow_afterwards():
     kept = []
     before = len(weakref.finalize._registry)
     for _ in range(3):
-        live_bytes(lambda x: kept.append(x + 1), torch.zeros(1, 4))
+        live_bytes(lambda: kept.append(torch.zeros(1, 4)))
         accumulate(NET, X, Categorical())
     assert len(weakref.finalize._registry) == before
     with LiveBytes() as live:
@@ -624,7 +630,7 @@ def test_nothing_is_left_to_follow_afterwards():
 
 def peak(action):
     """The most bytes of tensors that live at one time, counted by references to their storages."""
-    return max(live_bytes(lambda _: action(), None))
+    return live_bytes(action)
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "traced"])
@@ -650,6 +656,83 @@ def test_memory_does_not_grow_with_the_data(engine):
     accumulate(net, watched(10), Categorical(), batch_size=4, engine=engine)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_batch_waits_for_the_garbage_collector(order):
+    again, x = differentiator(CNN, order=order), IMAGES.repeat(2, 1, 1, 1)
+    again(x)
+    gc.collect()
+    gc.disable()
+    try:
+        again(x).derivatives()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [t.shape for t in gc.garbage if isinstance(t, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def differentiated(monkeypatch):
+    """The inputs that the engine is given from now on, call by call."""
+    seen = []
+
+    def prepared(*arguments, **options):
+        again = differentiator(*arguments, **options)
+        return lambda x, **held: (seen.append(x), again(x, **held))[1]
+
+    monkeypatch.setattr(streaming, "differentiator", prepared)
+    return seen
+
+
+@pytest.mark.parametrize("quantities", [["I"], None], ids=str)
+def test_every_input_is_differentiated_once(quantities, monkeypatch):
+    seen, x = differentiated(monkeypatch), inputs(50, 4)
+    joint = accumulate(NET, x, Categorical(), quantities=quantities)
+    assert len(seen) == (1 if quantities else 3)  # S: eight, eight that are measured, the others
+    assert torch.equal(torch.cat(seen).sort(0).values, x.sort(0).values)
+    assert_same(joint, accumulate(NET, x, Categorical(), quantities=quantities, batch_size=50))
+
+
+class Calls(nn.Module):
+    """A network that writes down how many inputs it is called with."""
+
+    counts: ClassVar = Counter()
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        self.counts[len(x)] += 1
+        return self.linear(x).sin()
+
+
+def test_one_call_with_one_input_finds_the_size():
+    calls, found = Calls().eval(), []
+    for size in (None, 50):
+        Calls.counts.clear()
+        accumulate(calls, inputs(50, 4), Categorical(), quantities=["I"], batch_size=size)
+        found.append(Counter(Calls.counts))
+    assert found[0] - found[1] == Counter({1: 1})
+    assert not found[1] - found[0]
+
+
+@pytest.mark.parametrize("quantities", [["I"], None], ids=str)
+def test_what_is_checked_is_spread_over_the_batch(quantities, monkeypatch):
+    seen, x = differentiated(monkeypatch), inputs(50, 4)
+    monkeypatch.setattr(streaming, "BATCH_BYTES", 10_000)
+    accumulate(NET, x, Categorical(), quantities=quantities)
+    few = len(seen[0])
+    assert 8 <= few < 25
+    assert torch.equal(seen[0], x[[i * 50 // few for i in range(few)]])
+    x[7] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs (\d+) to (\d+)") as caught:
+        accumulate(NET, x, Categorical(), quantities=quantities)
+    first, last = map(int, re.search(r"inputs (\d+) to (\d+)", str(caught.value)).groups())
+    assert first <= 7 <= last < 50
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("options", [{"bounds": "certified"}, {"quantities": ["V1"]}, {}], ids=str)
 @pytest.mark.parametrize("kind", ["deep", "wide", "cnn", "many classes"])
@@ -660,43 +743,60 @@ def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
         "cnn": (CNN, IMAGES[:1]),
         "many classes": (mlp([4, 5, 60], nn.Tanh), inputs(1, 4)),
     }[kind]
-    monkeypatch.setattr(memory, "BATCH_BYTES", 4 * 2**20)
-    family, sizes = Categorical(), []
-
-    def prepared(*arguments, **options):
-        again = differentiator(*arguments, **options)
-        return lambda x, **_: (sizes.append(len(x)), again(x))[1]
-
-    monkeypatch.setattr(streaming, "differentiator", prepared)
+    may = 4 * 2**20
+    monkeypatch.setattr(memory, "KEPT_BYTES", 1)  # it is never written to
+    monkeypatch.setattr(streaming, "BATCH_BYTES", may)
     many = x.repeat(3000, *[1] * (x.ndim - 1))
-    accumulate(net, many[: 4 * 2**20 // 2000], family, **options)
-    assert sizes[:4] == [8, 1, 2, 3]  # to be confirmed, then to be measured
-    size = sizes[4]
-    assert 1 < size < len(many)
-    monkeypatch.setattr(streaming, "differentiator", differentiator)
-    alone, batch = (
-        peak(lambda n=n: accumulate(net, many[:n], family, batch_size=n, **options))
-        for n in (1, size)
-    )
-    # what the traced engine takes per input depends on the size of the batch
-    low, high = (0.4, 1.5) if kind == "cnn" else (0.7, 1.05)
-    assert batch - alone <= high * 4 * 2**20
-    assert batch >= low * 4 * 2**20
+    with monkeypatch.context() as patched:
+        seen = differentiated(patched)
+        found = peak(lambda: accumulate(net, many, Categorical(), **options))
+    sizes = [len(part) for part in seen]
+    assert sum(sizes) == len(many)  # none is thrown away
+    assert max(sizes) < len(many)
+    num_parameters = sum(p.numel() for p in net.parameters())
+    averages = 88 if "bounds" in options else 24 if options else 40  # bytes, see ``Joint``
+    low, high = (0.4, 1.5) if kind == "cnn" else (0.9, 1.25)
+    assert found <= high * may + 4 * averages * num_parameters + many.nbytes
+    assert found >= low * may
 
 
-def test_an_input_that_is_too_large_goes_alone(monkeypatch):
-    monkeypatch.setattr(memory, "BATCH_BYTES", 1000)
-    tries = []
+def test_dense_derivatives_come_for_a_few_inputs_at_a_time(monkeypatch):
+    monkeypatch.setattr(functional, "NUMBERS_AT_A_TIME", 1000)
+    net, x, joints = mlp([4, 5, 3], nn.Tanh), inputs(400, 4), []
 
-    def work(x):
-        tries.append(len(x))
-        x.repeat(1, 100)
+    def taken(attempt):
+        joints.append(Joint(Categorical(), quantities=["I", "V1"]))
+        joints[-1].update_sweep(attempt(net, x, 1, None))
 
-    assert default_batch_size(work, torch.zeros(1, 4)) == 1
-    assert tries == [1, 2]  # not tried on three
-    assert default_batch_size(lambda x: x + 1, torch.zeros(1, 4)) == 1000 // 16
-    weights = torch.zeros(3000)
-    assert default_batch_size(lambda x: (weights + 1, x + 1), torch.zeros(1, 4)) == 1000 // 16
+    taken(choose.attempt_layerwise)
+    found = peak(lambda: taken(choose.attempt_input_by_input))
+    assert_same(*joints)
+    assert found < 8 * 3 * len(x) * sum(p.numel() for p in net.parameters()) / 3
+
+
+def test_a_batch_that_is_too_large_makes_the_next_one_smaller():
+    size = BatchSize(8, 1000)
+    with size.measured(wanted=True):
+        torch.zeros(250)
+    assert (size.now, size.room) == (8, None)  # it took all of it
+    size = BatchSize(8, 1000)
+    with size.measured(wanted=True):
+        torch.zeros(2500)
+    assert (size.now, size.room) == (1, None)  # not 0
+    size = BatchSize(8, 1000)
+    with size.measured(wanted=True):
+        torch.zeros(25)
+    assert (size.now, size.room) == (80, 1000)  # and the next one is measured again
+    with size.measured(wanted=True):
+        torch.zeros(125)
+    assert (size.now, size.room) == (160, 1000)
+    with size.measured(wanted=False):
+        torch.zeros(2500)
+    assert (size.now, size.room) == (160, 1000)
+    fixed = BatchSize(8)
+    with fixed.measured(wanted=True):
+        torch.zeros(2500)
+    assert fixed.now == 8
 
 
 # A thousand classes. -----------------------------------------------------------------------------

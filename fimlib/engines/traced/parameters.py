@@ -196,7 +196,8 @@ def convolution(op: Any) -> Pull:
 
     @cache
     def patches(power: int) -> Tensor:  # [B, groups, positions, numbers in a patch]
-        return unfolded(op, op._saved_input.detach()) if power == 1 else patches(1).square()
+        found = unfolded(op, op._saved_input.detach())
+        return found if power == 1 else found.square()
 
     def pull(rows: Tensor, power: int) -> Tensor:
         by_group = rows.unflatten(2, (op._saved_groups, -1)).flatten(4)

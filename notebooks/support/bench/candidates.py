@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fimlib
 from fimlib.engines.confirm import INPUTS
-from fimlib.memory import default_batch_size
+from fimlib.memory import BATCH_BYTES, live_bytes
 from fimlib.streaming import accumulate
 from support.bench import approximate
 from support.bench.networks import Network
@@ -121,12 +121,13 @@ def diagonal_recursion(method: str) -> Prepare:
 
 
 def chosen_once(work: Callable[[Tensor], object]) -> Callable[[Tensor], int]:
-    """The number of inputs at a time that ``accumulate`` would choose, chosen at the first call."""
+    """The number of inputs at a time that fit, as in ``accumulate``; chosen at the first call."""
     sizes: list[int] = []
 
     def size(x: Tensor) -> int:
         if not sizes:
-            sizes.append(default_batch_size(lambda one: (work(one), None)[1], x[:1]))
+            few = x[:INPUTS]
+            sizes.append(max(1, len(few) * BATCH_BYTES // live_bytes(lambda: work(few))))
         return sizes[0]
 
     return size
