@@ -213,6 +213,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
     projections = report.experiments(main).get("projections", {})
     results.write_text(GENERATED / "projections.md", projection_figures.table(projections))
+    results.write_text(GENERATED / "projections-costs.md", projection_figures.costs(projections))
     results.write_text(GENERATED / "mutation.md", mutation())
     results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
 

@@ -22,6 +22,7 @@ KINDS = {
     "importance": ("important labels", figures.ORANGE),
 }
 DASHES = {"batch": "-", "input": "--"}
+ERRORS = ("signs_batch", "signs_input", "labels_input")
 CALLS = ("exact", "signs by batch", "signs by input")
 MEASURED = re.compile(r"measured_(\w+)_(batch|input)_(\d+)")
 NAME = re.compile(r"projections-network-(.+)")
@@ -106,18 +107,32 @@ def farthest(at: pd.Series[float]) -> float:
     return max(max(ratio, 1 / ratio) for ratio in ratios)
 
 
+def in_order(group: Mapping[str, Run]) -> list[tuple[str, pd.Series[float], Run]]:
+    """Name of the network, quantities, and run, with the fewest outputs first."""
+    found = [
+        (str(run.record["parameters"]["network"]), last_epoch(run.values), run)
+        for run in group.values()
+    ]
+    return sorted(found, key=lambda one: (one[1]["outputs"], one[0]))
+
+
 def table(group: Mapping[str, Run]) -> str:
-    """Networks, errors and times of all runs of ``projections.ipynb``, as a Markdown table."""
-    rows, passes = [], 0
-    found = [(last_epoch(run.values), run) for run in group.values()]
-    for at, run in sorted(found, key=lambda pair: pair[0]["outputs"]):
-        seconds = run.record["timings"]
-        passes = max(run.record["parameters"]["passes"])
-        cells = [run.record["parameters"]["network"]]
-        cells += [f"{at[name]:,.0f}" for name in ("parameters", "outputs")]
-        cells += [f"{at[f'predicted_signs_{squares}']:.2f}" for squares in DASHES]
-        cells += [f"{seconds[call]:.2g} s" for call in CALLS]
-        rows.append([*cells, f"{farthest(at):.2f}"])
-    head = ["network", "parameters", "outputs", "error by batch", "by input", "time of exact"]
-    head += [f"{passes} by batch", f"{passes} by input", "farthest"]
+    """Networks and their errors, as a Markdown table."""
+    head = ["network", "parameters", "outputs", "signs by batch", "signs by input"]
+    head += ["labels by input", "farthest"]
+    rows = []
+    for name, at, _ in in_order(group):
+        cells = [f"{at[quantity]:,.0f}" for quantity in ("parameters", "outputs")]
+        errors = [f"{at[f'predicted_{kind}']:.2f}" for kind in ERRORS]
+        rows.append([name, *cells, *errors, f"{farthest(at):.2f}"])
     return markdown_table(head, rows)
+
+
+def costs(group: Mapping[str, Run]) -> str:
+    """Time and memory of the calls in every network, as a Markdown table."""
+    rows = []
+    for name, at, run in in_order(group):
+        seconds, megabytes = run.record["timings"], run.record["megabytes"]
+        cells = [f"{seconds[call]:.2g} s, {megabytes[call]:,.0f} MB" for call in CALLS]
+        rows.append([name, f"{at['outputs']:,.0f}", *cells, f"{seconds['summarise']:.2g} s"])
+    return markdown_table(["network", "outputs", "exact", *CALLS[1:], "summarise"], rows)

@@ -56,4 +56,6 @@ def test_the_figure_and_the_tables_show_the_run(made):
     assert len(dots) == 6 * len(TINY["passes"])
     [row] = drawn.table({run.name: run}).splitlines()[2:]
     assert re.match(r"\| sigmoid \| [\d,]+ \| 10 \|", row)
+    [row] = drawn.costs({run.name: run}).splitlines()[2:]
+    assert len(re.findall(r"[\d.]+ s, [\d,]+ MB", row)) == 3
     assert len(drawn.table_of_passes(values).splitlines()) == 2 + 6
