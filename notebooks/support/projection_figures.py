@@ -22,6 +22,7 @@ KINDS = {
     "importance": ("important labels", figures.ORANGE),
 }
 DASHES = {"batch": "-", "input": "--"}
+ACROSS = 3  # panels in a line
 ERRORS = ("signs_batch", "signs_input", "labels_input")
 CALLS = ("exact", "signs by batch", "signs by input")
 MEASURED = re.compile(r"measured_(\w+)_(batch|input)_(\d+)")
@@ -36,19 +37,24 @@ def errors(values: pd.DataFrame) -> Figure:
     """
     of = {str(name): last_epoch(part) for name, part in values.groupby("run")}
     of = dict(sorted(of.items(), key=lambda item: item[1]["outputs"]))
+    columns = min(len(of), ACROSS)
+    lines = -(-len(of) // ACROSS)
     with mpl.rc_context(figures.STYLE):
         figure, axes = plt.subplots(
-            1, len(of), figsize=(2.5 * len(of) + 1.5, 4.2), sharey=True, squeeze=False,
-            layout="constrained",
+            lines, columns, figsize=(3 * columns + 1, 2.9 * lines + 1.2), sharey=True,
+            squeeze=False, layout="constrained",
         )  # fmt: skip
-        for ax, (name, at) in zip(axes[0], of.items(), strict=True):
+        for ax in axes.flat[len(of) :]:
+            ax.remove()
+        for ax, (name, at) in zip(axes.flat, of.items(), strict=False):
             draw(ax, at)
             found = NAME.fullmatch(name)
             ax.set_title(found[1] if found else name)
             ax.set_xlabel("backward passes")
-        axes[0, 0].set_ylabel("relative error of I")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("relative error of I")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, 3))
     return figure
 
 
