@@ -247,9 +247,9 @@ def first_size(model: nn.Module, batch: Tensor, joint: Joint, order: int) -> Bat
     For S as few as are checked. For J as many as fit if the backward pass of every output leaves as
     many numbers as the forward pass, which is called with one input.
     """
+    check_plain(model)
     x = batch[:1].to(next(model.parameters()).device)
     check_model(model, x)
-    check_plain(model)
     kinds = len(joint.quantities) + (0 if joint.bounds is None else 8)
     room = BATCH_BYTES + 16 * kinds * sum(p.numel() for p in model.parameters())
     few = inputs_to_check(model)

@@ -413,7 +413,7 @@ def test_a_budget_that_ends_with_the_last_input_cuts_nothing(monkeypatch, after)
 
 
 def test_a_budget_that_ends_inside_a_batch_cuts_it(monkeypatch):
-    monkeypatch.setattr(streaming, "default_batch_size", lambda *_: 4)
+    monkeypatch.setattr(streaming, "first_size", lambda *_: streaming.BatchSize(4))
     for budget, count in ((1.0, 4), (None, 10)):
         clock = iter([0.0, *[100.0] * 100]) if budget else itertools.repeat(0.0)
         monkeypatch.setattr(module.time, "monotonic", lambda clock=clock: next(clock))

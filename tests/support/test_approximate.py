@@ -523,7 +523,7 @@ WRONG = {
     "straight-through": (lambda: chain_of((3, 4), Straight, (4, 2)), r"'1' \(Straight\)"),
     "bias of another layer": (Carried, "'2' .Linear. computes|is no parameter"),
     "tied": (tied, "'2.weight' is the same tensor as '0.weight'"),
-    "hooked": (hooked, r"has a hook.*handle\.remove\(\)"),
+    "hooked": (hooked, "has a hook, which this engine would miss"),
 }
 
 
@@ -553,7 +553,7 @@ def test_other_refusals():
             call(net, torch.full_like(x, torch.nan))
     with pytest.raises(ValueError, match=r"'1' \(Dropout\) is in training mode"):
         hessian_diagonal_approximation(nn.Sequential(net, nn.Dropout()).train(), x, labels)
-    with pytest.raises(NotImplementedError, match=r"has a hook.*handle\.remove\(\)"):
+    with pytest.raises(NotImplementedError, match="has a hook, which this engine would miss"):
         hessian_diagonal_approximation(hooked(), x, labels)
     with pytest.raises(NotImplementedError, match=r"random|RandomOnce"):
         differentiate(nn.Sequential(net[0], RandomOnce(), net[2]), x)
