@@ -73,11 +73,23 @@ def unit(model: nn.Module, _: Network | None = None) -> Call:
 
 
 def ours(*quantities: str) -> Prepare:
-    """Averages over the inputs: the call of the README, with nothing else passed in."""
+    """Averages over the inputs, streamed: everything that ``quantities`` name."""
 
     def prepare(model: nn.Module, _: Network) -> Call:
+        def joint(x: Tensor, size: int) -> fimlib.Joint:
+            return accumulate(
+                model,
+                x,
+                fimlib.Categorical(),
+                quantities=quantities,
+                batch_size=size,
+                dtype=torch.float32,
+            )
+
+        size = chosen_once(lambda x: joint(x, len(x)))
+
         def call(x: Tensor, _: Tensor) -> Values:
-            total = accumulate(model, x, fimlib.Categorical(), quantities=quantities)
+            total = joint(x, size(x))
             return {quantity: READ[quantity](total) for quantity in quantities}
 
         return call
