@@ -176,16 +176,17 @@ def check_outputs(outputs: Any, size: int) -> None:
             f"the outputs are {outputs.dtype}, {outputs.layout}: return dense real numbers, before "
             "argmax(), round(), comparisons or to_sparse()."
         )
+    if all_finite(outputs):
+        return
     if torch.isneginf(outputs).any():
         raise ForwardError(
             "some outputs are -inf: the weights are too large, or logits are masked by -inf; mask "
             "them by -1e4, of which a softmax makes 0, too."
         )
-    if not torch.isfinite(outputs).all():
-        raise ForwardError(
-            "the outputs hold NaN or infinite values: the weights are too large, or forward() has "
-            f"no value for {size} of these inputs at a time."
-        )
+    raise ForwardError(
+        "the outputs hold NaN or infinite values: the weights are too large, or forward() has "
+        f"no value for {size} of these inputs at a time."
+    )
 
 
 def to_rows(outputs: Any, size: int) -> str:

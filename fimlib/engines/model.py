@@ -15,6 +15,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
+from fimlib.derivatives import all_finite
+
 
 def selected(model: nn.Module, layers: Sequence[str] | str | None) -> frozenset[str] | None:
     """Names of the parameters inside the named modules, or of those named; None for all."""
@@ -163,7 +165,7 @@ def finite_outputs(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor
         raise
     except Exception:  # of any kind, from a batch or weights that a module rejects
         return None
-    return h.detach() if isinstance(h, Tensor) and bool(torch.isfinite(h).all()) else None
+    return h.detach() if isinstance(h, Tensor) and all_finite(h) else None
 
 
 def perturb_weights(model: nn.Module, strength: float) -> None:

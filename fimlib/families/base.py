@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fimlib._checks import check_num_samples
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Block, Derivatives, all_finite
 
 # What ``moments`` knows: I and, of one label, N V₁, N V₂ and the covariance of Î₁ and Î₂.
 QUANTITIES = ("I", "V1", "V2", "C12")
@@ -117,7 +117,7 @@ class Family(ABC):
                 f"natural parameters per input; the model gave {list(h.shape)}. Check the last "
                 "layer, or choose the family that fits it."
             )
-        if not torch.isfinite(h).all():
+        if not all_finite(h):
             raise ValueError(
                 f"{name}: the outputs hold NaN or infinite values. Check the weights and the input."
             )
@@ -458,10 +458,13 @@ def along(function: Callable[[Tensor], Tensor], direction: Tensor, h: Tensor) ->
 
 
 def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """±1 with equal chances, float64."""
+    """±1 with equal chances, float64; a random integer gives 63 of them."""
     device = like.device if generator is None else generator.device
-    bits = torch.randint(2, like.shape, generator=generator, device=device, dtype=torch.float64)
-    return (2 * bits - 1).to(like.device)
+    count = -(-like.numel() // 63)
+    words = torch.empty(count, 1, dtype=torch.int64, device=device).random_(generator=generator)
+    bits = (words >> torch.arange(63, device=device)).bitwise_and_(1)
+    signs = bits.flatten()[: like.numel()].double().mul_(2).sub_(1)
+    return signs.view(like.shape).to(like.device)
 
 
 def sum_of_pairs(x: Tensor) -> Tensor:

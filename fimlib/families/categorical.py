@@ -212,8 +212,8 @@ class Categorical(Family):
     def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Σ_k ξ_k √σ_k (e_k − σ), without the columns."""
         sigma = self.mean(h)
-        signed = random_signs(sigma, generator) * sigma.sqrt()
-        return signed - sigma * signed.sum(1, keepdim=True)
+        signed = random_signs(sigma, generator).mul_(sigma.sqrt())
+        return signed.addcmul_(sigma, signed.sum(1, keepdim=True), value=-1)
 
     def draw_residual(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """e_k − σ for one class k."""
