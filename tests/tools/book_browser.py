@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from urllib.parse import urlencode
 
-from support.browser import launch
+from support.browser import BrowserError, launch
 
 DESKTOP, PHONE = 1280, 390  # pixels
 HEIGHT = 900
@@ -141,7 +141,11 @@ async def _each(addresses, check, arguments):
         tab = await browser.tab()
         while queue:
             address = queue.pop()
-            found[address] = await check(tab, address, *arguments)
+            try:
+                found[address] = await check(tab, address, *arguments)
+            except BrowserError:  # a tab may stall: once more, in a new one
+                tab = await browser.tab()
+                found[address] = await check(tab, address, *arguments)
 
     async with launch() as browser:
         await asyncio.gather(*(work(browser) for _ in range(TABS)))
