@@ -35,7 +35,7 @@ from fimlib.left_factors import (
     float32_checks,
     left_factors,
 )
-from fimlib.precision import PROJECTIONS, Combination, mixture, samples
+from fimlib.precision import PROJECTIONS, Combination, mixture, number_needed
 from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
@@ -470,7 +470,7 @@ class Joint:
         totals = self.layer_sums(self._total(label_variance, 1, num_labels, True))
         norms = self.layer_sums({name: I.square() for name, I in self._mean("I").items()})
         return {
-            layer: float(samples(total, norms[layer], relative_error, confidence, rule))
+            layer: float(number_needed(total, norms[layer], relative_error, confidence, rule))
             for layer, total in totals.items()
         }
 

@@ -72,7 +72,7 @@ def live_bytes(work: Callable[[], object]) -> int:
 
 
 class BatchSize:
-    """How many inputs to take at a time, ``now``; as many as fit, once such a batch was measured.
+    """How many inputs to take at a time: ``now``. Once a batch was measured, as many as fit.
 
     ``room`` are the bytes that a batch may take; None: the size stays.
     """

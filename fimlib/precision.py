@@ -90,7 +90,7 @@ def num_samples_needed(
     sums run over all parameters of a layer, so single entries may be much farther off. It uses
     nothing but the variance, and is conservative: where the error is nearly normal, a confidence
     of 0.95 asks for about five times the labels that would do for one parameter, and more for many.
-    Two rules are sharper; see ``samples`` and ``sharper``.
+    Two rules are sharper; see ``number_needed`` and ``sharper``.
 
     Args:
         derivs: J, S and the outputs at B inputs.
@@ -123,7 +123,7 @@ def num_samples_needed(
     means, fisher = variance.layer_means(), fisher_information(derivs, family)
     by_variance = "chebyshev" if rule == "bernstein" else rule
     needed = {
-        layer: samples(means[layer], squared_norm, relative_error, confidence, by_variance)
+        layer: number_needed(means[layer], squared_norm, relative_error, confidence, by_variance)
         for layer, squared_norm in fisher.square().layer_means().items()
     }
     if rule == "chebyshev":
@@ -259,7 +259,7 @@ def labels_of(family: Family) -> list[Family]:
     return family.families if isinstance(family, Product) else [family]
 
 
-def samples(
+def number_needed(
     variance: Tensor,
     squared_norm: Tensor,
     relative_error: float,
@@ -275,7 +275,7 @@ def samples(
       paper.
 
     >>> one = torch.ones(())
-    >>> [float(samples(one, one, 0.1, 0.95, rule)) for rule in ("chebyshev", "approximate")]
+    >>> [float(number_needed(one, one, 0.1, 0.95, rule)) for rule in ("chebyshev", "approximate")]
     [2000.0, 385.0]
     """
     if rule not in BY_VARIANCE:
@@ -287,12 +287,12 @@ def samples(
             f"confidence must lie between 0 and 1, both excluded, got {confidence!r}: no number of "
             "samples gives certainty."
         )
-    q = 1 / (1 - confidence) if rule == "chebyshev" else normal_quantile(confidence)
+    q = 1 / (1 - confidence) if rule == "chebyshev" else largest_quantile(confidence)
     needed = _relative(variance, squared_norm) * q / relative_error**2
     return torch.ceil(needed * (1 - 1e-12)).clamp_min(1)  # 1 − 0.9 is not quite 0.1
 
 
-def normal_quantile(confidence: float) -> float:
+def largest_quantile(confidence: float) -> float:
     """The largest quantile of Σλ_r χ²₁ with Σλ = 1: that of χ²_f/f for the worst f, or 1."""
     f = np.arange(1, MOST_DEGREES + 1)
     return max(1.0, float((stats.chi2.ppf(confidence, f) / f).max()))

@@ -128,7 +128,7 @@ def estimate(
             pass has a relative standard deviation of √2 at most, for every parameter (Martens et
             al., arXiv:1206.6464; Sun, arXiv:2505.13614). "labels": the residual of one label that
             the model draws, as in Î₁ (Eq. 5); a rare label that no pass has drawn is missing from
-            the error, too. "importance": the same, but rare classes are drawn
+            the standard error as well. "importance": the same, but rare classes are drawn
             more often and count less, for ``Categorical`` alone.
         squares: "batch" squares the gradient of a whole batch, for the price of a training step.
             "input" squares the gradient of each input: more memory, less variance.

@@ -2,9 +2,8 @@ r"""The head of a page: what you will learn, the result, how sure it is, where t
 
 The directive ``{page-head}`` has two paragraphs, written by hand: what one learns, and the result.
 The other two lines are made when the book is built, from the maps ``paper.yml`` and ``beyond.yml``,
-from what executed
-notebooks found, and from the report's verdicts, so they cannot go stale. The map's items that a
-page states or proves count as its own. Options add to that:
+from the results of executed notebooks, and from the report's verdicts, so they cannot go stale. The
+items of the maps that a page states or proves count as its own. Options add to that:
 
 * ``:checks:`` and ``:code:`` name checks, tests and functions as the map does,
 * ``:sure:`` and ``:where:`` are text for what no check and no function stands for.

@@ -217,7 +217,7 @@ def differentiate(
     Args:
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
             Forward hooks and replaced ``forward()`` are part of it. Copies of the model call them
-            often, at other weights too, so a hook fills a list of yours with values of no use.
+            often, also at other weights: a hook that appends to a list of yours adds useless values.
         x: [B, ...], the inputs, of the model's dtype (or integers, where it embeds them) and on its
             device.
         engine: "layerwise" (``nn.Sequential`` of ``Linear``, elementwise activations, ``Dropout``,
@@ -237,9 +237,8 @@ def differentiate(
         ValueError: random layers are in training mode; weights or inputs are NaN or infinite;
             shapes or dtypes do not fit; the engine or a layer is unknown.
         NotImplementedError: no engine supports a module, or it cannot be copied, or has a backward
-            hook, which may change gradients; or what autograd
-            says is not the derivative of the outputs, as with ``detach()`` or a straight-through
-            estimator; or the outputs for one input depend on the others of the batch. The message
+            hook, which may change gradients; or what autograd says is not the derivative of the
+            outputs, as with ``detach()`` or a straight-through estimator; or the outputs for one input depend on the others of the batch. The message
             names the module, and a remedy that works if there is one.
         ImportError: BackPACK is asked for and not installed.
         TypeError: the model is no module, or x no tensor.
@@ -289,8 +288,8 @@ def differentiator(
 
     The others go to the engine that supports the first. The caller checks for finite values, so
     that a GPU is synchronised once. The function takes x, and the network that holds a batch, if
-    x are positions in one (``Held``). At inputs that are checked ``compare`` is given the outputs,
-    and the same in float64.
+    x are positions in one (``Held``). ``compare`` receives the outputs at the inputs that are
+    checked, and the same outputs in float64.
 
     Args, Raises: as ``differentiate``.
     """

@@ -125,7 +125,7 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 class ComputedToo(TorchFunctionMode):
-    """Copies what autograd has computed, too, as leaves: where they are used, they show up."""
+    """Copies results of autograd as leaves, so that their use in a forward pass shows."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -31,7 +31,7 @@ from fimlib.families.product import Product
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
-from fimlib.precision import labels_of, samples
+from fimlib.precision import labels_of, number_needed
 from fimlib.streaming import (
     Batch,
     Pick,
@@ -162,7 +162,7 @@ def summarise(
     """
     check_family(family)
     check_num_samples(num_samples)
-    needs = partial(samples, relative_error=relative_error, confidence=confidence, rule=rule)
+    needs = partial(number_needed, relative_error=relative_error, confidence=confidence, rule=rule)
     needs(torch.ones(()), torch.ones(()))
     if num_probes is not None:
         blocks_of(num_probes)

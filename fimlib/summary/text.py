@@ -7,7 +7,7 @@ import textwrap
 from typing import NamedTuple
 
 from fimlib._tables import aligned
-from fimlib.precision import normal_quantile
+from fimlib.precision import largest_quantile
 from fimlib.summary.findings import Findings, LayerSummary
 
 MOST_NAMED = 4  # layers in a sentence
@@ -134,10 +134,10 @@ def advice(s: Findings) -> list[str]:
 
 
 def caution(labels: float, s: Findings) -> str:
-    """What the number of labels supposes, or what fewer of them would suppose."""
+    """The assumption behind the number of labels, or the number under a stronger one."""
     if s.rule == "approximate":
-        return " if errors are nearly normal; rule='chebyshev' supposes nothing"
-    fewer = math.ceil(labels * (1 - s.confidence) * normal_quantile(s.confidence))
+        return " if errors are nearly normal; rule='chebyshev' assumes nothing"
+    fewer = math.ceil(labels * (1 - s.confidence) * largest_quantile(s.confidence))
     return f"; about {fewer:,} if errors are nearly normal (rule='approximate')"
 
 

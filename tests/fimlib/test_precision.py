@@ -12,10 +12,10 @@ from fimlib import Categorical, Gaussian, differentiate, projections
 from fimlib._checks import check_estimator
 from fimlib.precision import (
     compare_estimators,
+    largest_quantile,
     mixture,
-    normal_quantile,
     num_samples_needed,
-    samples,
+    number_needed,
 )
 
 ESTIMATORS = {1: fimlib.estimate_i1, 2: fimlib.estimate_i2}
@@ -117,7 +117,7 @@ WHICH = {1: "jacobian", 2: "second"}
 @pytest.mark.parametrize("confidence", [0.05, 0.5, 0.6, 0.7, 0.785, 0.9, 0.95, 0.999])
 def test_no_normal_errors_need_more_than_the_rule_says(confidence):
     """Quantiles of Σλχ²₁ with Σλ = 1 for random λ, and those of χ²_f/f, which reach it."""
-    q = normal_quantile(confidence)
+    q = largest_quantile(confidence)
     assert q <= 1 / (1 - confidence)
     squares = torch.randn(40_000, 12, generator=torch.Generator().manual_seed(0)).double().square()
     for seed in range(30):
@@ -148,7 +148,7 @@ def test_the_rule_for_classes_is_no_larger_than_the_one_for_any_label():
     known = num_samples_needed(derivs, family, **ask, rule="approximate")
     for name, n in known.items():
         squared_norm, v1, _ = sums(derivs, family, name)
-        assert (n <= samples(v1, squared_norm, 0.1, 0.95, "approximate")).all()
+        assert (n <= number_needed(v1, squared_norm, 0.1, 0.95, "approximate")).all()
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def important_labels(_cases: int) -> Check:
 
 
 def important_labels_bound_the_noise(_cases: int) -> Check:
-    """As a softmax becomes certain, V₁/I² grows without bound, on important labels it does not."""
+    """As a softmax becomes certain, V₁/I² grows without bound; on important labels it does not."""
     h = torch.zeros(30, 4, dtype=torch.float64)
     h[:, 0] = torch.arange(1, 31)
     J = make.normal(30, 4, 8, seed=3)
