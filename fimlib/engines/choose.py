@@ -217,7 +217,7 @@ def differentiate(
     Args:
         model: Maps x to natural parameters of shape [B, T]; in eval mode, float32 or float64.
             Forward hooks and replaced ``forward()`` are part of it. Copies of the model call them
-            often, also at other weights: a hook that appends to a list of yours adds useless values.
+            often, also at other weights: a hook that fills a list of yours adds useless values.
         x: [B, ...], the inputs, of the model's dtype (or integers, where it embeds them) and on its
             device.
         engine: "layerwise" (``nn.Sequential`` of ``Linear``, elementwise activations, ``Dropout``,
@@ -238,8 +238,9 @@ def differentiate(
             shapes or dtypes do not fit; the engine or a layer is unknown.
         NotImplementedError: no engine supports a module, or it cannot be copied, or has a backward
             hook, which may change gradients; or what autograd says is not the derivative of the
-            outputs, as with ``detach()`` or a straight-through estimator; or the outputs for one input depend on the others of the batch. The message
-            names the module, and a remedy that works if there is one.
+            outputs, as with ``detach()`` or a straight-through estimator; or the outputs for one
+            input depend on the others of the batch. The message names the module, and a remedy that
+            works if there is one.
         ImportError: BackPACK is asked for and not installed.
         TypeError: the model is no module, or x no tensor.
 

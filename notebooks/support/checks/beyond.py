@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fimlib
-from fimlib import Categorical, Derivatives, Diagonal, Family, projections
+from fimlib import Categorical, Derivatives, Diagonal, Family, Interval, projections
 from fimlib.families import Positions
 from support.checks import cases as make
 from support.checks.check import Check, at_most, equal, finding, together
@@ -89,6 +89,14 @@ def per_input(o: Oracle, kind: str) -> tuple[Tensor, Tensor]:
     return I, flat(VARIANCES[kind](o.derivs, FAMILY), o.names)
 
 
+def variance_of_squared_sum(I: Tensor, V: Tensor) -> Tensor:
+    """Var (Σ_a s_a)² of independent s_a with mean 0, E s_a² = I_a and Var s_a² = V_a: 2(ΣI)² + Σκ₄.
+
+    The first axis counts them: inputs (Proposition 9.1) or positions (Proposition 9.6).
+    """
+    return V.sum(0) + 2 * (I.sum(0).square() - I.square().sum(0))
+
+
 def one_projection_of_a_batch(_cases: int) -> Check:
     """(Σ_x w_x·J(x))² has the mean Σ I and the variance 2 (Σ I)² + Σ κ₄, for three kinds of w."""
     o, parts = oracle(), []
@@ -96,8 +104,7 @@ def one_projection_of_a_batch(_cases: int) -> Check:
         I, V = per_input(o, kind)
         every = [scores(o, kind, x) for x in range(len(o.x))]
         mean, variance = moments(combined(every, lambda parts: total(parts).square()))
-        cumulants = (V - 2 * I.square()).sum(0)
-        parts += [equal(I.sum(0), mean), equal(2 * I.sum(0).square() + cumulants, variance)]
+        parts += [equal(I.sum(0), mean), equal(variance_of_squared_sum(I, V), variance)]
     return together(*parts)
 
 
@@ -267,25 +274,26 @@ def bernstein_is_enough(cases: int) -> Check:
 # Proposition 9.8: bounds of the metric (Sun).
 
 
+def metric_bounds(derivs: Derivatives) -> Interval[Diagonal]:
+    """λ_max (v·J)² and Σ_k p_k J_k², with the top eigenpair of diag(p) − ppᵀ."""
+    h = derivs.outputs
+    values, vectors = torch.linalg.eigh(FAMILY.covariance(h))
+    root, p = values[:, -1:].sqrt() * vectors[:, :, -1], FAMILY.mean(h)
+    return Interval(
+        derivs.contract(lambda b: torch.einsum("bt,bt...->b...", root, b.J).square(), degree=2),
+        derivs.contract(lambda b: torch.einsum("bt,bt...->b...", p, b.J.square()), degree=2),
+    )
+
+
 def metric_between_its_bounds(cases: int) -> Check:
-    """λ_max (v·J)² ≤ I ≤ Σ_k p_k J_k² with the top eigenpair of diag(p) − ppᵀ."""
+    """I lies between the bounds, which are those of diag(p) ⪰ diag(p) − ppᵀ ⪰ λ_max vvᵀ."""
     parts = []
     for group in make.grid(cases):
-        h = group.derivs.outputs
-        I = fimlib.fisher_information(group.derivs, FAMILY)
-        values, vectors = torch.linalg.eigh(FAMILY.covariance(h))
+        I, bounds = fimlib.fisher_information(group.derivs, FAMILY), metric_bounds(group.derivs)
         for name in I:
-            J = group.derivs.jacobian(name)
-            low = (
-                values[:, -1:]
-                * torch.einsum("bt,btn->bn", vectors[:, :, -1], J.flatten(2)).square()
-            )
-            high = torch.einsum("bt,btn->bn", FAMILY.mean(h), J.flatten(2).square())
-            squares = J.flatten(2).square().sum(1)
-            parts += [
-                at_most(low, I[name].flatten(1), squares),
-                at_most(I[name].flatten(1), high, 0),
-            ]
+            squares = group.derivs.jacobian(name).square().sum(1)
+            parts += [at_most(bounds.lower[name], I[name], squares)]
+            parts += [at_most(I[name], bounds.upper[name], 0)]
     return together(*parts)
 
 
