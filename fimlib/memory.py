@@ -43,6 +43,11 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: dict[int, Any] = {t.untyped_storage()._cdata: t for t in given}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: else torch imports its compiler at the first use, which takes two seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
