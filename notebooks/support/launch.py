@@ -79,12 +79,6 @@ def with_cell(text: str, url: str) -> str:
     return str(nbformat.writes(notebook)) + "\n"
 
 
-def without_cell(data: bytes) -> bytes:
-    """What a notebook is made of, whatever the setting: its bytes without the cell."""
-    text = data.decode("utf-8")
-    return with_cell(text, "").encode("utf-8") if f'"{TAG}"' in text else data
-
-
 def with_line(text: str, head: str, form: str, url: str) -> str:
     r"""A text with a line that names the address, or without it if that is empty.
 
