@@ -123,6 +123,9 @@ class Derivatives:
         raise KeyError(f"no parameter {name!r}; there are: {known}")
 
 
+OneBlock = Callable[[int, slice | Tensor], Callable[[slice], Block]]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """B inputs after their forward pass, whose J and S come when they are asked for.
@@ -136,8 +139,9 @@ class Sweep:
         sweep: From some of the inputs, a slice or positions, to the derivatives there.
         size: How many inputs to take at a time.
         engine: As in ``Derivatives``.
-        one: From a block's number, some of the inputs and some of its numbers along the first axis
-            of K to that part of it; None where all blocks come together.
+        one: From a block's number and some of the inputs to a function, from some of the numbers
+            along the first axis of K to that part of the block; None where all blocks come
+            together.
         shares: How much of each block to take at a time, where these come one by one.
     """
 
@@ -146,7 +150,7 @@ class Sweep:
     sweep: Callable[[slice | Tensor], Derivatives]
     size: int
     engine: str
-    one: Callable[[int, slice | Tensor, slice], Block] | None = None
+    one: OneBlock | None = None
     shares: tuple[Share, ...] = ()
 
     @classmethod
@@ -161,14 +165,14 @@ class Sweep:
         cls,
         outputs: Tensor,
         inputs: tuple[tuple[str, Mapping[str, Tensor | None]], ...],
-        one: Callable[[int, slice | Tensor, slice], Block],
+        one: OneBlock,
         shares: tuple[Share, ...],
         engine: str,
     ) -> Sweep:
         """Inputs whose blocks come one by one."""
 
         def sweep(at: slice | Tensor) -> Derivatives:
-            blocks = tuple(one(i, at, slice(None)) for i in range(len(inputs)))
+            blocks = tuple(one(i, at)(slice(None)) for i in range(len(inputs)))
             return Derivatives(outputs[at], blocks, engine)
 
         return cls(outputs, inputs, sweep, max(1, len(outputs)), engine, one, shares)
@@ -195,11 +199,12 @@ class Sweep:
                     yield Piece(i, at, slice(None), one, at.stop == count)
             return
         for i, share in enumerate(self.shares):
-            parts = slices(share.rows, share.rows_at_a_time) if share.rows else (slice(None),)
-            for rows in parts:
-                for at in slices(count, share.inputs_at_a_time):
-                    block = self.one(i, at, rows)
-                    one = Derivatives(self.outputs[at], (block,), self.engine)
+            of_rows = slices(share.rows, share.rows_at_a_time) if share.rows else (slice(None),)
+            parts = list(of_rows)
+            for at in slices(count, share.inputs_at_a_time):
+                part = self.one(i, at)
+                for rows in parts:
+                    one = Derivatives(self.outputs[at], (part(rows),), self.engine)
                     is_last = rows.stop in (None, share.rows) and at.stop == count
                     yield Piece(i, at, rows, one, is_last)
 

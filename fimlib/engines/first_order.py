@@ -16,7 +16,7 @@ by a number c_b, every row of s is multiplied by the c_b of its own input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -52,6 +52,7 @@ class Place:
         pull: From rows [c, b, L, ...] and z [b, L, ...] of b inputs to derivatives in the view,
             [b, c, *view].
         z: The factor of the rows, [N, ...]; None for 1.
+        prepare: From z [b, L, ...] to what ``pull`` takes for it.
         is_linear: Whether the parameter is the weight or the bias of W z + b.
         is_by_row: Whether the numbers of rows along their first axis behind L are the parameter's
             along its first, each for itself.
@@ -62,6 +63,7 @@ class Place:
     rows: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor, Tensor | None], Tensor]
     z: Tensor | None = None
+    prepare: Callable[[Tensor], Tensor] = lambda z: z
     is_linear: bool = False
     is_by_row: bool = False
 
@@ -147,18 +149,21 @@ def convolution(views: list[Edge], op: Any) -> Place:
     """W [O, C / groups, *kernel]: one product at every position of every image."""
     groups, target = op._saved_groups, op._saved_weight.shape
 
-    def pull(rows: Tensor, images: Tensor | None) -> Tensor:
-        assert images is not None
+    def patches(images: Tensor) -> Tensor:  # [b G, L positions, n]
+        found = unfolded(op, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        by_group: Tensor = found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return by_group
+
+    def pull(rows: Tensor, patches: Tensor | None) -> Tensor:
+        assert patches is not None
         number, size = rows.shape[:2]
         by_group = rows.unflatten(3, (groups, -1)).flatten(5)  # [c, b, L, G, o, positions]
         left = by_group.permute(1, 3, 0, 4, 2, 5).flatten(4).flatten(2, 3).flatten(0, 1)
-        patches = unfolded(op, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        right = patches.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [b G, L positions, n]
-        found = torch.bmm(left, right).view(size, groups, number, -1, right.shape[-1])
+        found = torch.bmm(left, patches).view(size, groups, number, -1, patches.shape[-1])
         return found.transpose(1, 2).reshape(size, number, -1, *target[1:])
 
     z, is_by_row = op._saved_input.detach(), groups == 1 and len(views) == 1
-    return Place(views, (op, 0), lambda g: g, pull, z, is_by_row=is_by_row)
+    return Place(views, (op, 0), lambda g: g, pull, z, patches, is_by_row=is_by_row)
 
 
 def normalised(op: Any) -> Tensor:
@@ -207,7 +212,7 @@ def broadcast(
         sums = (factor * rows.sum(2) if z is None else (rows * z).sum(2)).transpose(0, 1)
         return sums.reshape(*sums.shape[:2], *view)
 
-    return Place(views, (op, 0), rows, pull, z, is_linear)
+    return Place(views, (op, 0), rows, pull, z, is_linear=is_linear)
 
 
 # From rows to inputs.
@@ -376,16 +381,22 @@ class Entrance:
     z: Tensor | None
     is_pulled: bool
 
-    def derivatives(self, at: slice | Tensor, part: slice = slice(None)) -> Tensor:
-        """Of the outputs in the parameter, at some inputs: [b, A, *shape].
+    def at(self, inputs: slice | Tensor) -> Entrance:
+        """The same at some of the inputs, with its factor as the place takes it."""
+        if self.is_pulled:
+            return replace(self, rows=self.rows[inputs])
+        z = None if self.z is None else self.place.prepare(self.z[inputs])
+        return replace(self, rows=self.rows[:, inputs], z=z)
+
+    def derivatives(self, part: slice = slice(None)) -> Tensor:
+        """Of the outputs in the parameter, [b, A, *shape], where it is ``at`` some inputs.
 
         Or in a part of it along its first axis, where the place is by row.
         """
         if self.is_pulled:
-            return self.place.through_views(self.rows[at])
-        z = None if self.z is None else self.z[at]
-        rows = self.rows[:, at, :, part] if self.place.is_by_row else self.rows[:, at]
-        return self.place.through_views(self.place.pull(rows, z))
+            return self.place.through_views(self.rows)
+        rows = self.rows[:, :, :, part] if self.place.is_by_row else self.rows
+        return self.place.through_views(self.place.pull(rows, self.z))
 
     @property
     def is_outer(self) -> bool:
@@ -399,13 +410,14 @@ def entrances(h: Tensor, rows: Tensor, places: Mapping[Place, Layout]) -> dict[P
     edges = {p.edge: GradientEdge(*p.edge) for p in places}
     z = {p: None if p.z is None else at.by_input(p.z, 0) for p, at in places.items()}
     pulled = {p for p in places if prod(shape(p.views[-1])) * size < prod(shape(p.edge))}
+    ready = {p: None if (factor := z[p]) is None else p.prepare(factor) for p in pulled}
     found: dict[Place, Tensor] = {}
     for a in range(number if edges else 0):
         here = dict(zip(edges, backward(h, list(edges.values()), rows[:, a]), strict=True))
         for p, layout in places.items():
             part = layout.by_input(p.rows(here[p.edge][None]), 1)
             if p in pulled:
-                part = p.pull(part, z[p]).transpose(0, 1)
+                part = p.pull(part, ready[p]).transpose(0, 1)
             if p not in found:
                 found[p] = part.new_empty(number, *part.shape[1:])
             found[p][a] = part[0]
@@ -452,20 +464,26 @@ def differentiate(
     del h
     plan = blocks_of(by_name)
 
-    def one(i: int, at: slice | Tensor, part: slice) -> Block:
+    def one(i: int, at: slice | Tensor) -> Callable[[slice], Block]:
         layer, entered, inputs = plan[i]
-        with torch.inference_mode(False):
-            if entered is None:
-                J = input_by_input(own, x[at], next(iter(inputs)))
-                J = J if combine is None else torch.einsum("bat,bt...->ba...", rows[at], J)
-            else:
-                parameter = own.get_parameter(next(iter(inputs)))
-                J = derivatives(entered, parameter, rows[at], at, part)
+        name = next(iter(inputs))
         factors = {n: None if z is None else z[at] for n, z in inputs.items()}
-        block = Block(layer, J, None, factors)
-        functional.check_finite(block)
-        check_shapes(block, own)
-        return block
+        with torch.inference_mode(False):
+            here = None if entered is None else [entrance.at(at) for entrance in entered]
+
+        def part(numbers: slice) -> Block:
+            with torch.inference_mode(False):
+                if here is None:
+                    J = input_by_input(own, x[at], name)
+                    J = J if combine is None else torch.einsum("bat,bt...->ba...", rows[at], J)
+                else:
+                    J = derivatives(here, own.get_parameter(name), rows[at], numbers)
+            block = Block(layer, J, None, factors)
+            functional.check_finite(block)
+            check_shapes(block, own)
+            return block
+
+        return part
 
     inputs = tuple((layer, factors) for layer, _, factors in plan)
     return Sweep.block_by_block(
@@ -505,18 +523,16 @@ def input_by_input(own: nn.Module, x: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def derivatives(
-    entered: list[Entrance], parameter: Tensor, rows: Tensor, at: slice | Tensor, part: slice
-) -> Tensor:
-    """Left factors of the derivatives in a parameter at some inputs, [b, A, *K]."""
+def derivatives(entered: list[Entrance], parameter: Tensor, rows: Tensor, part: slice) -> Tensor:
+    """Left factors of the derivatives in a parameter, [b, A, *K], at some inputs."""
     if not entered:
         return rows.new_zeros(()).expand(*rows.shape[:2], *parameter.shape)
     if len(entered) == 1:
         (one,) = entered
-        return one.rows[:, at, 0].transpose(0, 1) if one.is_outer else one.derivatives(at, part)
-    total = entered[0].derivatives(at)
+        return one.rows[:, :, 0].transpose(0, 1) if one.is_outer else one.derivatives(part)
+    total = entered[0].derivatives()
     for entrance in entered[1:]:
-        total = total + entrance.derivatives(at)
+        total = total + entrance.derivatives()
     return total
 
 
