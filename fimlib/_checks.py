@@ -28,8 +28,8 @@ def check_estimator(estimator: object) -> int:
     return 1 if estimator == 1 else 2
 
 
-def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of contractions: one of the two that make sense."""
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}.")
+def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of contractions: one of the two that make sense, or no choice."""
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be None, torch.float64 or torch.float32, got {dtype!r}.")
     return dtype

@@ -58,10 +58,11 @@ class Joint:
         bounds: None for no bounds; else how λ_max(M) is found for them, see ``lambda_max``.
             "certified" is a true upper bound, and cheap for a classifier; for Gaussian outputs
             "multistart" is exact, and the cheaper one from about ten outputs on.
-        dtype: Of the contractions of a classifier. float32 halves memory and time; all averages
-            over inputs are kept in float64 all the same. A batch's sums are then off by about
-            1e-6 of themselves, and its Var_x I by about 1e-7 E_x I². Where float32 is too narrow,
-            which takes V₁ or V₂ below 1e-30, an error says so, unless V₂ is below 1e-20 I².
+        dtype: Of the contractions; averages over inputs are kept in float64 all the same. None: the
+            network's own for I alone, where numbers below 1e-38 become 0, and float64 for variances
+            or where float32 is too narrow. float32 halves memory and time. A batch's sums are then
+            off by about 1e-6 of themselves, and its Var_x I by about 1e-7 E_x I². Where it is too
+            narrow, which takes V₁ or V₂ below 1e-30, an error says so, unless V₂ is below 1e-20 I².
 
     Attributes:
         count: m, the inputs seen.
@@ -87,7 +88,7 @@ class Joint:
         *,
         quantities: Collection[str] | None = None,
         bounds: str | None = None,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_family(family)
         self.family = family
@@ -119,8 +120,7 @@ class Joint:
 
     def update_sweep(self, sweep: Sweep, labels: Labels | None = None) -> None:
         """Take in a batch of inputs whose derivatives come piece by piece; see ``update``."""
-        means, float32 = self._batch_means(sweep, labels)
-        check_means(means, float32, self.family, sweep)
+        means = self._checked_means(sweep, labels)
         fresh = self._empty()
         fresh.count = len(sweep.outputs)
         mean_square = means.pop("I²", {})
@@ -138,29 +138,43 @@ class Joint:
     def _empty(self) -> Joint:
         return Joint(self.family, quantities=self.quantities, bounds=self.bounds, dtype=self.dtype)
 
-    def _batch_means(
-        self, sweep: Sweep, labels: Labels | None
-    ) -> tuple[dict[str, PerParameter], list[Float32Check]]:
+    def _checked_means(self, sweep: Sweep, labels: Labels | None) -> dict[str, PerParameter]:
         """Every quantity averaged over the inputs of a batch; "I²" among them for Var_x I."""
+        is_alone = self.quantities == {"I"} and self.bounds is None and labels is None
+        own = sweep.outputs.dtype if is_alone else torch.float64
+        try:
+            means, checks = self._batch_means(sweep, labels, self.dtype or own)
+            check_means(means, checks, self.family, sweep)
+        except TooNarrowError:
+            if self.dtype is not None:
+                raise
+            means, checks = self._batch_means(sweep, labels, torch.float64)
+            check_means(means, checks, self.family, sweep)
+        return means
+
+    def _batch_means(
+        self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
+    ) -> tuple[dict[str, PerParameter], list[Float32Check]]:
+        """The same, contracted in a dtype, and where that may be too narrow."""
         if labels is not None:
             check_same_family(self.family, family_of(labels))
             check_labels(sweep.outputs, labels)
         means: dict[str, PerParameter] = defaultdict(dict)
         float32: list[Float32Check] = []
-        for index, factors in self._left_factors(sweep, labels):
+        for index, factors in self._left_factors(sweep, labels, dtype):
             layer, inputs = sweep.inputs[index]
-            largest = factors.largest() if self.dtype == torch.float32 else None
+            largest = factors.largest() if dtype == torch.float32 else None
             if largest is not None:
                 by_key = dict(zip(factors.keys, largest, strict=True))
                 float32 += float32_checks(index, layer, by_key)
             for name, z in inputs.items():
-                for key, mean in factors.means(z, self.dtype, largest):
+                for key, mean in factors.means(z, dtype, largest):
                     means[key][name] = mean
         names = [name for _, inputs in sweep.inputs for name in inputs]
         return {key: {n: of[n] for n in names} for key, of in means.items()}, float32
 
     def _left_factors(
-        self, sweep: Sweep, labels: Labels | None
+        self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
     ) -> Iterator[tuple[int, LeftFactors | Totals]]:
         """Left factors of every quantity, for each block of the batch, in any order."""
         h = natural_without_sync(self.family, sweep.outputs)
@@ -169,7 +183,7 @@ class Joint:
             eigenvalues = spectrum(self.family, sweep.outputs, method=self.bounds)
 
         def of_piece(derivs: Derivatives, at: slice) -> dict[str, Tensor]:
-            contract = self._contraction(h[at], labels)
+            contract = self._contraction(h[at], labels, dtype)
             (block,) = self.family.natural_derivatives(derivs).blocks
             lefts = contract(block.J, block.S)
             for name in self.quantities & set(PROJECTIONS) if labels is None else ():
@@ -179,15 +193,15 @@ class Joint:
                 lefts["I²"] = lefts["I"]
             if eigenvalues is not None:
                 lam = Spectrum(*(values[at] for values in eigenvalues))
-                lefts.update(bound_factors(block.J, block.S, lam, self.dtype))
+                lefts.update(bound_factors(block.J, block.S, lam, dtype))
             return lefts
 
         return left_factors(sweep, of_piece)
 
-    def _contraction(self, h: Tensor, labels: Labels | None) -> Moments:
+    def _contraction(self, h: Tensor, labels: Labels | None, dtype: torch.dtype) -> Moments:
         """From J and S of a block, left factors [B, *K] of I and of the other quantities."""
         if labels is None:
-            return self.family.moments(h, quantities=self.quantities, dtype=self.dtype)
+            return self.family.moments(h, quantities=self.quantities, dtype=dtype)
 
         def contract(J: Tensor, _: Tensor | None) -> dict[str, Tensor]:
             squares = labels.project(J).square()
@@ -600,6 +614,10 @@ def owning_its_memory(t: Tensor) -> Tensor:
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
+class TooNarrowError(ValueError):
+    """float32 is too narrow for a contraction."""
+
+
 def check_means(
     means: dict[str, PerParameter], float32: list[Float32Check], family: Family, sweep: Sweep
 ) -> None:
@@ -621,7 +639,7 @@ def check_means(
     for index, layer, is_low, which in float32:
         pieces = (p.derivs.blocks[0] for p in sweep.pieces() if p.block == index)
         if is_low and any(getattr(block, which).any() for block in pieces):
-            raise ValueError(
+            raise TooNarrowError(
                 f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "
                 "this close to 0: take dtype=torch.float64."
             )

@@ -48,14 +48,14 @@ def accumulate(
     batch_size: int | None = None,
     layers: Sequence[str] | str | None = None,
     engine: str = "auto",
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     pick: Pick = None,
     forward: Forward | None = None,
 ) -> Joint:
     r"""Averages over a whole data set, batch by batch, in bounded memory (Theorem 4.7).
 
     Every batch is differentiated, averaged into one ``Joint``, and forgotten. The result does not
-    depend on the size of the batches, up to rounding (1e-12).
+    depend on the size of the batches, up to rounding (1e-12, or 1e-6 where it is in float32).
 
     Args:
         model: Maps inputs to natural parameters [B, T]; in eval mode. See ``differentiate``.
@@ -75,7 +75,8 @@ def accumulate(
             input says how many; what comes next is as large as those before show that it may be.
         layers: Names of the modules to report, all by default; see ``differentiate``.
         engine: Where the derivatives come from; see ``differentiate``.
-        dtype: What contractions are computed in; the accumulators are float64. See ``Joint``.
+        dtype: What contractions are computed in; the accumulators are float64. None: the network's
+            own dtype for I alone, else float64. See ``Joint``.
         pick: Which part of every batch is x: a position, the key of a dict, or a function of the
             batch. The other parts are left out.
         forward: From the model and a batch of any kind to the outputs, as
@@ -106,10 +107,11 @@ def accumulate(
         looked at for NaN where they are: those on the CPU before they move, so that a GPU is not
         waited for; those on a GPU cost one more wait each.
 
-    Precision: a float32 model with ``dtype=torch.float32`` is differentiated and contracted in
-        float32 and accumulated in float64. Layer means of I, V₁ and V₂ are then within 1e-5 of
-        those in float64 while all logits stay below 250, also where σ_max is 1 − 1e-6. With larger
-        ones the error grows in proportion: they are rounded, and the softmax with them.
+    Precision: a float32 model is differentiated in float32, and with ``dtype=torch.float32``
+        contracted in it, too. Layer means of I, V₁ and V₂ are then within 1e-5 of those in float64
+        while all logits stay below 250, also where σ_max is 1 − 1e-6; that of I where 1 − σ_max is
+        1e-30. With larger logits the error grows in proportion: they are rounded, and the softmax
+        with them.
 
     Example: h = w·x with a Gaussian label: I(w|x) = x², on average (1 + 9 + 4)/3.
         >>> from fimlib import Gaussian

@@ -977,3 +977,30 @@ def test_random_projections_of_random_inputs(dtype):
         joint.variance(1, num_inputs=5)
     with pytest.raises(ValueError, match="needs classes"):
         fimlib.accumulate(net, x, Gaussian(), quantities=["importance"])
+
+
+@pytest.mark.parametrize("num_classes", [3, 70])
+@pytest.mark.parametrize("gap", [0.0, 10.0, 30.0, 60.0, 80.0])
+def test_i_alone_of_a_confident_float32_network_has_its_digits(num_classes, gap):
+    """1 - sigma_max = exp(-gap): subtracted in float32, nothing would be left from 17 on."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, num_classes))
+    with torch.no_grad():
+        net[2].bias[1] += gap
+    x = torch.randn(20, 4)
+    single = fimlib.accumulate(net, x, Categorical(), quantities=["I"]).fisher_information()
+    exact = fimlib.accumulate(net.double(), x.double(), Categorical()).fisher_information()
+    for name, value in exact.items():
+        assert single[name].dtype == torch.float64
+        slack = 3e-5 * value + 3e-6 * value.max()
+        assert bool(((single[name] - value).abs() <= slack).all())
+
+
+def test_variances_are_contracted_in_float64_and_i_alone_in_the_networks_own_type():
+    net, x = nn.Linear(3, 2), torch.randn(1, 3)
+    same = x.expand(50, -1)  # Var_x I = 0
+    full = fimlib.accumulate(net, same, Categorical())
+    assert float(full.input_variance()["weight"].max()) < 1e-14
+    alone = fimlib.accumulate(net, x, Categorical(), quantities=["I"]).fisher_information()
+    off = (alone["weight"] - full.fisher_information()["weight"]).abs()
+    assert 0 < float((off / full.fisher_information()["weight"]).max()) < 1e-6
