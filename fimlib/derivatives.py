@@ -181,10 +181,6 @@ class Sweep:
         """Those at all inputs."""
         return replace(self.sweep(slice(None)), engine=self.engine)
 
-    def at(self, inputs: Tensor) -> Derivatives:
-        """Those at some of the inputs, by position."""
-        return self.sweep(inputs)
-
     def pieces(self) -> Iterator[Piece]:
         """Every block at all inputs, piece by piece; without inputs it is one piece.
 

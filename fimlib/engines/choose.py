@@ -289,10 +289,14 @@ def differentiator(
 
     The others go to the engine that supports the first. The caller checks for finite values, so
     that a GPU is synchronised once. The function takes x, and the network that holds a batch, if
-    x are positions in one (``Held``). ``compare`` receives the outputs at the inputs that are
-    checked, and the same outputs in float64.
+    x are positions in one (``Held``).
 
-    Args, Raises: as ``differentiate``.
+    Args:
+        model: Maps x to the outputs [B, T]; in eval mode.
+        engine: An engine's name, or "auto".
+        order: 2, or 1 for J alone.
+        layers: Names of modules or parameters to report; "trainable"; or None for all.
+        compare: Receives the outputs at the inputs that are checked, and the same in float64.
     """
     model = check_module(model)
     wanted = selected(model, layers)
@@ -380,13 +384,12 @@ def tried(
     try:
         batch = replace(attempt(model, x, order, wanted), engine=name)
         at = positions_to_check(len(x), model).to(x.device)
-        sample = batch.at(at)
 
-        def again(moved: nn.Module, inputs: Tensor) -> Derivatives:
-            return attempt(moved, inputs, order, wanted).derivatives()
+        def again(moved: nn.Module, inputs: Tensor) -> Sweep:
+            return attempt(moved, inputs, order, wanted)
 
         most = ENTRIES if name != "functional" else ENTRIES_OF_THE_SLOW
-        exact = confirm(model, x[at], sample, again, most)
+        exact = confirm(model, x[at], batch, at, again, most)
     except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a forward pass may hold anything

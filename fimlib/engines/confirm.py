@@ -24,12 +24,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fimlib.derivatives import Block, Derivatives, all_finite
+from fimlib.derivatives import Block, Derivatives, Sweep, all_finite, power
 from fimlib.engines.blame import mixing_module, wrong_module
 from fimlib.engines.held import other_input
 from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
@@ -58,8 +59,10 @@ __all__ = [
     "step_of",
 ]
 
+ALL = slice(None)
 INPUTS = 8  # at most, spread over the batch
 PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is checked at fewer inputs
+PIECE = 2**18  # entries of J to contract at a time
 ENTRIES = 8  # of S that are compared, at least one of every block
 # Contributions to J·v that one direction may sum up, largest over smallest.
 RANGE = {torch.float64: 100.0, torch.float32: 1e4}
@@ -70,7 +73,7 @@ STEPS_OF_ENTRIES = (2.0**6, 1.0, 2.0**-4, 2.0**-8, 2.0**10, 2.0**-12)
 RESOLUTION = 0.01  # of a quotient, or it confirms nothing
 STRENGTHS = (0.01, 0.02, 0.03)  # how far weights move where a kink hides the derivative
 
-Again = Callable[[nn.Module, Tensor], Derivatives]
+Again = Callable[[nn.Module, Tensor], Sweep]
 
 
 def inputs_to_check(model: nn.Module) -> int:
@@ -89,7 +92,8 @@ def positions_to_check(size: int, model: nn.Module) -> Tensor:
 def confirm(
     model: nn.Module,
     x: Tensor,
-    found: Derivatives,
+    found: Sweep,
+    at: slice | Tensor,
     again: Again,
     most: int = ENTRIES,
 ) -> Tensor:
@@ -98,7 +102,8 @@ def confirm(
     Args:
         model: The network; it is copied.
         x: [k, ...], some of its inputs.
-        found: J and S at these inputs, to be checked.
+        found: J and S, to be checked.
+        at: Which of its inputs x are.
         again: The engine, for other weights.
         most: Entries of S to compare, or one of every block.
 
@@ -108,8 +113,7 @@ def confirm(
     Raises:
         Unconfirmed: they are not, or an input's outputs depend on the others.
     """
-    check_finite(found)
-    claim = Claim(Truth.of(model, x), found)
+    claim = Claim(Truth.of(model, x), found, at)
     check_values(claim)
     doubt = doubts(claim, most)
     if doubt.any() and len(x) > 2:  # the first and a neighbour: where numbers are wrong, enough
@@ -121,22 +125,45 @@ def confirm(
     return claim.truth.outputs
 
 
+class Sums(NamedTuple):
+    """Σ_i (J_i v_i)^degree over the entries of every parameter, [k, T] each.
+
+    Attributes:
+        products: J·v.
+        squares: The sum of the squares of its terms.
+        dtype: Of J.
+        has_second: Whether there is an S.
+    """
+
+    products: PerParameter
+    squares: PerParameter
+    dtype: torch.dtype
+    has_second: bool
+
+
 @dataclass(frozen=True)
 class Claim:
     """Derivatives to be checked, beside the network itself.
 
     Attributes:
         truth: The network.
-        found: J and S, to be checked.
+        sweep: J and S, to be checked.
+        at: Where they are those at the inputs of the truth.
     """
 
     truth: Truth
-    found: Derivatives
+    sweep: Sweep
+    at: slice | Tensor
+
+    @cached_property
+    def found(self) -> Derivatives:
+        """J and S at these inputs, all of them at once."""
+        return self.sweep.sweep(self.at)
 
     @property
     def eps(self) -> float:
         """The precision of the numbers that J and S were computed in."""
-        return torch.finfo(self.found.blocks[0].J.dtype).eps
+        return torch.finfo(self.sums.dtype).eps
 
     @cached_property
     def noise(self) -> Tensor:
@@ -144,40 +171,39 @@ class Claim:
         return self.truth.noise.double().expand(self.truth.outputs.shape)
 
     @cached_property
-    def products(self) -> PerParameter:
-        """J·v of every parameter by itself, [k, T]."""
-        return self.sums(1)
+    def sums(self) -> Sums:
+        """Block by block, as J of a large network takes much memory.
 
-    @cached_property
-    def squares(self) -> PerParameter:
-        """The sum of the squares of its terms, [k, T]."""
-        return self.sums(2)
+        Raises:
+            Unconfirmed: a derivative is NaN or infinite.
+        """
+        one, v = self.sweep.one, self.truth.v
+        count = len(self.sweep.inputs)
+        each = self.found.blocks if one is None else (one(i, self.at)(ALL) for i in range(count))
+        found = Sums({}, {}, torch.float64, has_second=False)
+        for block in each:
+            check_finite(block)
+            found = found._replace(dtype=block.J.dtype, has_second=block.S is not None)
+            for n in block.inputs:
+                for degree, sums in ((1, found.products), (2, found.squares)):
+                    sums[n] = contraction(block, n, v[n], degree)
+        return found
 
-    def sums(self, power: int) -> PerParameter:
-        """Σ_i (J_i v_i)^power of every parameter."""
-        v = self.truth.v
-        return {
-            n: contraction(block, n, v[n], power).double()
-            for block in self.found.blocks
-            for n in block.inputs
-        }
 
-
-def check_finite(found: Derivatives) -> None:
+def check_finite(block: Block) -> None:
     """Refuse NaN and infinite values, which no other weights excuse.
 
     Raises:
         Unconfirmed: naming the layer.
     """
-    for block in found.blocks:
-        for D in (block.J, block.S, *block.inputs.values()):
-            if D is not None and not all_finite(D):
-                narrow = " If float32 is too narrow for them, take .double() of model and inputs."
-                raise Unconfirmed(
-                    f"layer {block.layer!r}: its derivatives at these inputs are NaN or infinite. "
-                    "A function in the forward pass has none there, as sqrt() at 0: keep away by "
-                    f"a small constant.{narrow if D.dtype == torch.float32 else ''}"
-                )
+    for D in (block.J, block.S, *block.inputs.values()):
+        if D is not None and not all_finite(D):
+            narrow = " If float32 is too narrow for them, take .double() of model and inputs."
+            raise Unconfirmed(
+                f"layer {block.layer!r}: its derivatives at these inputs are NaN or infinite. "
+                "A function in the forward pass has none there, as sqrt() at 0: keep away by "
+                f"a small constant.{narrow if D.dtype == torch.float32 else ''}"
+            )
 
 
 def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, most: int) -> None:
@@ -185,7 +211,7 @@ def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, mos
     for strength in STRENGTHS:
         nearby = private_copy(model)
         perturb_weights(nearby, strength)
-        claim = Claim(Truth.of(nearby, x), again(nearby, x))
+        claim = Claim(Truth.of(nearby, x), again(nearby, x), ALL)
         doubt = doubt & doubts(claim, most, doubt)
         if not doubt.any():
             return
@@ -196,7 +222,7 @@ def confirm_nearby(model: nn.Module, x: Tensor, doubt: Tensor, again: Again, mos
                 "float32 rounds the derivatives of this network too much: take .double() of the "
                 "model and the inputs."
             )
-        claim = Claim(Truth.of(nearby.float(), x), claim.found)
+        claim = replace(claim, truth=Truth.of(nearby.float(), x))
     raise Unconfirmed(explanation(claim))
 
 
@@ -204,7 +230,7 @@ def claim_in_double(model: nn.Module, x: Tensor, again: Again) -> Claim | None:
     """The derivatives of the same network in float64; None where it insists on its type."""
     wide, z = private_copy(model).double(), x.double() if x.is_floating_point() else x
     try:
-        return Claim(Truth.of(wide, z), again(wide, z))
+        return Claim(Truth.of(wide, z), again(wide, z), ALL)
     except (RuntimeError, ValueError):
         return None
 
@@ -242,7 +268,7 @@ def wrong_parameters(claim: Claim) -> list[str]:
     for block in claim.found.blocks:
         for n, z in block.inputs.items():
             one = replace(claim.found, blocks=(replace(block, inputs={n: z}),))
-            if doubts(replace(claim, found=one)).any():
+            if doubts(Claim(claim.truth, Sweep.from_derivatives(one), ALL)).any():
                 wrong.append(n)
     return wrong
 
@@ -267,7 +293,7 @@ def check_values(claim: Claim) -> None:
     dtype = truth.in_its_type.dtype
     eps, noise = torch.finfo(dtype).eps, truth.noise / torch.finfo(truth.dtype).eps
     slack = 4 * eps**0.5 * scale + 2**6 * eps * noise
-    for h in (truth.in_its_type, claim.found.outputs):
+    for h in (truth.in_its_type, claim.sweep.outputs[claim.at]):
         if not fits(h.to(truth.dtype), truth.outputs, slack):
             raise Unconfirmed(
                 f"the outputs of a batch differ from those of its inputs in float64: {MIXES}; or "
@@ -277,7 +303,7 @@ def check_values(claim: Claim) -> None:
 
 def movements(claim: Claim) -> Tensor:
     """How far every output moves with its parameters, [k, T]; added constants do not count."""
-    squares = torch.stack(list(claim.squares.values()))
+    squares = torch.stack(list(claim.sums.squares.values()))
     return squares.sum(0).sqrt().to(claim.truth.outputs)
 
 
@@ -350,7 +376,7 @@ def fits(a: Tensor | None, b: Tensor, slack: Tensor) -> bool:
 def doubts(claim: Claim, most: int = ENTRIES, among: Tensor | None = None) -> Tensor:
     """At which inputs, of those ``among``, J or S differs from the difference quotients: [k]."""
     doubt = first_order_doubts(claim)
-    if all(block.S is None for block in claim.found.blocks) or doubt.all():
+    if not claim.sums.has_second or doubt.all():
         return doubt
     places = torch.arange(len(doubt), device="cpu") if among is None else among.nonzero()[:, 0]
     return doubt | second_order_doubts(claim, most, places.tolist())
@@ -378,33 +404,35 @@ def first_order_doubts(claim: Claim) -> Tensor:
 
 def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
     """Directions, with J·v along each and the size of its terms: [k, T]."""
-    names, squares = list(claim.squares), torch.stack(list(claim.squares.values()))
-    products = torch.stack(list(claim.products.values()))
+    names = list(claim.sums.squares)
+    products, squares = (torch.stack(list(sums.values())) for sums in claim.sums[:2])
     shares = (squares / squares.sum(0)).nan_to_num(0.0)  # of each output and input by itself
     influence = dict(zip(names, shares.flatten(1).mean(1).sqrt().tolist(), strict=True))
-    for group in directions(influence, RANGE[claim.found.blocks[0].J.dtype]):
+    for group in directions(influence, RANGE[claim.sums.dtype]):
         weights = squares.new_tensor([group.get(n, 0.0) for n in names])
         scale = torch.tensordot(weights.square(), squares, 1).sqrt()
         w = {n: share * claim.truth.v[n] for n, share in group.items()}
         yield w, torch.tensordot(weights, products, 1), scale
 
 
-def contraction(block: Block, name: str, v: Tensor, power: int) -> Tensor:
-    """Σ_i (J_i v_i)^power over the entries of one parameter: [k, T]."""
-    z = block.inputs[name]
-    J = block.J if is_ordinary(block.J) else block.J.double()
-    v = v.to(J)
-    if power == 2:
-        J, v, z = J.square(), v.square(), None if z is None else z.to(J).square()
-    if z is None:
-        return J.flatten(2) @ v.flatten() if J.ndim > 2 else J * v
-    moved = v.reshape(-1, z.shape[1]) @ z.T.to(v)  # [K, k]
-    return torch.einsum("kto,ok->kt", J.flatten(2), moved)
+def contraction(block: Block, name: str, v: Tensor, degree: int) -> Tensor:
+    """Σ_i (J_i v_i)^degree over the entries of one parameter: [k, T]."""
+    z, J = block.inputs[name], ordinary(block.J)
+    J = J.flatten(2) if J.ndim > 2 else J[..., None]
+    if z is None:  # a piece at a time, as there may be many entries
+        pieces = zip(J.split(PIECE, 2), v.to(J).flatten().split(PIECE), strict=True)
+        sums = [(power(D, degree) @ power(w, degree)).double() for D, w in pieces]
+        return torch.stack(sums).sum(0)
+    W, z = v.to(J).reshape(-1, z.shape[1]), z.to(J)
+    moved = power(W, degree) @ power(z, degree).T  # [K, k]
+    return torch.einsum("kto,ok->kt", power(J, degree), moved).double()
 
 
-def is_ordinary(J: Tensor) -> bool:
-    """Whether the squares of float32 numbers are neither too large nor too small for float32."""
-    return J.dtype == torch.float64 or 1e-12 < float(J.abs().amax()) < 1e12
+def ordinary(J: Tensor) -> Tensor:
+    """J, in float64 if its squares are too large or too small for its own type."""
+    least, most = J.aminmax()
+    is_fine = J.dtype == torch.float64 or 1e-12 < float(torch.maximum(-least, most)) < 1e12
+    return J if is_fine else J.double()
 
 
 def directions(influence: dict[str, float], most: float) -> Iterator[dict[str, float]]:

@@ -31,7 +31,7 @@ class Truth:
 
     Attributes:
         own: The copy; in the network's own type where that computes in nothing else.
-        alone: Another copy, which has not been called.
+        alone: Another copy, which has not been called, with the same numbers for parameters.
         x: [k, ...], the inputs.
         outputs: h, [k, T].
         noise: Rounding errors to expect in h, [T].
@@ -60,11 +60,11 @@ class Truth:
             narrow = finite_outputs(
                 private_copy(model).float(), x.float() if x.is_floating_point() else x
             )
-            return cls(own, alone, x, h, noise_of(h, narrow), h)
+            return cls(own, sharing(alone, own), x, h, noise_of(h, narrow), h)
         z, wide = in_double(own, x)
         if wide is None:
             return cls(own.to(h.dtype), alone, x, h, noise_of(h, None), h)
-        return cls(own, alone.double(), z, wide, noise_of(wide, h), h)
+        return cls(own, sharing(alone, own).double(), z, wide, noise_of(wide, h), h)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +76,13 @@ class Truth:
         """A random direction, every parameter in proportion to its size."""
         generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
         return {n: direction(p.detach(), generator) for n, p in self.own.named_parameters()}
+
+
+def sharing(alone: nn.Module, own: nn.Module) -> nn.Module:
+    """A copy with the parameters of another in the place of the same ones of its own."""
+    for mine, others in zip(alone.parameters(), own.parameters(), strict=True):
+        mine.data = others.data
+    return alone
 
 
 def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:

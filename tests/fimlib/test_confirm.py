@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import fimlib
+from fimlib.derivatives import Sweep
 from fimlib.engines import choose
 from fimlib.engines.confirm import Unconfirmed, confirm
 
@@ -62,9 +63,9 @@ def judge(net, x, engine, order, change=lambda d: d):
     attempt = choose.ENGINES[engine].attempts(order)[0]
 
     def found(model, x):
-        return change(attempt(model, x, order, None).derivatives())
+        return Sweep.from_derivatives(change(attempt(model, x, order, None).derivatives()))
 
-    confirm(net, x, found(net, x), found)
+    confirm(net, x, found(net, x), slice(None), found)
 
 
 def blocks(change, at=-1):
