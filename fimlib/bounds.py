@@ -136,7 +136,9 @@ def corollary_4_2(family: Family, h: Tensor) -> Interval[Tensor]:
 def proposition_4_3(family: Family, h: Tensor) -> Tensor:
     r"""``λ_max(𝓚) ≤ B λ_max(𝓘)`` with B = max ‖t(y) − η‖² over y (Proposition 4.3, Eq. 16): [B].
 
-    Args: as ``corollary_4_2``.
+    Args:
+        family: The output family.
+        h: [B, T], the outputs.
 
     Raises:
         ValueError: h does not fit the family, or t(y) is unbounded.
@@ -178,7 +180,11 @@ def theorem_5_2(sigma: Tensor) -> SoftmaxBounds:
 def corollary_q_1(sigma: Tensor) -> Tensor:
     """``λ_max(𝓚) ≤ 2 λ_max(𝓘)`` for a softmax (Corollary Q.1, Eq. 36): [B].
 
-    Args, Raises: as ``theorem_5_2``.
+    Args:
+        sigma: [B, C], probabilities of C ≥ 2 classes.
+
+    Raises:
+        ValueError: as ``theorem_5_2``.
     """
     sigma, _ = probabilities(sigma)
     eigenvalues: Tensor = torch.linalg.eigvalsh(softmax_covariance(sigma))
@@ -210,7 +216,9 @@ def table_1(family: Family, h: Tensor) -> SoftmaxBounds:
     Regression with a known covariance Σ: exact, λ = λ_max(Σ⁻¹) and 2λ²: 1 and 2 in the paper's
     isotropic case. Classification: Theorem 5.2.
 
-    Args: as ``corollary_4_2``.
+    Args:
+        family: The output family.
+        h: [B, T], the outputs.
 
     Raises:
         ValueError: h does not fit the family, or the family is not in the table.
@@ -282,8 +290,20 @@ def theorem_b_1(
     ``(u·δ)(v·δ) = (1+c)/2 (p·δ)² − (1−c)/2 (q·δ)²``, and by the triangle inequality its standard
     deviation is at most the average, with these weights, of those of (p·δ)² and (q·δ)².
 
-    Args, Returns, Raises: as ``off_diagonal``, and
+    Args:
+        J_i: [B, T, n], derivatives ∂_i h of the natural parameters, for n pairs of parameters.
+        J_j: [B, T, n], likewise ∂_j h.
+        S_ij: [B, T, n], second derivatives ∂²_ij h.
+        family: The output family.
+        h: [B, T], the outputs.
+        num_samples: N ≥ 1, labels that the estimators average.
         method: How λ_max(M) is found, as in ``lambda_max``; not "lower".
+
+    Returns:
+        The bounds of |I(θ_ij|x)|, V₁(θ_ij|x) and V₂(θ_ij|x): [B, n] each.
+
+    Raises:
+        ValueError: N < 1, shapes do not match, or h does not fit the family.
     """
     n, h = check_num_samples(num_samples), family.natural(h)
     J_i, J_j, S_ij = check_pairs(J_i, J_j, S_ij, h=h)
@@ -312,7 +332,14 @@ def lemma_b_2(A: Tensor) -> Tensor:
 def corollary_b_3(J_i: Tensor, J_j: Tensor, family: Family, h: Tensor) -> Tensor:
     """``|I(θ_ij|x)| ≤ s_max(𝓘) ‖J_i‖ ‖J_j‖`` (Corollary B.3, Eq. 28): [B, n].
 
-    Args, Raises: as ``off_diagonal``.
+    Args:
+        J_i: [B, T, n], derivatives ∂_i h of the natural parameters, for n pairs of parameters.
+        J_j: [B, T, n], likewise ∂_j h.
+        family: The output family.
+        h: [B, T], the outputs.
+
+    Raises:
+        ValueError: shapes do not match, or h does not fit the family.
     """
     h = family.natural(h)
     J_i, J_j = check_pairs(J_i, J_j, h=h)

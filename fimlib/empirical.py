@@ -141,10 +141,16 @@ def kl_gradient(derivs: Derivatives, labels: Labels) -> Diagonal:
     is positive wherever the loss has a slope. With observed labels this is the gradient of
     their mean negative log-likelihood.
 
-    Args, Raises: as ``data_fisher``.
+    Args:
+        derivs: J and the outputs at B inputs.
+        labels: q(y|x) at these inputs, as ``family.observed`` or ``family.expected`` gives it.
 
     Returns:
         [B, *shape] per parameter, in nat/θ.
+
+    Raises:
+        ValueError: the labels belong to other outputs.
+        TypeError: no family made the labels.
     """
     check_labels(derivs.outputs, labels)
     derivs = labels.family.natural_derivatives(derivs)

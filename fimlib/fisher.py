@@ -84,7 +84,16 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
 
     ``V₂(θᵢ|x) = (1/N) S^a S^b 𝓘_ab``: 0 in a last layer that is linear (Remark 4.4).
 
-    Args, Returns, Raises: as ``variance_i1``; and ValueError where ``derivs`` have no S.
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        num_samples: N ≥ 1, labels that the estimator averages.
+
+    Returns:
+        [B, *shape] per parameter, in nat²/θ⁴.
+
+    Raises:
+        ValueError: N < 1, the outputs do not fit the family, or ``derivs`` have no S.
     """
     derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
@@ -96,7 +105,16 @@ def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 
 
     ``C₁₂ = (1/N) Cov((J·δ)², −S·δ)``; not in the paper. ``Var(Î₁ − Î₂) = V₁ + V₂ − 2C₁₂``.
 
-    Args, Returns, Raises: as ``variance_i2``.
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        num_samples: N ≥ 1, labels that both estimators average.
+
+    Returns:
+        [B, *shape] per parameter, in nat²/θ⁴.
+
+    Raises:
+        ValueError: N < 1, the outputs do not fit the family, or ``derivs`` have no S.
     """
     derivs, h = natural(derivs, family)
     n = check_num_samples(num_samples)
@@ -133,7 +151,17 @@ def estimate_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     ``Î₂(θᵢ|x) = (1/N) Σ_k (Jᵀ𝓘J − S·δ_k)``: it may be negative.
 
-    Args, Returns, Raises: as ``estimate_i1``; and ValueError where ``derivs`` have no S.
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        labels: N labels for each of them, as ``family.sample(derivs.outputs, N)`` draws them, or
+            ``family.observed(derivs.outputs, y)`` makes them of labels y.
+
+    Returns:
+        [B, *shape] per parameter, in nat/θ².
+
+    Raises:
+        ValueError: the labels were drawn for other outputs, or ``derivs`` have no S.
+        TypeError: no family made the labels.
     """
     check_labels(derivs.outputs, labels)
     family, h = labels.family, labels.outputs
@@ -151,7 +179,17 @@ def sample_variance_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
     It is 0 where all N labels agree, as they mostly do under a confident softmax, however large
     V₁ is: compare ``variance_i1``.
 
-    Args, Returns, Raises: as ``estimate_i1``; and ValueError for N < 2.
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        labels: N labels for each of them, as ``family.sample(derivs.outputs, N)`` draws them, or
+            ``family.observed(derivs.outputs, y)`` makes them of labels y.
+
+    Returns:
+        [B, *shape] per parameter, in nat²/θ⁴.
+
+    Raises:
+        ValueError: the labels were drawn for other outputs, or N < 2.
+        TypeError: no family made the labels.
     """
     return _sample_variance(derivs, labels, _squared_scores)
 

@@ -446,8 +446,13 @@ class Joint:
         For the Gaussian of Section 5.1 and N pairs the upper bounds are ``(3/N) E‖J‖⁴`` and
         ``(1/N) (E‖J‖⁴ + E‖S‖²)``.
 
-        Args, Raises: as ``variance_i1`` and ``lemma_4_8``, and
+        Args:
+            num_inputs: n_x ≥ 1.
+            num_labels: n_y ≥ 1, labels for each input.
             estimator: j = 1 or 2.
+
+        Raises:
+            ValueError: a count below 1; nothing accumulated; data labels; or bounds=None.
         """
         sides = zip(self.label_variance_bounds(estimator), self.lemma_4_8(), strict=True)
         return Interval(*(self._total(v, num_inputs, num_labels, True, x) for v, x in sides))

@@ -51,7 +51,19 @@ def estimate_i1_matrix(
 ) -> Tensor:
     """The estimator Î₁(θ) = (1/N) Σ_k ∂ℓ_k ∂ℓ_kᵀ, averaged over the inputs (Eq. 3).
 
-    Args, Returns, Raises: as ``fisher_matrix``, with labels drawn for the model's outputs at x.
+    Args:
+        model: Any module that maps x to the outputs [B, T] of the family; in eval mode.
+        x: [B, ...]; B = 1 gives the conditional matrix.
+        labels: N labels for each input, drawn for the model's outputs at x.
+        parameters: Names, as in ``model.named_parameters()``; flattened and joined in this order.
+
+    Returns:
+        [P, P], float64, symmetric, in nat/θ².
+
+    Raises:
+        ValueError: an unknown parameter name, labels for other outputs, or what
+            ``fimlib.differentiate`` refuses.
+        TypeError: no family made the labels.
     """
     outputs, J = jacobian(model, x, parameters, family_of(labels))
     check_labels(outputs, labels)
@@ -66,7 +78,20 @@ def estimate_i2_matrix(
 
     ``−∂²ℓ = (∂h)ᵀ𝓘(∂h) − Σ_a δ_a ∂²h^a`` is linear in δ, so one Hessian serves all labels.
 
-    Args, Returns, Raises: as ``estimate_i1_matrix``.
+    Args:
+        model: Any module that maps x to the outputs [B, T] of the family; in eval mode.
+        x: [B, ...]; B = 1 gives the conditional matrix.
+        labels: N labels for each input, drawn for the model's outputs at x.
+        parameters: Names, as in ``model.named_parameters()``; flattened and joined in this order.
+
+    Returns:
+        [P, P], float64, symmetric, in nat/θ².
+
+    Raises:
+        ValueError: an unknown parameter name, labels for other outputs, or what
+            ``fimlib.differentiate`` refuses.
+        TypeError: no family made the labels.
+        NotImplementedError: autograd cannot differentiate the model twice.
     """
     model, family, names = check_module(model), family_of(labels), list(parameters)
     outputs, J = jacobian(model, x, names, family)

@@ -62,7 +62,15 @@ def plan(
 
     Nothing is predicted: it is run on x, so take a few inputs.
 
-    Args, Raises: as ``differentiate``.
+    Args:
+        model: Maps x to the outputs [B, T]; in eval mode.
+        x: [B, ...], a few inputs.
+        engine: An engine's name, or "auto".
+        order: 2, or 1 for J alone.
+        layers: Names of modules or parameters to report; "trainable"; or None for all.
+
+    Raises:
+        ValueError, NotImplementedError, ImportError, TypeError: as ``differentiate``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 2))

@@ -62,10 +62,18 @@ def corollary_4_6(
     T×T arrays. In each, both terms are of the same degree in the derivatives, so that their scale
     does not decide which is smaller.
 
-    Args, Raises: as ``theorem_4_1``; and ValueError where B·T⁴ exceeds 2²⁷.
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        num_samples: N ≥ 1, labels that the estimators average.
+        eigenvalues: Those of 𝓘 and M at these outputs, if ``spectrum`` has computed them before.
 
     Returns:
         Pairs of [B], in nat/θ² (fisher) and nat²/θ⁴; ``.upper`` is their minimum.
+
+    Raises:
+        ValueError: N < 1, ``derivs`` have no S, outputs or eigenvalues do not fit, or B·T⁴ exceeds
+            2²⁷.
 
     Memory: B·T⁴/4 numbers, T⁴ where the family has no unfolding of its own.
     """
@@ -93,13 +101,21 @@ def theorem_c_1(
     T² terms and 1/N (30), and for ΣV₂ with ∂²h and 1/N (31). The lower bound of (30) is 0 for a
     classifier.
 
-    Args, Raises, Memory: as ``corollary_4_6``, and
+    Args:
+        derivs: J, S and the outputs at B inputs.
+        family: The output family.
+        num_samples: N ≥ 1, labels that the estimators average.
         symmetric: Count in (30) only the T(T + 1)/2 dimensions of symmetric arrays, which hold
             all of J̃ and M̃. The upper bound stays, the lower one rises: for the isotropic
             Gaussian to the upper.
 
     Returns:
         Bounds of ΣI, ΣV₁ and ΣV₂, each [B].
+
+    Raises:
+        ValueError: N < 1, ``derivs`` have no S, the outputs do not fit, or B·T⁴ exceeds 2²⁷.
+
+    Memory: as ``corollary_4_6``.
     """
     n = check_num_samples(num_samples)
     first, outer, second = squared_singular_values(derivs, family)

@@ -47,7 +47,7 @@ MENTION = re.compile(
 )
 BARE = re.compile(r"(?<=\s)\((\d{1,2})\)")  # the number of an inequality, as "(10)"
 PLACE = re.compile(r"\b(Section|Appendix)\s+(\d(?:\.\d)?|[A-F])\b(?!\.)")
-LABEL = re.compile(r"([A-Z][a-z]+(?:, [A-Z][a-z]+)*):(?= )")  # "Cost: ...", "Args, Raises: as ..."
+LABEL = re.compile(r"([A-Z][a-z]+):(?= )")  # "Cost: ..."
 
 
 class Api(SphinxDirective):
@@ -196,24 +196,17 @@ def unfolded(lines: list[str]) -> Iterator[str]:
     """Paragraphs that begin with a label as paragraphs of their own, not as definitions.
 
     "Example: a text" with indented lines below is a label, a text and lines without indentation.
-    After "Args, Raises: as ..., and" the lines below are arguments.
     """
-    below = ""  # what the indentation below a label is replaced by
     inside = False
     for i, line in enumerate(lines):
         label = LABEL.match(line)
         if label:
-            inside, below = True, ""
+            inside = not line.endswith("::")
             yield f"**{label[1]}:**{line[label.end() :]}"
-            if line.endswith("::"):
-                inside = False
-            elif label[1].startswith("Args") and line.endswith("and"):
-                below = "    "
-                yield from ("", "Args:")
-            elif i + 1 < len(lines) and lines[i + 1].lstrip().startswith(">>>"):
+            if inside and i + 1 < len(lines) and lines[i + 1].lstrip().startswith(">>>"):
                 yield ""
         elif inside and line.startswith("    "):
-            yield below + line[4:]
+            yield line[4:]
         else:
             inside = inside and not line
             yield line

@@ -92,8 +92,6 @@ def test_numbers_in_a_docstring_are_links(entry):
          "not ``plan(x)``"),
         ("Cost: low,\n    mostly.\n\nArgs:\n    x: An input.",
          "**Cost:** low,\nmostly.\n\nArgs:\n    x: An input."),
-        ("Args, Raises: as ``plan``, and\n    y: More.",
-         "**Args, Raises:** as :py:obj:`plan <fimlib.plan>`, and\n\nArgs:\n    y: More."),
         ("Example: Eq. 1.\n    >>> a*b  # Eq. 1\n    (1, 2)",
          "**Example:** :ref:`Eq. 1 <eq-1>`.\n\n>>> a*b  # Eq. 1\n(1, 2)"),
         ("Example: a file::\n\n    a*b  # Eq. 1",

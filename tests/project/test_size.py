@@ -7,9 +7,9 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6160,
-    "core": 5960,
-    "rest": 2870,
+    "engines": 6210,
+    "core": 6105,
+    "rest": 2880,
     "support and extensions": 12_050,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
