@@ -307,7 +307,7 @@ def test_the_straight_line_through_smaller_batches_decides():
 
 @pytest.mark.parametrize(
     ("seconds", "quick", "n"),
-    [(1e-4, False, 100), (0.06, False, 17), (0.5, False, 10), (2.5, False, 9), (9, False, 3),
+    [(1e-4, False, 100), (0.06, False, 17), (0.5, False, 10), (2.5, False, 5), (9, False, 3),
      (1e-4, True, 3), (90, False, 3)],
 )  # fmt: skip
 def test_how_many_calls_are_enough(seconds, quick, n):

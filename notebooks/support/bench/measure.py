@@ -30,6 +30,10 @@ SLOW = 2.0  # seconds; what takes longer is measured on one thread only
 Row = dict[str, Any]
 
 
+class TooLong(BaseException):
+    """A call takes longer than the limit; not an Exception, which the call itself may handle."""
+
+
 @dataclass(frozen=True)
 class Case:
     """Where a candidate is measured.
@@ -65,7 +69,7 @@ def measure(key: str, case: Case, threads: int) -> Row:
         if not candidate.package:
             raise
         return {"status": "not installed", "why": f"pip install {candidate.package}"}
-    except TimeoutError:
+    except TooLong:
         return {"status": "skipped", "why": f"over {LIMIT_SECONDS:.0f} s"}
     except (MemoryError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):
@@ -115,9 +119,9 @@ def measure_whole(candidate: candidates.Candidate, case: Case, threads: int) -> 
 
 
 def enough(times: Sequence[float], quick: bool) -> bool:
-    """At least ten calls, or three where these take 20 s; up to a hundred of short ones."""
+    """At least ten calls, or three where these take 10 s; up to a hundred of short ones."""
     total, n = sum(times), len(times)
-    if quick or total > 20:
+    if quick or total > 10:
         return n >= 3
     return n >= 10 and (total > 1 or n >= 100)
 
@@ -127,7 +131,7 @@ def limits() -> Iterator[None]:
     """Break off what takes too long, and refuse memory beyond the limit."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError
+        raise TooLong
 
     most, before = resource.RLIMIT_DATA, resource.getrlimit(resource.RLIMIT_DATA)
     handler = signal.signal(signal.SIGALRM, stop)

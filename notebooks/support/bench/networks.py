@@ -193,7 +193,7 @@ FULL = {
         "vision transformer, 64 tokens", (32, 32), lambda: Transformer(56, 4, 2, 64, patch=4), 10
     ),
     "gpt": gpt("GPT, 64 positions, 2,000 words", (128, 4, 4), 64, 2000, (1, 8)),
-    "decoder": regression("decoder with 4,096 outputs", (16, 8, 64), (1, 8)),
+    "decoder": regression("decoder with 4,096 outputs", (16, 8, 64), (1,)),
 }
 QUICK = {
     "mlp": of_widths([12, 8, 6, 4, 3], "tiny MLP "),
