@@ -82,10 +82,7 @@ def over_the_loop(network: str) -> Callable[[Found], tuple[float, int] | None]:
 
 
 CHECK = "Each call checks the first inputs of the batch against difference quotients in float64."
-ELEMENTWISE = (
-    "The contractions are in float64 by default, and work over classes × hidden units × inputs "
-    "is elementwise work that a training step does not have. " + CHECK
-)
+ELEMENTWISE = "Contractions are in float64, with work over classes × units × inputs. " + CHECK
 GRADIENTS = "The weights' gradients at single inputs must be formed, for every output. " + CHECK
 CALLS = "At one input the time is that of some hundred small operations. " + CHECK
 TARGETS = (
