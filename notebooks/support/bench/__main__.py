@@ -1,7 +1,7 @@
 """``make bench``: measure everything, write ``data/bench.json``, print the tables.
 
-Ratios only: every candidate is timed in turn with the unit, one forward pass, mean cross-entropy
-and backward pass to all parameters of the same batch (float32, eval mode).
+Ratios only: every candidate is timed in turn with the unit, one forward pass, mean loss and
+backward pass to all parameters of the same batch (float32, eval mode).
 """
 
 from __future__ import annotations
@@ -21,31 +21,27 @@ import torch
 
 from support import results, runs
 from support.bench import apart, measure, networks, tables
-from support.bench.approximate import METHODS
-from support.bench.candidates import CANDIDATES, LABELS
+from support.bench.candidates import CANDIDATES, DENSE, LABELS
 from support.bench.measure import Case, Row
 
 PACKAGES = ("numpy", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
-BATCHES, QUICK_BATCHES = (1, 1000, 10_000), (1, 16)
-CONFIRMED_BATCHES, QUICK_CONFIRMED = (8, 100, 1000), (8, 16)
-WITH_S = ("auto", *METHODS)
-QUICK = ("unit", "ours-fisher", "backpack-fisher")  # where not all are measured
+CONFIRMED_BATCHES, QUICK_CONFIRMED = (8, 100, 1000), (8,)
+QUICK = ("unit", "ours-fisher", "ours-estimate")  # where not all are measured
 OURS = ("ours-fisher", "ours-first", "ours-all")
-NOT_BESIDE = (*WITH_S, *(f"ours-i{j}-{n}" for j in (1, 2) for n in LABELS if n not in (1, 5000)))
 MLP, DEEP = (784, 128, 64, 32, 10), (784, *[64] * 7, 10)
 Plan = Iterator[tuple[str, Case, Row]]  # candidate, where, and what else the row says
 
 
 def beside(devices: Sequence[str], quick: bool) -> Plan:
-    """The first table: every candidate on every network and batch."""
+    """The first table: every candidate on its networks, from the smallest batch on."""
     for device in devices:
-        for network in networks.QUICK if quick else networks.FULL:
-            for batch in QUICK_BATCHES if quick else BATCHES:
-                few = quick and (network, batch) != ("mlp", max(QUICK_BATCHES))
-                for key in QUICK if few else CANDIDATES:
-                    only = CANDIDATES[key].only
-                    if key not in NOT_BESIDE and (not only or network in only):
-                        yield key, Case(network, batch, device, quick), {}
+        for name, network in (networks.QUICK if quick else networks.FULL).items():
+            for key, candidate in CANDIDATES.items():
+                batches = network.batches[1:2] if quick else network.batches
+                if name not in candidate.on or (quick and name != "mlp" and key not in QUICK):
+                    continue
+                for batch in batches:
+                    yield key, Case(name, batch, device, quick), {}
 
 
 def varied(quick: bool) -> Plan:
@@ -76,21 +72,18 @@ def varied(quick: bool) -> Plan:
 
 
 def approximate(quick: bool) -> Plan:
-    """The fourth table: two recursions whose S is approximate, beside the exact S."""
+    """The fourth table: a recursion whose S is approximate, beside the exact S."""
     for widths in ((12, 8, 6, 5, 4, 3),) if quick else (MLP, DEEP):
-        for key in WITH_S:
-            case = Case(widths, 16 if quick else 1000, quick=quick, check=False)
-            more = {}
-            if key in METHODS:
-                small = Case(widths, 16 if quick else 100)
-                more = {"errors": attempt(measure.layer_errors, key, small)}
-            yield key, case, more
+        small = Case(widths, 16 if quick else 100)
+        case = Case(widths, 16 if quick else 1000, quick=quick, check=False)
+        yield "ours-v2", case, {}
+        yield "hesscale", case, {"errors": attempt(measure.layer_errors, small)}
 
 
 def confirmed(quick: bool) -> Row:
     """The fifth table: what the check of the first batch adds, and what made the measurement."""
     started, load, rows = time.time(), os.getloadavg()[0], []
-    for network in networks.QUICK if quick else networks.FULL:
+    for network in (*DENSE, "lenet"):
         for batch in QUICK_CONFIRMED if quick else CONFIRMED_BATCHES:
             for order in (1, 2):
                 row = attempt(measure.confirmation, Case(network, batch, quick=quick), order)
@@ -112,7 +105,8 @@ def carry_out(
     plan: Plan, threads: Sequence[int], total: str, kept: Path | None = None
 ) -> list[Row]:
     """Measure, and say how it goes; what an interrupted run has kept is not measured again."""
-    rows, done = [], read_kept(kept)
+    rows: list[Row] = []
+    done = read_kept(kept)
     for key, case, more in plan:
         numbers = [1] if case.device == "cuda" else list(threads)
         where = {k: v for k, v in more.items() if k != "errors"}
@@ -120,9 +114,10 @@ def carry_out(
         if name in done:
             rows.append(done[name])
             continue
-        row = attempt(measure.measure, key, case, numbers)
-        assert isinstance(row, dict)
-        row = measure.heading(key, case) | row | more
+        head = measure.heading(key, case)
+        smaller = [r for r in rows if all(r[k] == head[k] for k in head if k != "batch")]
+        hopeless = None if more else measure.hopeless(smaller, case.batch)
+        row = head | (hopeless or on_threads(key, case, numbers)) | more
         rows.append(row)
         if kept is not None and row["status"] in ("measured", "skipped"):
             with kept.open("a", encoding="utf-8") as file:
@@ -131,6 +126,20 @@ def carry_out(
         seen = tables.cell(row, "1")
         print(f"{total}, {row['network']}, B = {case.batch:,}, {key}: {seen}", flush=True)
     return rows
+
+
+def on_threads(key: str, case: Case, numbers: Sequence[int]) -> Row:
+    """One process for each number of threads; what takes long is measured on one only."""
+    row: Row = {}
+    for number in numbers:
+        found = attempt(measure.measure, key, case, number)
+        assert isinstance(found, dict)
+        if row and found["status"] == "measured":
+            row["times"] |= found["times"]
+        row = row or found
+        if row["status"] != "measured" or row["times"]["1"]["seconds"] > measure.SLOW:
+            break
+    return row
 
 
 def read_kept(kept: Path | None) -> dict[str, Row]:
@@ -160,6 +169,8 @@ def place(quick: bool) -> Path | None:
 
 def run(quick: bool) -> Row:
     """All measurements, and what made them."""
+    if quick:
+        apart.PRELOAD.append("torch._dynamo")  # seconds, at the first call of torch.func
     kept = place(quick)
     started, load = time.time(), os.getloadavg()[0]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -167,10 +178,6 @@ def run(quick: bool) -> Row:
     of = networks.QUICK if quick else networks.FULL
     found: Row = {
         "networks": {key: network.title for key, network in of.items()},
-        "peak": {
-            **{f"cpu {n}": apart.apart(measure.matmul_speed, "cpu", n, quick) for n in threads},
-            **{d: apart.apart(measure.matmul_speed, d, 1, quick) for d in devices[1:]},
-        },
         "peers": carry_out(beside(devices, quick), threads, "beside others", kept),
         "costs": carry_out(varied(quick), [1], "cost", kept),
         "approximate": carry_out(approximate(quick), [1], "approximate", kept),

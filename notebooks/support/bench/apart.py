@@ -9,17 +9,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# What every process starts with, so that no candidate pays for an import; what is not installed is
-# left out. torch imports its compiler once a dispatch mode counts, which takes seconds.
-PRELOAD = [
-    "support.bench.measure",
-    "fimlib.engines.traced.second_order",
-    "torch._dynamo",
-    "torch._decomp",
-    "backpack.extensions",
-    "nngeometry.metrics",
-    "curvlinops",
-]
+# Every process starts with the imports of a program that uses fimlib. A peer's own are made in the
+# process before anything is timed.
+PRELOAD = ["support.bench.measure"]
 
 
 def apart(work: Callable[..., Any], *arguments: Any, limit: float = 600) -> Any:

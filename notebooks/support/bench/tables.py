@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from support import results, runs
 from support.bench.agreement import TOLERANCE
 from support.bench.candidates import CANDIDATES
 from support.bench.measure import Row
-from support.bench.targets import TARGETS, Found, large, quotient, ratio, verdict
+from support.bench.targets import TARGETS, Found, large, ratio, verdict
 
 FOUND = results.ROOT / "data" / "bench.json"
-MISSING = "There are no measurements yet: `make bench` makes them, in about a quarter of an hour.\n"
+MISSING = "There are no measurements yet: `make bench` makes them, in about twenty minutes.\n"
+EXACT = [k for k, c in CANDIDATES.items() if c.computes == "I" and c.name != "fimlib"]
 OURS = [key for key, candidate in CANDIDATES.items() if candidate.name == "fimlib"]
 
 
@@ -51,7 +52,7 @@ def cell(row: Row | None, threads: str) -> str:
     if row is None or (row["status"] == "measured" and threads not in row["times"]):
         return ""
     if row["status"] == "skipped":
-        return f"skipped: {amount(row)} predicted"
+        return f"skipped: {row['why']}"
     if row["status"] == "not installed":
         return f"not installed: `{row['why']}`"
     if row["status"] != "measured":
@@ -59,17 +60,12 @@ def cell(row: Row | None, threads: str) -> str:
     if not row.get("agrees", True):
         return "other values"
     timed = row["times"][threads]
-    few = "" if timed["repetitions"] >= 20 else f", n = {timed['repetitions']}"
+    few = "" if timed["repetitions"] >= 10 else f", n = {timed['repetitions']}"
+    first = f"first {digits(timed['first'])} ×"
     cost = f"{digits(timed['ratio'])} ×"
     if row["candidate"] == "unit":
         cost = duration(timed["seconds"])
-    return f"{cost}, {memory(row['memory_mb'])}{few}"
-
-
-def amount(row: Row) -> str:
-    """What was predicted, of that which was too much."""
-    predicted = row["predicted"]
-    return duration(predicted["seconds"]) if row["why"] == "time" else memory(predicted["mb"])
+    return f"{cost}, {memory(timed['memory_mb'])}{few}; {first}"
 
 
 def duration(seconds: float) -> str:
@@ -108,50 +104,23 @@ def values(rows: Sequence[Row]) -> str:
     return f"{worst:.0e}"
 
 
-def products(rows: Sequence[Row]) -> str:
-    """Multiplications and additions of matrix products, in units."""
-    counted = [row for row in rows if row.get("unit_flops")]
-    return digits(counted[-1]["flops"] / counted[-1]["unit_flops"]) if counted else ""
-
-
 def peers(rows: Sequence[Row], threads: str) -> str:
     """The first table for one network and device: a line per candidate, a column per batch."""
     batches = sorted({row["batch"] for row in rows})
-    head = ["", "computes", *(f"B = {b:,}" for b in batches), "products", "difference"]
+    head = ["", "computes", *(f"B = {b:,}" for b in batches), "difference"]
     body = []
     for key in (k for k in CANDIDATES if any(row["candidate"] == k for row in rows)):
         own = {row["batch"]: row for row in rows if row["candidate"] == key}
-        candidate, ordered = CANDIDATES[key], [own[b] for b in sorted(own)]
+        candidate = CANDIDATES[key]
         cells = [cell(own.get(b), threads) for b in batches]
         name = f"**{candidate.name}**" if key in OURS else candidate.name
-        body.append([name, candidate.computes, *cells, products(ordered), values(ordered)])
+        body.append([name, candidate.computes, *cells, values([*own.values()])])
     failures = [
         f"* {CANDIDATES[r['candidate']].name}, B = {r['batch']:,}: {r['why']}"
         for r in rows
         if r["status"] == "failed"
     ]
     return "\n".join([table(head, body), *failures, ""] if failures else [table(head, body)])
-
-
-def roofline(rows: Sequence[Row], peak: Mapping[str, float]) -> str:
-    """Absolute times beside what the products alone take at the speed of a large product."""
-    body = []
-    for row in rows:
-        if row["status"] != "measured" or not row["flops"]:
-            continue
-        per_input = row["flops"] / row["counted_inputs"]
-        for threads, timed in row["times"].items():
-            speed = peak[row["device"] if row["device"] != "cpu" else f"cpu {threads}"]
-            least = per_input * row["batch"] / speed
-            name, computes = (
-                CANDIDATES[row["candidate"]].name,
-                CANDIDATES[row["candidate"]].computes,
-            )
-            where = [name, computes, f"{row['batch']:,}", threads]
-            share = f"{least / timed['seconds']:.0%}"
-            body.append([*where, duration(timed["seconds"]), duration(least), share])
-    head = ["", "computes", "B", "threads", "time", "roofline", "share"]
-    return table(head, body)
 
 
 def costs(rows: Sequence[Row]) -> str:
@@ -180,7 +149,7 @@ def approximate(found: Found) -> str:
         head = [title(found, network), "time, memory", *(f"layer {name}" for name in layers)]
         body = [
             [
-                "exact" if row["candidate"] == "auto" else row["candidate"],
+                "exact" if row["candidate"] == "ours-v2" else CANDIDATES[row["candidate"]].name,
                 cell(row, "1"),
                 *(percent(row.get("errors", {}).get(name, 0.0)) for name in layers),
             ]
@@ -222,41 +191,29 @@ def title(found: Found, network: str) -> str:
 
 
 def read_benchmark(path: Path = FOUND) -> Found | None:
-    """What ``make bench`` found last, if it did."""
+    """What ``make bench`` found last; None if that was nothing, or by the rules of before."""
     if not path.is_file():
         return None
     found: Found = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    is_new = all("first" in t for r in found["peers"] for t in r.get("times", {}).values())
+    return found if is_new else None
 
 
 def meaning(found: Found) -> str:
-    """What it means for a reader, in three sentences at most; each only where it was measured."""
-    batch, sentences = large(found), []
-    fisher, everything = (ratio(found, k, "mlp", batch) for k in ("ours-fisher", "ours-all"))
-    exact = ("backpack-fisher", "nngeometry-fisher", "jacrev-fisher")
-    others = {k: r for k in exact if (r := ratio(found, k, "mlp", batch))}
-    if fisher and others:
-        nearest = min(others, key=lambda k: others[k])
-        sentences.append(
-            f"For a small network and a batch of {batch:,}, the exact diagonal Fisher information "
-            f"takes {fisher:#.2g} times one forward and backward pass here, and "
-            f"{others[nearest]:#.2g} times with {CANDIDATES[nearest].name}, the fastest other way."
-        )
-    if everything:
-        sentences.append(
-            f"With the variances of both estimators and the variance over inputs, all exact, it "
-            f"takes {everything:#.2g} times: to know how far an estimate can "
-            f"be trusted costs about as much as {everything:.0f} steps of training."
-        )
-    estimates = (ratio(found, k, "mlp", batch) for k in ("ours-i1-1", "backpack-mc"))
-    sampled = min((r for r in estimates if r), default=None)
-    many = quotient(found, "ours-i1-5000", "ours-i1-1", "mlp", batch)
-    if sampled and many and fisher:
-        sentences.append(
-            f"For a classifier, 5,000 labels cost {many[0]:#.2g} times what one does, and the "
-            f"exact value {fisher / sampled:#.2g} times the cheapest estimate from one label."
-        )
-    return " ".join(sentences) + "\n"
+    """What it means for a reader, a sentence for each network where it was measured."""
+    sentences = []
+    for network in found["networks"]:
+        batch = large(found, network)
+        ours = ratio(found, "ours-fisher", network, batch)
+        others = {k: r for k in EXACT if (r := ratio(found, k, network, batch))}
+        if ours and others:
+            nearest = min(others, key=lambda k: others[k])
+            sentences.append(
+                f"* {title(found, network)}, B = {batch:,}: the exact diagonal takes "
+                f"{ours:#.2g} training steps, and {others[nearest]:#.2g} with "
+                f"{CANDIDATES[nearest].name}, the fastest other way."
+            )
+    return "\n".join(sentences) + "\n"
 
 
 def machine(found: Found) -> str:
@@ -283,13 +240,11 @@ def benchmark_page(found: Found | None) -> str:
         "## What it means\n",
         meaning(found),
         "## Targets\n",
-        "They were set before anything was measured.\n",
+        "They were set before these measurements.\n",
         targets(found),
         "## Beside other libraries\n",
         *(tabs(found, network) for network in found["networks"]),
     ]
-    if any(row["device"] != "cpu" for row in found["peers"]):
-        parts += ["## On the GPU, beside the roofline\n", gpu(found)]
     parts += [
         "## What the cost depends on\n",
         costs(found["costs"]),
@@ -300,30 +255,16 @@ def benchmark_page(found: Found | None) -> str:
     return "\n".join(parts)
 
 
-def of(found: Found, network: str, device: str = "cpu") -> list[Row]:
-    """The rows of the first table for a network and a device."""
-    return [r for r in found["peers"] if (r["network"], r["device"]) == (network, device)]
-
-
 def tabs(found: Found, network: str) -> str:
-    """One network's tables, one tab for each number of threads."""
-    rows = of(found, network)
-    threads = list(next((r["times"] for r in rows if "times" in r), {"1": None}))
-    tabs = [
-        f"::::{{tab-item}} {'one thread' if t == '1' else f'{t} threads'}\n\n{peers(rows, t)}\n::::"
-        for t in threads
-    ]
+    """One network's tables, one tab for each number of threads, and for the GPU."""
+    rows = [row for row in found["peers"] if row["network"] == network]
+    kinds = dict.fromkeys((r["device"], t) for r in rows for t in r.get("times", {"1": None}))
+    tabs = []
+    for device, threads in sorted(kinds):
+        name = "one thread" if threads == "1" else f"{threads} threads"
+        shown = peers([r for r in rows if r["device"] == device], threads)
+        tabs.append(f"::::{{tab-item}} {'GPU' if device == 'cuda' else name}\n\n{shown}\n::::")
     return "\n".join([f"### {title(found, network)}\n", ":::::{tab-set}", *tabs, ":::::", ""])
-
-
-def gpu(found: Found) -> str:
-    """Tables of the GPU, network by network."""
-    return "\n".join(
-        f"### {title(found, network)}, on the GPU\n\n{peers(rows, '1')}\n"
-        + roofline(rows, found["peak"])
-        for network in found["networks"]
-        if (rows := of(found, network, "cuda"))
-    )
 
 
 def terminal(found: Found) -> str:
