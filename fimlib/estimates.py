@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor, nn
 
 from fimlib import _files
@@ -122,7 +122,7 @@ class Estimate:
         total, error, _ = self.layers[layer]
         if error == 0:
             return total, total
-        width = float(stats.t.ppf((1 + confidence) / 2, self.passes - 1)) * error / total
+        width = float(special.stdtrit(self.passes - 1, (1 + confidence) / 2)) * error / total
         if width > WIDEST:
             return 0.0, math.inf
         return total / math.exp(width), total * math.exp(width)

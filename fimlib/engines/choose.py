@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,7 @@ def attempt_layerwise(
     return layerwise.differentiate(model, x, order=order, wanted=wanted)
 
 
+@cache
 def attempts_functional(order: int) -> tuple[Attempt, ...]:
     """Two ways to J, three to S."""
     if order == 1:

@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import requests
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from support import results
 
@@ -87,6 +85,9 @@ def load(name: str) -> Dataset:
     (1437, 64)
     """
     if name == "digits":
+        from sklearn.datasets import load_digits  # here, for it takes a while to import
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         images, labels = digits.images.astype(np.uint8), digits.target.astype(np.uint8)
         split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)

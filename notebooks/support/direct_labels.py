@@ -276,9 +276,9 @@ def _tiny(points: Points) -> Boxes:
 
 def _apart(boxes: Boxes, others: Boxes) -> Array:
     """From each box to each other one, 0 where they meet; [k, n]."""
-    apart = np.maximum(boxes[:, None, :2] - others[:, 2:], others[:, :2] - boxes[:, None, 2:])
-    x, y = np.moveaxis(apart.clip(0), -1, 0)
-    distances: Array = np.hypot(x, y)
+    dx = np.maximum(boxes[:, None, 0] - others[:, 2], others[:, 0] - boxes[:, None, 2])
+    dy = np.maximum(boxes[:, None, 1] - others[:, 3], others[:, 1] - boxes[:, None, 3])
+    distances: Array = np.hypot(dx.clip(0), dy.clip(0))
     return distances
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import functools
 import itertools
 import json
@@ -125,10 +126,16 @@ def fewer(values: list[Any], wanted: list[Any]) -> list[Any]:
     return [value for value in values if value in wanted] or values[:1]
 
 
+@functools.cache
+def parsed(text: str) -> Any:
+    """What a YAML file says; the book asks for ``runs.yml`` hundreds of times."""
+    return yaml.safe_load(text)
+
+
 def read_plan(path: Path) -> dict[str, Any]:
     """Read ``runs.yml``; a RunError says which run is not as it should be, and how it should."""
     try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plan = copy.deepcopy(parsed(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"{path.name} is not valid YAML: {error}") from error
     check_entry(plan, path.name, needed=("runs", "smoke"))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,11 +70,20 @@ def test_a_finished_run_is_kept_until_something_changes(tmp_path, capsys):
     assert set(results.load(folder)) == {"tiny"}
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("made")
+    assert runs.execute(spec(notebook(folder, WRITES)), folder / "results", "digits")
+    return folder
+
+
 @pytest.fixture
-def made(tmp_path):
-    """A finished run, and how to ask for it again."""
-    folder, wanted = tmp_path / "results", spec(notebook(tmp_path, WRITES))
-    assert runs.execute(wanted, folder, "digits")
+def made(made_once, tmp_path):
+    """A copy of it, and how to ask for it again."""
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
+    folder, wanted = tmp_path / "results", spec(tmp_path / "tiny.ipynb")
+    assert runs.is_finished(wanted, folder, "digits")
     return folder, lambda: runs.execute(wanted, folder, "digits")
 
 
@@ -233,14 +243,17 @@ def test_a_damaged_run_is_none_and_made_again(made, capsys):
     assert set(results.load(folder)) == {"tiny"}
 
 
-@pytest.mark.parametrize(
-    "change", [{"counts": False}, {"seconds": 1.0}, {"more": 1}, {"digest": ""}]
-)
-def test_a_record_that_was_edited_is_damaged(made, change):
+def test_a_record_that_was_edited_is_damaged(made, monkeypatch):
     folder, again = made
     path = folder / "tiny" / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert results.load(folder) == {}
+    whole = path.read_text()
+    for change in ({"counts": False}, {"seconds": 1.0}, {"more": 1}, {"digest": ""}):
+        path.write_text(json.dumps(json.loads(whole) | change))
+        assert results.load(folder) == {}, change
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "run_notebook", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):  # it is to be made again
+                again()
     assert [again(), again()] == [True, False]
 
 

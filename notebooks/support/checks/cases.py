@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -142,6 +141,8 @@ def as_derivatives(h: Tensor, J: Tensor, S: Tensor) -> Derivatives:
 
 def digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's handwritten digits: [1797, 64] in [0, 1] and labels."""
+    from sklearn.datasets import load_digits  # here, for it takes a while to import
+
     bunch = load_digits()
     return torch.tensor(bunch.data) / 16, torch.tensor(bunch.target)
 
