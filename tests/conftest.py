@@ -33,18 +33,6 @@ def listing():
     }
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _shapes_without_python():
-    """Forward mode asks kernels without a device for the shape of every sum with a zero tangent.
-
-    Torch registers such kernels in Python, which would take half the time of the functional engine.
-    Without them its own in C++ answer.
-    """
-    import torch  # here, since a process that only hands out the tests needs none
-
-    torch._meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()
-
-
 @pytest.fixture(autouse=True)
 def _the_projects_own_files_stay():
     before = listing()
