@@ -196,19 +196,14 @@ def bernstein(gram: Tensor, p: Tensor, t: Tensor, alpha: float) -> Tensor:
     return torch.ceil(math.log(2 / alpha) * needed * (1 - 1e-12)).clamp_min(1)
 
 
-def chi2_quantile(q: float, f: np.ndarray) -> np.ndarray:
-    """The quantile of χ²_f at q; ``scipy.stats`` has it, too, but takes a second to import."""
-    quantile: np.ndarray = 2 * special.gammaincinv(f / 2, q)
-    return quantile
-
-
 def chi_squared(gram: Tensor, p: Tensor, t: Tensor, alpha: float) -> Tensor:
     """N = g χ²_f / t² with the quantile of χ²_f at 1 − α, at least 1: [B]."""
     total = (p * gram.diagonal(dim1=1, dim2=2)).sum(1)
     squares = torch.einsum("bk,bl,bkl->b", p, p, gram.square())
     g = _relative(squares, total)
     f = torch.where(squares > 0, total.square() / squares, 1)
-    quantile = torch.as_tensor(chi2_quantile(1 - alpha, f.cpu().numpy()), dtype=g.dtype).to(g)
+    half = special.gammaincinv(f.cpu().numpy() / 2, 1 - alpha)  # scipy.stats is slow to import
+    quantile = torch.as_tensor(2 * half, dtype=g.dtype).to(g)
     return torch.ceil(_relative(g * quantile, t.square()) * (1 - 1e-12)).clamp_min(1)
 
 
@@ -301,7 +296,7 @@ def number_needed(
 def largest_quantile(confidence: float) -> float:
     """The largest quantile of Σλ_r χ²₁ with Σλ = 1: that of χ²_f/f for the worst f, or 1."""
     f = np.arange(1, MOST_DEGREES + 1)
-    return max(1.0, float((chi2_quantile(confidence, f) / f).max()))
+    return max(1.0, float((2 * special.gammaincinv(f / 2, confidence) / f).max()))
 
 
 def _relative(variance: Tensor, squared_norm: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ OURS = {
 }
 PLAIN = (int, float, str)  # what a value in `each:` may be
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+parsed = functools.cache(yaml.safe_load)  # a book asks for runs.yml hundreds of times
 ATTEMPTS = "attempts.json"  # in the folder of an unfinished run: when it was begun, and how often
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 LIBRARIES = ("torch", "numpy", "scipy")  # whose versions the values depend on
@@ -124,12 +125,6 @@ def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[s
 def fewer(values: list[Any], wanted: list[Any]) -> list[Any]:
     """Those values that are wanted, or the first one: something of every run is tried."""
     return [value for value in values if value in wanted] or values[:1]
-
-
-@functools.cache
-def parsed(text: str) -> Any:
-    """What a YAML file says; the book asks for ``runs.yml`` hundreds of times."""
-    return yaml.safe_load(text)
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions, requires
 import nbformat
 import pytest
 import yaml
+from books import build_by_sphinx
 from jupyter_book.config import get_final_config
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -214,10 +215,8 @@ def test_pages_of_runs_have_buttons_that_open_their_sources(tmp_path, url, expec
     contents = "\n".join(PAGES)
     (tmp_path / "index.md").write_text(f"# Index\n\n```{{toctree}}\n{contents}\n```\n")
     (tmp_path / "conf.py").write_text(CONFIG.replace("OPTIONS", repr(options)))
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", tmp_path, tmp_path / "html"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    built = build_by_sphinx(tmp_path, tmp_path / "html")
+    assert built.status == 0, built.said
     for page, source in PAGES.items():
         html = unescape((tmp_path / "html" / f"{page}.html").read_text("utf-8"))
         found = re.findall(r'href="(https://(?:mybinder|colab)[^"]*)"', html)
