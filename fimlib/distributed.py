@@ -48,6 +48,7 @@ def all_reduce(joint: Found, group: dist.ProcessGroup | None = None) -> Found:
         joint = fimlib.accumulate(model, x[rank::world], fimlib.Categorical())
         joint = fimlib.all_reduce(joint)
         print(rank, joint.count, joint.variance_i1(num_inputs=100)["bias"].tolist())
+        torch.distributed.destroy_process_group()
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(

@@ -383,7 +383,7 @@ def test_what_does_not_fit_is_refused_on_every_process(case, results):
 def test_the_example_of_the_docstring(tmp_path):
     example = all_reduce.__doc__.split("being::\n")[1]
     example = textwrap.dedent(example.rstrip())
-    assert len(example.strip().splitlines()) == 8
+    assert len(example.strip().splitlines()) == 9
     script = tmp_path / "example.py"
     script.write_text(example)
     lines = sorted(torchrun(script))

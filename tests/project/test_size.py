@@ -7,10 +7,10 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6210,
+    "engines": 6212,
     "core": 6105,
     "rest": 2880,
-    "support and extensions": 12_005,
+    "support and extensions": 12_010,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
 REST |= {"_files", "_signals", "_tables", "_version", "memory", "plan", "streaming"}

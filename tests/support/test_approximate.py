@@ -473,7 +473,7 @@ def test_what_the_recursion_rests_on_is_confirmed(monkeypatch):
     orders = []
 
     def refuse(_model, _x, found, *_):
-        orders.append(1 if found.blocks[0].S is None else 2)
+        orders.append(1 if found.derivatives().blocks[0].S is None else 2)
         raise Unconfirmed("not the derivative")
 
     net, x = mlp([3, 4, 3], nn.Tanh), inputs(2, 3)
