@@ -142,14 +142,28 @@ def test_rows_are_kept_under_what_decides_them(monkeypatch):
 
 
 def test_a_quick_run_leaves_the_book_s_file_alone(monkeypatch, tmp_path):
-    written = []
-    monkeypatch.setattr(bench, "run", lambda quick: {"quick": quick})
+    written, asked = [], []
+    monkeypatch.setattr(bench, "run", lambda _quick, of: asked.append(of) or {})
     monkeypatch.setattr(bench.results, "write_text", lambda path, _: written.append(path))
     monkeypatch.setattr(bench.tables, "terminal", lambda _: "")
     monkeypatch.setattr(bench.tables, "FOUND", tmp_path / "bench.json")
     bench.main(["--quick"])
     bench.main([])
-    assert written == [results.ROOT / "results" / "bench-quick.json", tmp_path / "bench.json"]
+    bench.main(["--networks", "mlp", "vit"])
+    assert written[:2] == [results.ROOT / "results" / "bench-quick.json", tmp_path / "bench.json"]
+    assert asked == [[*networks.QUICK], [*networks.FULL], ["mlp", "vit"]]
+
+
+def test_a_part_of_the_networks_is_measured_alone(monkeypatch):
+    monkeypatch.setattr(bench, "carry_out", lambda plan, *_: [*plan])
+    monkeypatch.setattr(bench, "confirmed", lambda _: {})
+    monkeypatch.setattr(bench.apart, "PRELOAD", [])
+    part, whole = (bench.run(True, of) for of in (["mlp"], [*networks.QUICK]))
+    assert {case.network for _, case, _ in part["peers"]} == {"mlp"}
+    assert [*part["networks"]] == ["mlp"]
+    assert [*whole["networks"]] == [*networks.QUICK]
+    assert not part["costs"]
+    assert whole["costs"]
 
 
 # One measurement.
@@ -307,7 +321,7 @@ def test_the_straight_line_through_smaller_batches_decides():
 
 @pytest.mark.parametrize(
     ("seconds", "quick", "n"),
-    [(1e-4, False, 100), (0.06, False, 17), (0.5, False, 10), (2.5, False, 5), (9, False, 3),
+    [(1e-4, False, 100), (0.06, False, 17), (0.5, False, 9), (2.5, False, 3), (9, False, 3),
      (1e-4, True, 3), (90, False, 3)],
 )  # fmt: skip
 def test_how_many_calls_are_enough(seconds, quick, n):

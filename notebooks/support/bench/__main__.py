@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -167,19 +167,21 @@ def place(quick: bool) -> Path | None:
     return found
 
 
-def run(quick: bool) -> Row:
-    """All measurements, and what made them."""
+def run(quick: bool, of: Collection[str]) -> Row:
+    """All measurements on these networks, and what made them; the curves with all networks only."""
     if quick:
         apart.PRELOAD.append("torch._dynamo")  # seconds, at the first call of torch.func
     kept = place(quick)
     started, load = time.time(), os.getloadavg()[0]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     threads = [1] if quick else sorted({1, apart.cores()})
-    of = networks.QUICK if quick else networks.FULL
+    every = networks.QUICK if quick else networks.FULL
+    is_whole = set(of) == set(every)
+    peers = (plan for plan in beside(devices, quick) if plan[1].network in of)
     found: Row = {
-        "networks": {key: network.title for key, network in of.items()},
-        "peers": carry_out(beside(devices, quick), threads, "beside others", kept),
-        "costs": carry_out(varied(quick), [1], "cost", kept),
+        "networks": {key: every[key].title for key in of},
+        "peers": carry_out(peers, threads, "beside others", kept),
+        "costs": carry_out(varied(quick) if is_whole else iter(()), [1], "cost", kept),
         "approximate": carry_out(approximate(quick), [1], "approximate", kept),
         "check": confirmed(quick),
     }
@@ -212,15 +214,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny networks, some seconds")
     parser.add_argument("--output", type=Path, help="where to write (default: data/bench.json)")
     parser.add_argument("--check", action="store_true", help="only what the check costs, anew")
+    parser.add_argument(
+        "--networks", nargs="*", default=[*networks.FULL], choices=[*networks.FULL], metavar="NAME",
+        help=f"some of {', '.join(networks.FULL)}: the whole takes about an hour",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
+    of = [*networks.QUICK] if arguments.quick else arguments.networks
     output = arguments.output or (
         results.ROOT / "results" / "bench-quick.json" if arguments.quick else tables.FOUND
     )
     try:
         if arguments.check:
-            found = {**(tables.read_benchmark(output) or {}), "check": confirmed(arguments.quick)}
+            found = {
+                **(tables.read_benchmark(output) or {}),
+                "check": confirmed(arguments.quick),
+            }
         else:
-            found = run(arguments.quick)
+            found = run(arguments.quick, of)
         output.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     except KeyboardInterrupt:

@@ -119,9 +119,9 @@ def measure_whole(candidate: candidates.Candidate, case: Case, threads: int) -> 
 
 
 def enough(times: Sequence[float], quick: bool) -> bool:
-    """At least ten calls, or three where these take 10 s; up to a hundred of short ones."""
+    """At least ten calls, or three where these take 4 s; up to a hundred of short ones."""
     total, n = sum(times), len(times)
-    if quick or total > 10:
+    if quick or total > 4:
         return n >= 3
     return n >= 10 and (total > 1 or n >= 100)
 

@@ -82,7 +82,9 @@ def over_the_loop(network: str) -> Callable[[Found], tuple[float, int] | None]:
 
 
 CHECK = "Each call checks the first inputs of the batch against difference quotients in float64."
-ELEMENTWISE = "Contractions are in float64, with work over classes × units × inputs. " + CHECK
+ELEMENTWISE = (
+    "Contractions take work over classes × units × inputs, for variances in float64. " + CHECK
+)
 GRADIENTS = "The weights' gradients at single inputs must be formed, for every output. " + CHECK
 CALLS = "At one input the time is that of some hundred small operations. " + CHECK
 TARGETS = (
