@@ -210,7 +210,7 @@ def meaning(found: Found) -> str:
             nearest = min(others, key=lambda k: others[k])
             sentences.append(
                 f"* {title(found, network)}, B = {batch:,}: the exact diagonal takes "
-                f"{ours:#.2g} training steps, and {others[nearest]:#.2g} with "
+                f"{digits(ours)} training steps, and {digits(others[nearest])} with "
                 f"{CANDIDATES[nearest].name}, the fastest other way."
             )
     return "\n".join(sentences) + "\n"
