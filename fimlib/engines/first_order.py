@@ -289,8 +289,8 @@ class Probe:
 
 
 def backward(h: Tensor, edges: list[GradientEdge], seed: Tensor) -> tuple[Tensor, ...]:
-    """One backward pass."""
-    return torch.autograd.grad(h, edges, seed, retain_graph=True)
+    """One backward pass. Of a number it starts at once; else torch imports sympy, half a second."""
+    return torch.autograd.grad((h * seed).sum(), edges, retain_graph=True)
 
 
 class Search:
