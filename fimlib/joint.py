@@ -59,10 +59,11 @@ class Joint:
             "certified" is a true upper bound, and cheap for a classifier; for Gaussian outputs
             "multistart" is exact, and the cheaper one from about ten outputs on.
         dtype: Of the contractions; averages over inputs are kept in float64 all the same. None: the
-            network's own for I alone, where numbers below 1e-38 become 0, and float64 for variances
-            or where float32 is too narrow. float32 halves memory and time. A batch's sums are then
-            off by about 1e-6 of themselves, and its Var_x I by about 1e-7 E_x I². Where it is too
-            narrow, which takes V₁ or V₂ below 1e-30, an error says so, unless V₂ is below 1e-20 I².
+            network's own for I alone, where squares of J below 1e-38 become 0, and float64 for
+            variances or where float32 is too narrow. float32 halves memory and time. A batch's sums
+            are then off by about 1e-6 of themselves, and its Var_x I by about 1e-7 E_x I². Where it
+            is too narrow, which takes V₁ or V₂ below 1e-30, an error says so, unless V₂ is below
+            1e-20 I².
 
     Attributes:
         count: m, the inputs seen.
@@ -143,19 +144,24 @@ class Joint:
         is_alone = self.quantities == {"I"} and self.bounds is None and labels is None
         own = sweep.outputs.dtype if is_alone else torch.float64
         try:
-            means, checks = self._batch_means(sweep, labels, self.dtype or own)
-            check_means(means, checks, self.family, sweep)
-        except TooNarrowError:
-            if self.dtype is not None:
+            return self._means_in(sweep, labels, self.dtype or own)
+        except ValueError:
+            if self.dtype is not None or own == torch.float64:
                 raise
-            means, checks = self._batch_means(sweep, labels, torch.float64)
-            check_means(means, checks, self.family, sweep)
+        return self._means_in(sweep, labels, torch.float64)  # where float32 is too narrow
+
+    def _means_in(
+        self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
+    ) -> dict[str, PerParameter]:
+        """The same, contracted in a dtype."""
+        means, checks = self._batch_means(sweep, labels, dtype)
+        check_means(means, checks, self.family, sweep)
         return means
 
     def _batch_means(
         self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
     ) -> tuple[dict[str, PerParameter], list[Float32Check]]:
-        """The same, contracted in a dtype, and where that may be too narrow."""
+        """The same, unchecked, and where the dtype may be too narrow."""
         if labels is not None:
             check_same_family(self.family, family_of(labels))
             check_labels(sweep.outputs, labels)
@@ -619,10 +625,6 @@ def owning_its_memory(t: Tensor) -> Tensor:
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
-class TooNarrowError(ValueError):
-    """float32 is too narrow for a contraction."""
-
-
 def check_means(
     means: dict[str, PerParameter], float32: list[Float32Check], family: Family, sweep: Sweep
 ) -> None:
@@ -644,7 +646,7 @@ def check_means(
     for index, layer, is_low, which in float32:
         pieces = (p.derivs.blocks[0] for p in sweep.pieces() if p.block == index)
         if is_low and any(getattr(block, which).any() for block in pieces):
-            raise TooNarrowError(
+            raise ValueError(
                 f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "
                 "this close to 0: take dtype=torch.float64."
             )

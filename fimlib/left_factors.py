@@ -77,13 +77,16 @@ class LeftFactors:
             yield from Totals.of(dict(zip(self.keys, self.values.unbind(1), strict=True))).means()
             return
         low, high = self.values.to(dtype).tensor_split([self.low], dim=1)
-        sizes, shrink = z.new_ones(high.shape[1], dtype=torch.float64), None
-        if largest is not None and high.numel() and z.numel():
+        sizes, shrink = (
+            z.new_ones(high.shape[1], dtype=torch.float64),
+            z.new_ones((), dtype=torch.float64),
+        )
+        if largest is not None and z.numel():
             sizes = magnitudes(largest[self.low :])
             furthest = torch.stack(z.aminmax()).abs().amax()
-            shrink = 1 / magnitudes(furthest.double().square())
+            shrink = 1 / magnitudes(furthest.double())
         high = high * (1 / sizes).to(dtype).reshape(-1, *[1] * len(rest))
-        scale = sizes if shrink is None else sizes / shrink.square()
+        scale = sizes / shrink.pow(4)
         if "I²" in self.keys:
             at = self.keys.index("I²") - self.low
             high[:, at].square_()
@@ -91,7 +94,7 @@ class LeftFactors:
             scale[at] *= sizes[at]
         totals = sums_of_products(low.flatten(1), high.flatten(1), z, shrink)
         parts = [t.unflatten(0, (-1, *rest)) for t in totals if len(t)]
-        factors = torch.cat([scale.new_ones(self.low), scale]) / size
+        factors = torch.cat([(1 / shrink.square()).expand(self.low), scale]) / size
         for key, part, factor in zip(self.keys, chain.from_iterable(parts), factors, strict=True):
             yield key, part.double().mul_(factor)
 
@@ -177,16 +180,14 @@ def largest_of(t: Tensor, *, signed: bool) -> Tensor:
     return t.abs().amax() if signed else t.amax()
 
 
-def sums_of_products(
-    low: Tensor, high: Tensor, z: Tensor, shrink: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Sums over the inputs of ``low · z²`` and of ``high · (z²·shrink)²``.
+def sums_of_products(low: Tensor, high: Tensor, z: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the inputs of ``low · (z·shrink)²`` and of ``high · (z·shrink)⁴``.
 
     Args:
         low: [B, k].
         high: [B, m]; m may be 0.
         z: [B, n].
-        shrink: One number; None for 1.
+        shrink: One number.
 
     Returns:
         [k, n] and [m, n], of the dtype of ``low``.
@@ -195,10 +196,9 @@ def sums_of_products(
     rows = ROWS if z.device.type == "cpu" else max(1, len(z))
     for start in range(0, len(z), rows):
         at = slice(start, start + rows)
-        right = z[at].to(low.dtype).square()
+        right = (z[at].to(low.dtype) * shrink.to(low.dtype)).square_()
         lows.addmm_(low[at].T, right)
         if high.shape[1]:
-            right = right if shrink is None else right.mul_(shrink)
             highs.addmm_(high[at].T, right.square_())
     return lows, highs
 

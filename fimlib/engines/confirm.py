@@ -102,8 +102,8 @@ def confirm(
     Args:
         model: The network; it is copied.
         x: [k, ...], some of its inputs.
-        found: J and S, to be checked.
-        at: Which of its inputs x are.
+        found: J and S of a batch, to be checked.
+        at: The positions of x in it.
         again: The engine, for other weights.
         most: Entries of S to compare, or one of every block.
 
@@ -148,7 +148,7 @@ class Claim:
     Attributes:
         truth: The network.
         sweep: J and S, to be checked.
-        at: Where they are those at the inputs of the truth.
+        at: The positions in the sweep of the inputs of the truth.
     """
 
     truth: Truth
@@ -184,9 +184,8 @@ class Claim:
         for block in each:
             check_finite(block)
             found = found._replace(dtype=block.J.dtype, has_second=block.S is not None)
-            for n in block.inputs:
-                for degree, sums in ((1, found.products), (2, found.squares)):
-                    sums[n] = contraction(block, n, v[n], degree)
+            for n, sums in contractions(block, v):
+                found.products[n], found.squares[n] = sums
         return found
 
 
@@ -415,24 +414,34 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
         yield w, torch.tensordot(weights, products, 1), scale
 
 
-def contraction(block: Block, name: str, v: Tensor, degree: int) -> Tensor:
-    """Σ_i (J_i v_i)^degree over the entries of one parameter: [k, T]."""
-    z, J = block.inputs[name], ordinary(block.J)
-    J = J.flatten(2) if J.ndim > 2 else J[..., None]
-    if z is None:  # a piece at a time, as there may be many entries
-        pieces = zip(J.split(PIECE, 2), v.to(J).flatten().split(PIECE), strict=True)
-        sums = [(power(D, degree) @ power(w, degree)).double() for D, w in pieces]
-        return torch.stack(sums).sum(0)
-    W, z = v.to(J).reshape(-1, z.shape[1]), z.to(J)
-    moved = power(W, degree) @ power(z, degree).T  # [K, k]
-    return torch.einsum("kto,ok->kt", power(J, degree), moved).double()
+def contractions(block: Block, v: PerParameter) -> Iterator[tuple[str, list[Tensor]]]:
+    """Over the entries of every parameter of a block, Σ_i J_i v_i and Σ_i (J_i v_i)²: [k, T]."""
+    J = block.J.flatten(2) if block.J.ndim > 2 else block.J[..., None]
+    rights = [z for z in block.inputs.values() if z is not None]
+    dtype = holding_squares([J, *(v[n] for n in block.inputs), *rights])
+    for name, z in block.inputs.items():
+        w = v[name].to(dtype)
+        if z is None:
+            right, squares = w.flatten(), w.flatten().square()
+        else:
+            z, w = z.to(dtype), w.reshape(-1, z.shape[1])
+            right, squares = z @ w.T, z.square() @ w.square().T
+        yield name, [contraction(J, right, 1), contraction(J, squares, 2)]
 
 
-def ordinary(J: Tensor) -> Tensor:
-    """J, in float64 if its squares are too large or too small for its own type."""
-    least, most = J.aminmax()
-    is_fine = J.dtype == torch.float64 or 1e-12 < float(torch.maximum(-least, most)) < 1e12
-    return J if is_fine else J.double()
+def contraction(J: Tensor, right: Tensor, degree: int) -> Tensor:
+    """Σ_i J_i^degree right_i, [k, T]; a piece at a time, as there may be many entries."""
+    pieces = zip(J.split(PIECE, 2), right.unsqueeze(-1).split(PIECE, -2), strict=True)
+    sums = [(power(D.to(r), degree) @ r).squeeze(-1).double() for D, r in pieces]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def holding_squares(factors: list[Tensor]) -> torch.dtype:
+    """The type of the first factor if it holds the square of the product of all, else float64."""
+    extremes = [torch.stack(t.aminmax()) for t in factors if t.numel()]
+    sizes = torch.stack([pair.abs().amax().double() for pair in extremes])
+    is_fine = bool(((sizes > 1e-6) & (sizes < 1e6)).all())
+    return factors[0].dtype if is_fine else torch.float64
 
 
 def directions(influence: dict[str, float], most: float) -> Iterator[dict[str, float]]:

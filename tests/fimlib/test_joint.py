@@ -1004,3 +1004,19 @@ def test_variances_are_contracted_in_float64_and_i_alone_in_the_networks_own_typ
     alone = fimlib.accumulate(net, x, Categorical(), quantities=["I"]).fisher_information()
     off = (alone["weight"] - full.fisher_information()["weight"]).abs()
     assert 0 < float((off / full.fisher_information()["weight"]).max()) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-12, 1e12, 1e20])
+@pytest.mark.parametrize("weight", [1e20, 1.0, 1e-10])
+def test_i_alone_of_a_float32_network_is_right_at_inputs_of_any_size(scale, weight):
+    """J and z are float32 numbers; their squares, and the products of these, need not be."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 3)), torch.randn(5, 3)
+    with torch.no_grad():
+        net[0].weight /= scale
+        net[2].weight *= weight
+    family = Gaussian()
+    single = fimlib.accumulate(net, x * scale, family, quantities=["I"]).fisher_information()
+    exact = fimlib.accumulate(net.double(), (x * scale).double(), family).fisher_information()
+    for name, value in exact.items():
+        assert float(((single[name] - value) / value).abs().max()) < 1e-5

@@ -7,7 +7,7 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6212,
+    "engines": 6221,
     "core": 6105,
     "rest": 2880,
     "support and extensions": 12_018,
