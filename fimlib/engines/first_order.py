@@ -289,7 +289,7 @@ class Probe:
 
 
 def backward(h: Tensor, edges: list[GradientEdge], seed: Tensor) -> tuple[Tensor, ...]:
-    """One backward pass. Of a number it starts at once; else torch imports sympy, half a second."""
+    """One backward pass, from a number: given a tensor, torch would import sympy first."""
     return torch.autograd.grad((h * seed).sum(), edges, retain_graph=True)
 
 

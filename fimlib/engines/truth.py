@@ -31,7 +31,7 @@ class Truth:
 
     Attributes:
         own: The copy; in the network's own type where that computes in nothing else.
-        alone: Another copy, which has not been called, with the same numbers for parameters.
+        alone: Another copy, which has not been called; it shares the parameters' memory.
         x: [k, ...], the inputs.
         outputs: h, [k, T].
         noise: Rounding errors to expect in h, [T].
@@ -79,7 +79,7 @@ class Truth:
 
 
 def sharing(alone: nn.Module, own: nn.Module) -> nn.Module:
-    """A copy with the parameters of another in the place of the same ones of its own."""
+    """Give a copy the parameters of another one, so that both use the same memory."""
     for mine, others in zip(alone.parameters(), own.parameters(), strict=True):
         mine.data = others.data
     return alone

@@ -23,7 +23,7 @@ from fimlib.families.base import (
     weighted_variance,
 )
 
-FEW = 64  # classes, whose J is centred fastest by a product of matrices
+FEW = 64  # classes: up to here a product of matrices is the fastest way to centre J
 
 
 class Categorical(Family):

@@ -278,7 +278,7 @@ def _apart(boxes: Boxes, others: Boxes) -> Array:
     """From each box to each other one, 0 where they meet; [k, n]."""
     dx = np.maximum(boxes[:, None, 0] - others[:, 2], others[:, 0] - boxes[:, None, 2])
     dy = np.maximum(boxes[:, None, 1] - others[:, 3], others[:, 1] - boxes[:, None, 3])
-    return np.hypot(dx.clip(0), dy.clip(0))  # type: ignore[no-any-return]
+    return np.asarray(np.hypot(dx.clip(0), dy.clip(0)))
 
 
 def _gaps(boxes: Boxes, others: Boxes) -> Array:
