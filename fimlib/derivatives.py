@@ -143,6 +143,8 @@ class Sweep:
             along the first axis of K to that part of the block; None where all blocks come
             together.
         shares: How much of each block to take at a time, where these come one by one.
+        combined: From a function of outputs [b, T] that returns L [b, T, A], to the same inputs
+            with LᵀJ in the place of J, and without S; None where J costs no more.
     """
 
     outputs: Tensor
@@ -152,6 +154,7 @@ class Sweep:
     engine: str
     one: OneBlock | None = None
     shares: tuple[Share, ...] = ()
+    combined: Callable[[Callable[[Tensor], Tensor]], Sweep] | None = None
 
     @classmethod
     def from_derivatives(cls, derivs: Derivatives) -> Sweep:

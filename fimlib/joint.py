@@ -40,6 +40,7 @@ from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
 Estimator = int | str
+FEW = 64  # outputs: up to here I comes fastest from a factor of 𝓘
 
 
 class Joint:
@@ -141,14 +142,17 @@ class Joint:
 
     def _checked_means(self, sweep: Sweep, labels: Labels | None) -> dict[str, PerParameter]:
         """Every quantity averaged over the inputs of a batch; "I²" among them for Var_x I."""
-        is_alone = self.quantities == {"I"} and self.bounds is None and labels is None
-        own = sweep.outputs.dtype if is_alone else torch.float64
+        own = sweep.outputs.dtype if self._is_alone(labels) else torch.float64
         try:
             return self._means_in(sweep, labels, self.dtype or own)
         except ValueError:
             if self.dtype is not None or own == torch.float64:
                 raise
         return self._means_in(sweep, labels, torch.float64)  # where float32 is too narrow
+
+    def _is_alone(self, labels: Labels | None) -> bool:
+        """Whether I(θᵢ) is all that is asked for."""
+        return self.quantities == {"I"} and self.bounds is None and labels is None
 
     def _means_in(
         self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
@@ -183,6 +187,9 @@ class Joint:
         self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
     ) -> Iterator[tuple[int, LeftFactors | Totals]]:
         """Left factors of every quantity, for each block of the batch, in any order."""
+        is_alone = self._is_alone(labels) and dtype == sweep.outputs.dtype
+        if is_alone and has_short_factor(self.family, sweep):
+            return columns_of_factor(self.family, sweep)
         h = natural_without_sync(self.family, sweep.outputs)
         eigenvalues = None
         if self.bounds is not None and labels is None:
@@ -618,6 +625,28 @@ def natural_without_sync(family: Family, outputs: Tensor) -> Tensor:
     if is_common and outputs.ndim == 2 and outputs.shape[1] >= family.min_outputs:
         return outputs.detach().double()
     return family.natural(outputs)
+
+
+def has_short_factor(family: Family, sweep: Sweep) -> bool:
+    """Whether a family knows a factor of 𝓘 in the outputs, and they are few."""
+    knows_one = family.is_natural and type(family).factor is not Family.factor
+    return knows_one and sweep.outputs.shape[1] <= FEW
+
+
+def columns_of_factor(family: Family, sweep: Sweep) -> Iterator[tuple[int, LeftFactors | Totals]]:
+    """Left factors of I(θᵢ|x) = Σ_a (LᵀJ)_a² alone, where 𝓘 = LLᵀ (Eq. 23)."""
+
+    def factor(outputs: Tensor) -> Tensor:
+        return family.factor(natural_without_sync(family, outputs))
+
+    def of_piece(derivs: Derivatives, _: slice) -> dict[str, Tensor]:
+        J = derivs.blocks[0].J
+        if sweep.combined is None:  # else the engine has carried LᵀJ back
+            L = factor(derivs.outputs).to(J)
+            J = torch.bmm(L.mT, J.flatten(2)).view(len(J), -1, *J.shape[2:])
+        return {"I": J.square().sum(1)}
+
+    return left_factors(sweep.combined(factor) if sweep.combined else sweep, of_piece)
 
 
 def owning_its_memory(t: Tensor) -> Tensor:

@@ -104,21 +104,34 @@ def differentiate(
     rows = identity(outputs)
     factors = [(s.name, right_factors(s, wanted)) for s in steps if isinstance(s, LinearStep)]
 
-    def sweep(at: slice | Tensor) -> Derivatives:
+    def carried(at: slice | Tensor, seeds: Tensor, order: int) -> Derivatives:
         with torch.inference_mode(False), torch.no_grad():
             parts = [s.part(at) if isinstance(s, ElementwiseStep) else s for s in steps]
-            carried = backward(rows[at], parts, order, wanted)
+            found = backward(seeds, parts, order, wanted)
         blocks = tuple(
-            Block(name, *carried[name], {n: None if z is None else z[at] for n, z in own.items()})
+            Block(name, *found[name], {n: None if z is None else z[at] for n, z in own.items()})
             for name, own in factors
             if own
         )
         return Derivatives(outputs[at], blocks, "layerwise")
 
+    def combined(factor: Callable[[Tensor], Tensor]) -> Sweep:
+        def sweep(at: slice | Tensor) -> Derivatives:
+            return carried(at, factor(outputs[at]).mT.to(outputs), 1)
+
+        return Sweep(outputs, inputs, sweep, size, "layerwise")
+
     inputs = tuple((name, own) for name, own in factors if own)
     on_cpu = outputs.device.type == "cpu"
     size = piece_size(steps, rows, order) if on_cpu else max(1, len(outputs))
-    return Sweep(outputs, inputs, sweep, size, "layerwise")
+    return Sweep(
+        outputs,
+        inputs,
+        lambda at: carried(at, rows[at], order),
+        size,
+        "layerwise",
+        combined=combined,
+    )
 
 
 PIECE_BYTES = 4 * 2**20  # of the largest array that a piece carries

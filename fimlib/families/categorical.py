@@ -23,8 +23,6 @@ from fimlib.families.base import (
     weighted_variance,
 )
 
-FEW = 64  # classes: up to here a product of matrices is the fastest way to centre J
-
 
 class Categorical(Family):
     """Classification: h = logits, t(y) = one-hot, σ = softmax(h) (Section 5.2, Appendix D).
@@ -162,15 +160,6 @@ class Categorical(Family):
     ) -> Moments:
         """As for every family, from one c and one s; Σσ_k s_k = 0 centres C₁₂."""
         sigma = self.mean(h).to(dtype)
-
-        if set(quantities) <= {"I"} and dtype == torch.float32 and h.shape[1] <= FEW:
-            root = self.factor(h).mT.to(dtype)
-
-            def squares(J: Tensor, _: Tensor | None = None) -> dict[str, Tensor]:
-                c = torch.bmm(root, J.to(dtype).flatten(2)).square_()
-                return {"I": c.sum(1).view(len(J), *J.shape[2:])}
-
-            return squares
 
         def centre(D: Tensor) -> Tensor:
             D = D.to(dtype)

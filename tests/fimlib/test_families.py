@@ -9,6 +9,7 @@ from strategies import ADVERSARIAL, inputs, logits, logits_of, mlp
 from torch import nn
 
 import fimlib
+from fimlib import joint
 from fimlib.families import Bernoulli, Categorical, Gaussian, GaussianHead, Labels, Poisson
 from fimlib.families.base import Family
 from fimlib.families.independent import Independent
@@ -317,6 +318,25 @@ def test_samples_have_the_moments_of_the_family(case):
     second = labels.mean(torch.einsum("bai,baj->baij", delta, delta))
     variance = torch.einsum("bijij->bij", M)
     assert ((second - cov).abs() <= 5 * (variance.clamp_min(0) / n).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "functional"])
+@pytest.mark.parametrize("wide", [0, 66])
+@pytest.mark.parametrize("case", ["categorical", *OTHERS])
+def test_i_alone_of_few_natural_outputs_comes_from_a_factor(case, wide, engine, monkeypatch):
+    """It equals E_x I(x) from J."""
+    family = Categorical() if case == "categorical" else OTHERS[case][0]
+    if wide and case == "gaussian, known covariance":
+        family = Gaussian(torch.eye(wide).double() + 0.5)
+    T = wide or (OTHERS[case][1] if case in OTHERS else SMALL).shape[1]
+    net, x = mlp([4, 3, T], nn.Tanh), inputs(5, 4, seed=2)
+    exact = fimlib.fisher_information(fimlib.differentiate(net, x), family).mean_over_inputs()
+    calls, columns = [], joint.columns_of_factor
+    monkeypatch.setattr(joint, "columns_of_factor", lambda *args: calls.append(1) or columns(*args))
+    found = fimlib.accumulate(net, x, family, quantities=["I"], engine=engine)
+    assert bool(calls) == (family.is_natural and not wide)
+    for name, value in exact.items():
+        assert torch.allclose(found.fisher_information()[name], value, rtol=1e-12, atol=0)
 
 
 @each_family

@@ -7,9 +7,9 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6221,
-    "core": 6105,
-    "rest": 2880,
+    "engines": 6234,
+    "core": 6124,
+    "rest": 2881,
     "support and extensions": 12_018,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
