@@ -35,7 +35,13 @@ from fimlib.left_factors import (
     float32_checks,
     left_factors,
 )
-from fimlib.precision import PROJECTIONS, Combination, mixture, number_needed
+from fimlib.precision import (
+    PROJECTIONS,
+    Combination,
+    mixture,
+    number_needed,
+    variance_of_projection,
+)
 from fimlib.spectra.extreme import Spectrum, spectrum
 
 PerParameter = dict[str, Tensor]
@@ -55,7 +61,8 @@ class Joint:
         quantities: Which of "I" (always there), "Var_x I", "V1", "V2" and "C12" to accumulate;
             None: all that the derivatives and labels allow. ``variance_i1`` needs "Var_x I" and
             "V1", ``variance_i2`` "Var_x I" and "V2". On request "signs" and "importance", too: the
-            variances of the random projections of ``estimate``.
+            variances of the random projections of ``estimate``; and "importance2", that of Î₂ on a
+            label drawn by importance.
         bounds: None for no bounds; else how λ_max(M) is found for them, see ``lambda_max``.
             "certified" is a true upper bound, and cheap for a classifier; for Gaussian outputs
             "multistart" is exact, and the cheaper one from about ten outputs on.
@@ -200,8 +207,8 @@ class Joint:
             (block,) = self.family.natural_derivatives(derivs).blocks
             lefts = contract(block.J, block.S)
             for name in self.quantities & set(PROJECTIONS) if labels is None else ():
-                variance = getattr(self.family, f"variance_{name}")
-                lefts[name] = variance(h[at], block.J).to(lefts["I"].dtype)
+                variance = variance_of_projection(name, self.family, h[at], block)
+                lefts[name] = variance.to(lefts["I"].dtype)
             if "Var_x I" in self.quantities:
                 lefts["I²"] = lefts["I"]
             if eigenvalues is not None:
@@ -348,7 +355,8 @@ class Joint:
         """E_x V_j⁽¹⁾(θᵢ|x), the average variance of Î_j on one label.
 
         Args:
-            estimator: j = 1 or 2; or "signs" or "importance", of one random projection.
+            estimator: j = 1 or 2; or "signs" or "importance", of one random projection; or
+                "importance2", of Î₂ on one label drawn by importance.
         """
         if estimator in PROJECTIONS:
             return self._mean(str(estimator))
@@ -404,7 +412,7 @@ class Joint:
         Args:
             estimator: 1 or 2; or "signs" or "importance", with n_y random projections squared
                 input by input, as ``estimate(squares="input")`` takes them (Proposition 9.2, not in
-                the paper).
+                the paper); or "importance2", for Î₂ on labels drawn by importance.
             num_inputs: As in ``variance_i1``.
             num_labels: The same.
             replacement: The same.

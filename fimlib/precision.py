@@ -6,6 +6,7 @@ Both read the exact variances of Lemma A.1; nothing is sampled.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy import special
 from torch import Tensor
 
 from fimlib._checks import check_estimator
-from fimlib.derivatives import Derivatives
+from fimlib.derivatives import Block, Derivatives
 from fimlib.diagonal import Diagonal
 from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
@@ -24,7 +25,8 @@ from fimlib.fisher import covariance_i1_i2, fisher_information, natural, varianc
 RULES = ("chebyshev", "bernstein", "approximate")
 BY_VARIANCE = ("chebyshev", "approximate")  # rules that know nothing else
 MOST_DEGREES = 1000  # of freedom; more come close to 1
-PROJECTIONS = ("signs", "importance")  # label variances that cost more, and are not in the paper
+# Label variances that cost more, and are not in the paper; the last is that of Î₂.
+PROJECTIONS = ("signs", "importance", "importance2")
 
 
 class Comparison(NamedTuple):
@@ -98,7 +100,7 @@ def num_samples_needed(
         relative_error: ε > 0.
         confidence: Between 0 and 1, both excluded.
         estimator: 1 for Î₁ or 2 for Î₂; or "signs" or "importance", for random projections that
-            are squared input by input.
+            are squared input by input; or "importance2", for Î₂ on labels drawn by importance.
         rule: "chebyshev"; "bernstein", no larger and also a guarantee (Proposition 9.7), for Î₁ and
             Î₂ of ``Categorical``; or "approximate", as many as it takes where N is large, and no
             guarantee. Beyond Î₁ and Î₂ of ``Categorical`` it is the most that any network with this
@@ -142,9 +144,17 @@ def variance_of(estimator: int | str, derivs: Derivatives, family: Family) -> Di
     """The exact variance of one label, or of one projection."""
     if estimator in PROJECTIONS:
         derivs, h = natural(derivs, family)
-        form = getattr(family, f"variance_{estimator}")
-        return derivs.contract(lambda block: form(h, block.J), degree=4)
+        form = partial(variance_of_projection, str(estimator), family, h)
+        return derivs.contract(form, degree=4)
     return (variance_i1, variance_i2)[check_estimator(estimator) - 1](derivs, family)
+
+
+def variance_of_projection(estimator: str, family: Family, h: Tensor, block: Block) -> Tensor:
+    """The variance of one of ``PROJECTIONS`` in a block, [B, *K]; h are the natural parameters."""
+    if estimator == "importance2":
+        return family.variance2_importance(h, block.second)
+    variance: Tensor = getattr(family, f"variance_{estimator}")(h, block.J)
+    return variance
 
 
 def sharper(

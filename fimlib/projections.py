@@ -72,9 +72,9 @@ from fimlib.engines.rewrite import exact_lookups
 from fimlib.estimates import Estimate, Record
 from fimlib.families.base import Family, check_family, random_signs
 from fimlib.families.probabilities import warn_of_probabilities
-from fimlib.fisher import natural
 from fimlib.joint import settings_of
 from fimlib.left_factors import left_factors
+from fimlib.precision import variance_of
 from fimlib.streaming import Pick, batches, check_finite, check_shape, check_width, named
 
 __all__ = ["estimate", "variance_importance", "variance_signs"]
@@ -633,8 +633,7 @@ def variance_signs(derivs: Derivatives, family: Family) -> Diagonal:
         >>> float(variance_signs(derivs, Gaussian())["w"])
         4.0
     """
-    derivs, h = natural(derivs, family)
-    return derivs.contract(lambda block: family.variance_signs(h, block.J), degree=4)
+    return variance_of("signs", derivs, family)
 
 
 def variance_importance(derivs: Derivatives, family: Family, *, estimator: int = 1) -> Diagonal:
@@ -663,7 +662,5 @@ def variance_importance(derivs: Derivatives, family: Family, *, estimator: int =
         >>> bool(torch.allclose(found, variance_i2(derivs, Categorical())["0.weight"]))
         True
     """
-    derivs, h = natural(derivs, family)
-    if check_estimator(estimator) == 1:
-        return derivs.contract(lambda block: family.variance_importance(h, block.J), degree=4)
-    return derivs.contract(lambda block: family.variance2_importance(h, block.second), degree=4)
+    kind = "importance" if check_estimator(estimator) == 1 else "importance2"
+    return variance_of(kind, derivs, family)

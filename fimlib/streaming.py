@@ -154,7 +154,7 @@ def accumulate_stream(
     """
     family = joint.family
     keep_freed_memory()
-    order = 2 if {"V2", "C12"} & joint.quantities else 1
+    order = 2 if {"V2", "C12", "importance2"} & joint.quantities else 1
     choice: dict[str, Any] = {"engine": engine, "order": order, "layers": layers}
     compare = partial(check_rounding, family=family)
     differentiate_batch = differentiator(model, compare=compare, **choice)

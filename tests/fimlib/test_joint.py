@@ -960,12 +960,13 @@ def test_float32_is_too_narrow_for_v2_unless_that_is_rounding(size, is_lost):
 def test_random_projections_of_random_inputs(dtype):
     """Theorem 4.7 with the variance of one projection for that of one label."""
     net, x, family = mlp([3, 5, 3], nn.Tanh), inputs(6, 3), Categorical()
-    kinds = ["signs", "importance"]
+    kinds = {"signs": {}, "importance": {}, "importance2": {"estimator": 2}}
     joint = fimlib.accumulate(net, x, family, quantities=["Var_x I", *kinds], dtype=dtype)
     derivs = differentiate(net, x)
     rtol = 1e-12 if dtype == torch.float64 else 1e-5
-    for kind in kinds:
-        exact = getattr(projections, f"variance_{kind}")(derivs, family).mean_over_inputs()
+    for kind, of in kinds.items():
+        variance = getattr(projections, f"variance_{kind.rstrip('2')}")
+        exact = variance(derivs, family, **of).mean_over_inputs()
         found = joint.variance(kind, num_inputs=5, num_labels=3)
         for n, spread in joint.input_variance().items():
             torch.testing.assert_close(
