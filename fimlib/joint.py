@@ -197,7 +197,7 @@ class Joint:
         is_alone = self._is_alone(labels) and dtype == sweep.outputs.dtype
         if is_alone and has_short_factor(self.family, sweep):
             return columns_of_factor(self.family, sweep)
-        h = natural_without_sync(self.family, sweep.outputs)
+        h = self.family.natural_unseen(sweep.outputs)
         eigenvalues = None
         if self.bounds is not None and labels is None:
             eigenvalues = spectrum(self.family, sweep.outputs, method=self.bounds)
@@ -624,17 +624,6 @@ def check_quantities(quantities: Collection[str] | None) -> frozenset[str]:
     return frozenset(("I", *quantities))
 
 
-def natural_without_sync(family: Family, outputs: Tensor) -> Tensor:
-    """``family.natural`` without its check for NaN, if that is the family's only one.
-
-    The averages are checked later, and every check waits for the device.
-    """
-    is_common = type(family).natural is Family.natural
-    if is_common and outputs.ndim == 2 and outputs.shape[1] >= family.min_outputs:
-        return outputs.detach().double()
-    return family.natural(outputs)
-
-
 def has_short_factor(family: Family, sweep: Sweep) -> bool:
     """Whether a family knows a factor of 𝓘 in the outputs, and they are few."""
     knows_one = family.is_natural and type(family).factor is not Family.factor
@@ -645,7 +634,7 @@ def columns_of_factor(family: Family, sweep: Sweep) -> Iterator[tuple[int, LeftF
     """Left factors of I(θᵢ|x) = Σ_a (LᵀJ)_a² alone, where 𝓘 = LLᵀ (Eq. 23)."""
 
     def factor(outputs: Tensor) -> Tensor:
-        return family.factor(natural_without_sync(family, outputs))
+        return family.factor(family.natural_unseen(outputs))
 
     def of_piece(derivs: Derivatives, _: slice) -> dict[str, Tensor]:
         J = derivs.blocks[0].J

@@ -94,6 +94,7 @@ PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
 MOST_PASSES = 10_000
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 SMALLEST_ERROR = 1e-6
+BATCHES_BETWEEN_WAITS = 64  # for a GPU
 
 
 def estimate(
@@ -161,6 +162,7 @@ def estimate(
             ``differentiate``.
 
     Memory: that of a training step, a copy of the weights, and three float64 numbers per parameter.
+    With random signs, a GPU is waited for at every 64th batch only.
 
     Example: h = w·x with a Gaussian label has I = E x² = 5. Signs are exact where T = 1 and each
     input is squared by itself.
@@ -377,7 +379,9 @@ class Source:
                     digest.add(tensors_of(held, x))
                 x = x.float() if x.dtype in HALF else x
                 square.add(held, x.to(device), total)
+            square.settle(0 if self.waits else BATCHES_BETWEEN_WAITS)
             count += len(x)
+        square.settle()
         if count == 0:
             raise ValueError("there are no inputs: pass M ≥ 1.")
         if number and count != self.num_inputs:
@@ -389,6 +393,12 @@ class Source:
         if digest is not None:
             self.digest = digest
         return total, count
+
+    @property
+    def waits(self) -> bool:
+        """Whether to look at the numbers of every batch. A GPU is not waited for, where it can."""
+        is_on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return is_on_cpu or self.draw is not DRAWS["signs"]  # classes are drawn from numbers
 
     def look_through(self) -> Tensor:
         """Take a checksum of all inputs; and the sums of the outputs and of their squares, [2]."""
@@ -409,7 +419,7 @@ class Source:
     def rows(self, outputs: Tensor) -> Tensor:
         """Random rows w of every input at the outputs, [B, 1, T], float64."""
         self.width = check_width(outputs, self.family, self.width)
-        h = self.family.natural(outputs)
+        h = (self.family.natural if self.waits else self.family.natural_unseen)(outputs)
         generator = torch.Generator(h.device)
         generator.manual_seed(random.Random(f"{self.seed}{process()}/{self.place}").getrandbits(63))
         w = self.draw(self.family, h, generator)
@@ -446,6 +456,7 @@ class Square(ABC):
             if wanted is None or n in wanted
         ]
         self.checked = 0  # inputs of checked batches
+        self.unseen: list[tuple[int, list[str], Tensor]] = []  # batches whose numbers are not seen
 
     def check(self, held: nn.Module, x: Tensor) -> None:
         """Compare autograd with difference quotients at a few inputs, as for every engine.
@@ -473,7 +484,7 @@ class Square(ABC):
             raise type(error)(message) from error
 
     def add(self, held: nn.Module, x: Tensor, total: PerParameter) -> None:
-        """Add this batch's squares to the total; nothing if one of them is not finite."""
+        """Add this batch's squares to the total, which counts once ``settle`` has seen them."""
         if self.checked < inputs_to_check(self.model):
             self.check(held, x)
             self.checked += len(x)
@@ -484,25 +495,35 @@ class Square(ABC):
         except Exception:  # of any kind, from forward()
             check_forward(held, x)
             raise
-        check_squares(found)
+        if not found:
+            return
+        sums = [square.sum() for square in found.values()]
+        is_finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite()
+        self.unseen.append((self.source.place[1], list(found), is_finite))
         for name, square in found.items():
             total[name] += square
+
+    def settle(self, most: int = 0) -> None:
+        """Look at the numbers if more than so many batches are unseen; a GPU is waited for once.
+
+        Raises:
+            ValueError: naming the batch in which one is not finite.
+        """
+        if len(self.unseen) <= most:
+            return
+        where = [(at, name) for at, names, _ in self.unseen for name in names]
+        seen = torch.cat([is_finite for _, _, is_finite in self.unseen]).tolist()
+        self.unseen.clear()
+        wrong = next((place for place, is_fine in zip(where, seen, strict=True) if not is_fine), ())
+        if wrong:
+            raise ValueError(
+                "batch {}: the derivative in parameter {!r} is NaN, infinite or too large to be "
+                "squared: check the weights and the inputs.".format(*wrong)
+            )
 
     @abstractmethod
     def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """(Σ_x w_x·J)², or Σ_x (w_x·J)²; a parameter that the outputs do not use may be missing."""
-
-
-def check_squares(squares: PerParameter) -> None:
-    """A ValueError if one of them is not finite; a GPU is waited for once."""
-    sums = [square.sum() for square in squares.values()]
-    finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite().tolist() if sums else []
-    wrong = [name for name, is_finite in zip(squares, finite, strict=True) if not is_finite]
-    if wrong:
-        raise ValueError(
-            f"the derivative in parameter {wrong[0]!r} is NaN, infinite or too large to be "
-            "squared: check the weights and the inputs."
-        )
 
 
 def movement_of(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
@@ -553,7 +574,7 @@ class SquaredBatches(Square):
             parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
             with exact_lookups():
                 h = outputs_of(own, x)
-            check_outputs(h, len(x))
+            check_outputs(h, len(x), numbers=self.source.waits)
             rows = self.source.rows(h.detach())[:, 0].to(h.dtype)
             if not h.requires_grad:
                 return {}

@@ -123,6 +123,13 @@ class Family(ABC):
             )
         return h.detach().to(torch.float64, copy=True)
 
+    def natural_unseen(self, h: Tensor) -> Tensor:
+        """``natural`` without a look at the numbers, which waits for a GPU, if it has no other."""
+        is_common = type(self).natural is Family.natural
+        if is_common and h.ndim == 2 and h.shape[1] >= self.min_outputs:
+            return h.detach().double()
+        return self.natural(h)
+
     def link(self, h: Tensor, at: Tensor) -> Tensor:  # noqa: ARG002
         """The natural parameters as a differentiable function of the outputs: [B, T] → [B, T].
 

@@ -9,6 +9,7 @@ import random_networks
 import torch
 from strategies import ADVERSARIAL, inputs, logits_of, mlp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
@@ -391,6 +392,59 @@ def test_bad_input(change, says):
     arguments = {"inputs": x, **change(x)}
     with pytest.raises(ValueError, match=says):
         fimlib.estimate(net, arguments.pop("inputs"), family, **arguments)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU's numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of_a_pass(num_batches):
+    """Of the second pass, whose batches need no check; the inputs are on the CPU."""
+    net, x, family = problem("Categorical")
+    source = projections.Source(net, [x] * num_batches, family, None, None, DRAWS["signs"], 0)
+    square = projections.SquaredBatches(net, None, source)
+    first = source.run(0, square)[0]
+    with Waits() as waits:
+        source.run(1, square)
+    looks_at_inputs = num_batches
+    return first, waits.count - looks_at_inputs
+
+
+def test_a_gpu_is_not_waited_for_at_every_batch(monkeypatch):
+    plain, often = waits_of_a_pass(9)
+    assert often >= 2 * 9
+    monkeypatch.setattr(projections.Source, "waits", False)
+    found, seldom = waits_of_a_pass(9)
+    assert seldom == 0  # a list of all flags is taken at once, which is not counted
+    assert all(torch.equal(found[n], plain[n]) for n in plain)
+
+
+@pytest.mark.parametrize("between", [2, 64])
+def test_a_batch_with_nan_is_named_however_late_it_is_seen(between, monkeypatch):
+    monkeypatch.setattr(projections.Source, "waits", False)
+    monkeypatch.setattr(projections, "BATCHES_BETWEEN_WAITS", between)
+    net, x, family = problem("Categorical")
+    far = x.clone()
+    far[0, 0] = 1e300
+    with pytest.raises(ValueError, match=r"^batch 3: the derivative in parameter 'net\.0\.weight'"):
+        fimlib.estimate(NanFarOut(net), [x, x, far, x, x, x], family, passes=2)
+
+
+class NanFarOut(nn.Module):
+    """NaN where an input is very large."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) * torch.where(x.amax(1, keepdim=True) > 1e200, math.nan, 1.0)
 
 
 def test_other_mistakes():
