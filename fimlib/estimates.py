@@ -325,7 +325,8 @@ class Record:
         layers = {}
         for layer, squared in squared_errors(self.mean, errors).items():
             sums = torch.stack([s[layer] for s in self.sums])
-            spread = float(sums.std() / k**0.5)
+            is_lost = 0 < sums.mean() < SMALLEST
+            spread = math.inf if is_lost else float(sums.std() / k**0.5)
             layers[layer] = LayerEstimate(float(sums.mean()), spread, relative(*squared))
         return Estimate(
             self.mean, errors, layers, self.relative_error(), k, self.num_inputs,

@@ -40,6 +40,7 @@ from fimlib.precision import (
     Combination,
     mixture,
     number_needed,
+    squares_or_nan,
     variance_of_projection,
 )
 from fimlib.spectra.extreme import Spectrum, spectrum
@@ -185,8 +186,11 @@ class Joint:
                 by_key = dict(zip(factors.keys, largest, strict=True))
                 float32 += float32_checks(index, layer, by_key)
             for name, z in inputs.items():
-                for key, mean in factors.means(z, dtype, largest):
+                found, lost = factors.means(z, dtype, largest)
+                for key, mean in found.items():
                     means[key][name] = mean
+                if lost is not None:
+                    float32.append(Float32Check(index, layer, lost, "J"))
         names = [name for _, inputs in sweep.inputs for name in inputs]
         return {key: {n: of[n] for n in names} for key, of in means.items()}, float32
 
@@ -295,7 +299,8 @@ class Joint:
             ValueError: it is no such state, or that of a Joint with other settings.
         """
         mine = self._settings()
-        if not are_equal(mine, state.get("settings")):
+        is_whole = state.keys() >= {"count", "layers", "means", "scatter"}
+        if not is_whole or not are_equal(mine, state.get("settings")):
             raise ValueError(
                 "this is not the state of a Joint with the same settings, which are "
                 f"{', '.join(mine)}: make the Joint as the one that was saved."
@@ -334,6 +339,12 @@ class Joint:
             layer: torch.stack([values[name].sum() for name in names]).sum()
             for layer, names in self.layers.items()
         }
+
+    def squared_norms(self) -> dict[str, Tensor]:
+        """Layer → ΣI(θᵢ)²; NaN where the squares are too small for float64."""
+        I = self._mean("I")
+        norms = self.layer_sums({name: t.square() for name, t in I.items()})
+        return {layer: squares_or_nan(norms[layer], t) for layer, t in self.layer_sums(I).items()}
 
     def fisher_information(self) -> PerParameter:
         """I(θᵢ) = E_x I(θᵢ|x) (Eq. 2), or E_x Ĩ(θᵢ|x) with data labels; in nat/θ²."""
@@ -501,14 +512,15 @@ class Joint:
                 guarantee. See ``num_samples_needed``.
 
         Returns:
-            Layer name → n_x ≥ 1, a whole number; inf where I is 0 and its estimate is not.
+            Layer name → n_x ≥ 1, a whole number; inf where I is 0 and its estimate is not; NaN
+            where the squares of I are too small for float64.
 
         Raises:
             ValueError: an argument out of its range, or nothing accumulated.
         """
         label_variance = self.label_variance(estimator)
         totals = self.layer_sums(self._total(label_variance, 1, num_labels, True))
-        norms = self.layer_sums({name: I.square() for name, I in self._mean("I").items()})
+        norms = self.squared_norms()
         return {
             layer: float(number_needed(total, norms[layer], relative_error, confidence, rule))
             for layer, total in totals.items()

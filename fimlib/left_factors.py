@@ -21,6 +21,8 @@ from fimlib.spectra.extreme import Spectrum
 DEGREE_2 = ("I", "I_lower")  # in J, where S counts twice; all others are of degree 4
 ROWS = 256  # inputs in a product, so that their powers stay in the processor's cache
 SMALLEST = 1e-30  # of float32 forms, whose terms may be as small as 1e-38
+LOST = 1e-24  # of the largest left factor: below, sums of products may lack other products
+FURTHEST = 1e4  # z for which no more than 1e-30 of I is lost with left factors below 1e-38
 NOTHING = 1e-20  # V₂ in units of I², below which it is rounding where S is a difference
 
 
@@ -60,43 +62,54 @@ class LeftFactors:
 
     def means(
         self, z: Tensor | None, dtype: torch.dtype, largest: Tensor | None
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Averages over the inputs of ``left · z²`` or, of degree 4, ``left · z⁴``.
 
         Args:
             z: [B, n], or None for 1.
             dtype: Of the matmuls.
-            largest: As ``largest`` says, where dtype may be too narrow for what is squared once
-                more: that is brought to about 1 before.
+            largest: As ``largest`` says, where dtype is narrow. Left factors that are squared once
+                more and the columns of z are brought to about 1 before.
 
-        Yields:
-            Quantity and its averages, [*K, n] or [*K], float64, each a tensor of its own.
+        Returns:
+            Quantity → its averages, [*K, n] or [*K], float64, each a tensor of its own; and whether
+            dtype is too narrow for them.
         """
-        size, _, *rest = self.values.shape
         if z is None:
-            yield from Totals.of(dict(zip(self.keys, self.values.unbind(1), strict=True))).means()
-            return
+            return Totals.of(dict(zip(self.keys, self.values.unbind(1), strict=True))).means()
+        size, _, *rest = self.values.shape
         low, high = self.values.to(dtype).tensor_split([self.low], dim=1)
-        sizes, shrink = (
-            z.new_ones(high.shape[1], dtype=torch.float64),
-            z.new_ones((), dtype=torch.float64),
-        )
+        sizes, furthest = high.new_ones(high.shape[1]).double(), z.new_ones(z.shape[1]).double()
         if largest is not None and z.numel():
             sizes = magnitudes(largest[self.low :])
-            furthest = torch.stack(z.aminmax()).abs().amax()
-            shrink = 1 / magnitudes(furthest.double())
+            furthest = torch.stack(z.aminmax(dim=0)).abs().amax(0).double()
+        shrink, scale = 1 / magnitudes(furthest), sizes.clone()
         high = high * (1 / sizes).to(dtype).reshape(-1, *[1] * len(rest))
-        scale = sizes / shrink.pow(4)
         if "I²" in self.keys:
             at = self.keys.index("I²") - self.low
             high[:, at].square_()
-            scale = scale.clone()
             scale[at] *= sizes[at]
         totals = sums_of_products(low.flatten(1), high.flatten(1), z, shrink)
-        parts = [t.unflatten(0, (-1, *rest)) for t in totals if len(t)]
-        factors = torch.cat([(1 / shrink.square()).expand(self.low), scale]) / size
-        for key, part, factor in zip(self.keys, chain.from_iterable(parts), factors, strict=True):
-            yield key, part.double().mul_(factor)
+        parts = list(chain.from_iterable(t.unflatten(0, (-1, *rest)) for t in totals if len(t)))
+        scales = torch.cat([scale.new_ones(self.low), sizes])
+        lost = None if largest is None else self._lost(parts, largest / scales, furthest)
+        factors = [*[1 / shrink.square()] * self.low, *(scale[:, None] / shrink.pow(4))]
+        pairs = zip(self.keys, parts, factors, strict=True)
+        return {key: part.double().mul_(factor / size) for key, part, factor in pairs}, lost
+
+    def _lost(self, totals: list[Tensor], lefts: Tensor, furthest: Tensor) -> Tensor:
+        """Whether sums of products may lack what their dtype cannot hold.
+
+        In a column of z, where all sums are so small beside the largest left factor that the
+        inputs with the largest z have no part in them; and of I alone, whose left factors are as
+        they are, where z is large.
+        """
+        narrow = [furthest.amax() > FURTHEST] if self.keys == ("I",) else []
+        for key, total, left in zip(self.keys, totals, lefts, strict=True):
+            least = LOST * left * (left if key == "I²" else 1)
+            most = total.flatten(0, -2).abs().amax(0).double()
+            narrow.append(((most < least) & (furthest > 0)).any())
+        return torch.stack(narrow).any()
 
 
 @dataclass(frozen=True)
@@ -143,10 +156,9 @@ class Totals:
         """As of ``LeftFactors``."""
         return self.most
 
-    def means(self, *_: object) -> Iterator[tuple[str, Tensor]]:
+    def means(self, *_: object) -> tuple[dict[str, Tensor], None]:
         """As of ``LeftFactors``; every parameter has a tensor of its own."""
-        for key, total in self.sums.items():
-            yield key, total / self.size
+        return {key: total / self.size for key, total in self.sums.items()}, None
 
 
 def left_factors(
@@ -187,7 +199,7 @@ def sums_of_products(low: Tensor, high: Tensor, z: Tensor, shrink: Tensor) -> tu
         low: [B, k].
         high: [B, m]; m may be 0.
         z: [B, n].
-        shrink: One number.
+        shrink: [n].
 
     Returns:
         [k, n] and [m, n], of the dtype of ``low``.

@@ -26,6 +26,7 @@ RULES = ("chebyshev", "bernstein", "approximate")
 BY_VARIANCE = ("chebyshev", "approximate")  # rules that know nothing else
 MOST_DEGREES = 1000  # of freedom; more come close to 1
 # Label variances that cost more, and are not in the paper; the last is that of Î₂.
+SMALLEST_SQUARE = 1e-290  # that has all its digits
 PROJECTIONS = ("signs", "importance", "importance2")
 
 
@@ -108,7 +109,7 @@ def num_samples_needed(
 
     Returns:
         Layer name → N ≥ 1 for each input, [B], float64 whole numbers; inf where the layer's I is 0
-        and its estimate is not.
+        and its estimate is not; NaN where the squares of I are too small for float64.
 
     Raises:
         ValueError: an argument out of its range, or the outputs do not fit the family.
@@ -122,11 +123,11 @@ def num_samples_needed(
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}.")
     variance = variance_of(estimator, derivs, family)
-    means, fisher = variance.layer_means(), fisher_information(derivs, family)
+    means, norms = variance.layer_means(), squared_norms(fisher_information(derivs, family))
     by_variance = "chebyshev" if rule == "bernstein" else rule
     needed = {
         layer: number_needed(means[layer], squared_norm, relative_error, confidence, by_variance)
-        for layer, squared_norm in fisher.square().layer_means().items()
+        for layer, squared_norm in norms.items()
     }
     if rule == "chebyshev":
         return needed
@@ -136,7 +137,10 @@ def num_samples_needed(
         raise ValueError("rule 'bernstein' is for Î₁ and Î₂ of Categorical(): take 'chebyshev'.")
     found = sharper(derivs, family, int(estimator), relative_error, 1 - confidence)
     if rule == "approximate":
-        return {layer: approximate for layer, (_, approximate) in found.items()}
+        return {
+            layer: approximate.masked_fill(norms[layer].isnan(), math.nan)
+            for layer, (_, approximate) in found.items()
+        }
     return {layer: torch.minimum(n, found[layer][0]) for layer, n in needed.items()}
 
 
@@ -202,7 +206,7 @@ def bernstein(gram: Tensor, p: Tensor, t: Tensor, alpha: float) -> Tensor:
     squares = gram.diagonal(dim1=1, dim2=2)
     variance = (p * squares).sum(1)
     most = squares.masked_fill(p == 0, 0.0).amax(1).sqrt()
-    needed = 2 * _relative(variance, t.square()) + 2 / 3 * _relative(most, t)
+    needed = 2 * ratio(variance, t.square()) + 2 / 3 * ratio(most, t)
     return torch.ceil(math.log(2 / alpha) * needed * (1 - 1e-12)).clamp_min(1)
 
 
@@ -210,11 +214,11 @@ def chi_squared(gram: Tensor, p: Tensor, t: Tensor, alpha: float) -> Tensor:
     """N = g χ²_f / t² with the quantile of χ²_f at 1 − α, at least 1: [B]."""
     total = (p * gram.diagonal(dim1=1, dim2=2)).sum(1)
     squares = torch.einsum("bk,bl,bkl->b", p, p, gram.square())
-    g = _relative(squares, total)
+    g = ratio(squares, total)
     f = torch.where(squares > 0, total.square() / squares, 1)
     half = special.gammaincinv(f.cpu().numpy() / 2, 1 - alpha)  # scipy.stats is slow to import
     quantile = torch.as_tensor(2 * half, dtype=g.dtype).to(g)
-    return torch.ceil(_relative(g * quantile, t.square()) * (1 - 1e-12)).clamp_min(1)
+    return torch.ceil(ratio(g * quantile, t.square()) * (1 - 1e-12)).clamp_min(1)
 
 
 def compare_estimators(
@@ -238,8 +242,7 @@ def compare_estimators(
     """
     if not 0 < cost_ratio < math.inf:
         raise ValueError(f"cost_ratio must be a positive number, got {cost_ratio!r}.")
-    fisher = fisher_information(derivs, family)
-    squared_norm = fisher.square().layer_means()
+    squared_norm = squared_norms(fisher_information(derivs, family))
     v1, v2, signs = (variance_of(e, derivs, family).layer_means() for e in (1, 2, "signs"))
     c12 = covariance_i1_i2(derivs, family).layer_means()
     important = None
@@ -248,7 +251,7 @@ def compare_estimators(
 
     def compared(layer: str) -> Comparison:
         def relative(variance: Tensor) -> Tensor:
-            return _relative(variance, squared_norm[layer]).sqrt()
+            return ratio(variance, squared_norm[layer]).sqrt()
 
         weight, mixed = mixture(v1[layer], v2[layer], c12[layer])
         return Comparison(
@@ -299,7 +302,7 @@ def number_needed(
             "samples gives certainty."
         )
     q = 1 / (1 - confidence) if rule == "chebyshev" else largest_quantile(confidence)
-    needed = _relative(variance, squared_norm) * q / relative_error**2
+    needed = ratio(variance, squared_norm) * q / relative_error**2
     return torch.ceil(needed * (1 - 1e-12)).clamp_min(1)  # 1 − 0.9 is not quite 0.1
 
 
@@ -309,6 +312,19 @@ def largest_quantile(confidence: float) -> float:
     return max(1.0, float((2 * special.gammaincinv(f / 2, confidence) / f).max()))
 
 
-def _relative(variance: Tensor, squared_norm: Tensor) -> Tensor:
+def ratio(variance: Tensor, squared_norm: Tensor) -> Tensor:
     """The variance in units of the squared norm; 0 where there is no variance."""
-    return torch.where(variance > 0, variance / squared_norm, 0)
+    is_zero = (variance == 0) & ~squared_norm.isnan()
+    return (variance / squared_norm).masked_fill(is_zero, 0.0)
+
+
+def squares_or_nan(squares: Tensor, numbers: Tensor) -> Tensor:
+    """Sums or means of squares of numbers ≥ 0; NaN where the squares are too small for float64."""
+    return squares.masked_fill((numbers > 0) & (squares < SMALLEST_SQUARE), math.nan)
+
+
+def squared_norms(fisher: Diagonal) -> dict[str, Tensor]:
+    """Layer → the mean of I², [B], as ``squares_or_nan``."""
+    means = fisher.layer_means()
+    squares = fisher.square().layer_means()
+    return {layer: squares_or_nan(squares[layer], I) for layer, I in means.items()}

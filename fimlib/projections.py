@@ -59,7 +59,7 @@ from fimlib.engines.checks import (
     failed,
 )
 from fimlib.engines.choose import differentiate_checked
-from fimlib.engines.confirm import inputs_to_check, positions_to_check
+from fimlib.engines.confirm import MIXES, fits, inputs_to_check, positions_to_check
 from fimlib.engines.held import Forward, Held
 from fimlib.engines.model import (
     finite_outputs,
@@ -317,7 +317,10 @@ def in_json(value: Any) -> Any:
 
 def passes_to_take(estimator: str, passes: int | None, relative_error: float | None) -> int:
     """The most passes; for signs 2/ε² are enough for a relative error ε, and 16 at least."""
-    if relative_error is not None and not SMALLEST_ERROR <= relative_error < math.inf:
+    is_number = isinstance(relative_error, int | float) and not isinstance(relative_error, bool)
+    if relative_error is not None and not (
+        is_number and SMALLEST_ERROR <= relative_error < math.inf
+    ):
         raise ValueError(
             f"relative_error must be a positive number, {SMALLEST_ERROR:g} or more, got "
             f"{relative_error!r}."
@@ -468,15 +471,18 @@ class Square(ABC):
             NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of
                 an input depend on the others.
         """
-        some = x[positions_to_check(len(x), self.model).to(x.device)]
+        at = positions_to_check(len(x), self.model).to(x.device)
+        some = x[at]
         check_model(held, some)
         check_plain(held)
         with torch.inference_mode(False), kept_random_state(x):
             check_forward(held, some)
             _, h = functional.private(held, some)
+            _, whole = functional.private(held, x)
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
         movement = movement_of(held, some, h)
+        check_whole(whole[at], h, 100 * movement)
         try:
             differentiate_checked(Combined(held, movement), some, "functional", 1, wanted)
         except (ValueError, NotImplementedError) as error:
@@ -532,6 +538,23 @@ def movement_of(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
     perturb_weights(moved, 0.01)
     other = finite_outputs(moved, x)
     return (h if other is None else other.to(h) - h).abs().amax(0)
+
+
+def check_whole(outputs: Tensor, alone: Tensor, scale: Tensor) -> None:
+    """Refuse outputs of a batch that differ from those of a few of its inputs, [k, T] both.
+
+    Args:
+        outputs: Of the batch, at these inputs.
+        alone: Of these inputs.
+        scale: How far every output moves with the weights, [T].
+
+    Raises:
+        NotImplementedError: they differ by more than rounding.
+    """
+    eps = torch.finfo(alone.dtype).eps
+    slack = 4 * eps**0.5 * scale + 2**6 * eps * alone.abs().amax(0)
+    if not fits(outputs, alone, slack):
+        raise NotImplementedError(f"{MIXES}. Make forward() a function of each input alone.")
 
 
 class Combined(nn.Module):
@@ -613,7 +636,7 @@ class SquaredInputs(Square):
             name: mean * len(x)
             for i, factors in left_factors(sweep, squared)
             for name, z in sweep.inputs[i][1].items()
-            for _, mean in factors.means(z, torch.float64, None)
+            for mean in factors.means(z, torch.float64, None)[0].values()
         }
 
 

@@ -111,7 +111,8 @@ def accumulate(
         contracted in it, too. Layer means of I, V₁ and V₂ are then within 1e-5 of those in float64
         while all logits stay below 250, also where σ_max is 1 − 1e-6; that of I where 1 − σ_max is
         1e-30. With larger logits the error grows in proportion: they are rounded, and the softmax
-        with them.
+        with them. So it does where J has a large part that all classes share. Of I alone, numbers
+        below 1e-30 may be lost.
 
     Example: h = w·x with a Gaussian label: I(w|x) = x², on average (1 + 9 + 4)/3.
         >>> from fimlib import Gaussian

@@ -245,7 +245,7 @@ def layout_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None
         weights: [B], all different.
     """
     size, count = len(weights), len(plain)
-    if count % size:
+    if count == 0 or count % size:
         return None
     g, found = (rows.reshape(count, -1) for rows in (plain, weighted))
     length = torch.linalg.vector_norm(g, dim=1)

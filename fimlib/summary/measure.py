@@ -31,7 +31,7 @@ from fimlib.families.product import Product
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
-from fimlib.precision import labels_of, number_needed
+from fimlib.precision import labels_of, number_needed, ratio
 from fimlib.streaming import (
     Batch,
     Pick,
@@ -182,7 +182,7 @@ def summarise(
             model, sample.of(stream), empty, None, layers, engine, go_on=clock.goes_on
         )
     is_cut = clock.is_over and (joint.count < sample.seen or _goes_on(stream))
-    norms = joint.layer_sums({n: I.square() for n, I in joint.fisher_information().items()})
+    means, norms = joint.layer_sums(joint.fisher_information()), joint.squared_norms()
     kinds: list[int | str] = [1, *([2] if order == 2 else []), *projections]
     variances = {kind: joint.layer_sums(joint.label_variance(kind)) for kind in kinds}
     errors = dict.fromkeys(norms, norms[next(iter(norms))].new_zeros(()))
@@ -191,8 +191,7 @@ def summarise(
         at_once = max(1, JACOBIAN_NUMBERS // of_one)
         variances[2], errors = _estimate(sample, family, joint, num_probes, layers, at_once)
     spread = joint.layer_sums(joint.input_variance())
-    means, bounds = joint.layer_sums(joint.fisher_information()), _bounds(joint, order)
-    sizes, m = _sizes(joint), joint.count
+    bounds, sizes, m = _bounds(joint, order), _sizes(joint), joint.count
 
     def row(layer: str) -> LayerSummary:
         error, norm = errors[layer], norms[layer]
@@ -200,17 +199,18 @@ def summarise(
         safe = v | ({2: v[2] + 2 * error} if 2 in v else {})
 
         def relative(variance: Tensor) -> float:
-            return math.sqrt(_ratio(variance.clamp_min(0) / (m * num_samples), norm))
+            found = ratio(variance.clamp_min(0) / (m * num_samples), norm)
+            return math.sqrt(found.nan_to_num(math.inf))
 
         def error_of(kind: int | str) -> float:
             return relative(v[kind])
 
         def needed(kind: int | str) -> float:
-            return float(needs(safe[kind] / m, norm))
+            return float(needs(safe[kind] / m, norm).nan_to_num(math.inf))
 
         def inputs_needed(kind: int | str) -> float | None:
             variance = spread[layer] + safe[kind] / num_samples
-            return float(needs(variance, norm)) if m > 1 else None
+            return float(needs(variance, norm).nan_to_num(math.inf)) if m > 1 else None
 
         def if_known(ask: Callable[[int | str], Number], kind: int | str) -> Number | None:
             return ask(kind) if kind in v else None
@@ -432,11 +432,6 @@ def _estimate(
             error = of_probes.square().sum().sqrt() / count
         sums[layer], errors[layer] = size * means.mean(), size * error
     return sums, errors
-
-
-def _ratio(variance: Tensor, squared_norm: Tensor) -> float:
-    """Variance in units of the squared norm; 0 where there is no variance."""
-    return float(variance / squared_norm) if variance > 0 else 0.0
 
 
 def _better(v1: float, v2: float, error: float) -> int | None:

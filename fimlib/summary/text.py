@@ -118,7 +118,10 @@ def advice(s: Findings) -> list[str]:
     lines.append(f"The error {'is then' if s.has_i2 else 'of Î₁ is'} {span} of I{doubt}.")
     where = "in every layer" if len(s.layers) > 1 else "there"
     if math.isinf(max(labels)):
-        lines.append("Where I is 0 and an estimate of it is not, no number of labels is enough.")
+        lines.append(
+            "Where I is 0 and an estimate of it is not, no number of labels is enough; nor is it "
+            "known where I is too small to be squared."
+        )
     elif max(labels) <= s.num_samples:
         lines.append(f"That is good enough {where}: no more labels are needed.")
     else:

@@ -851,3 +851,19 @@ def test_a_hessian_of_which_one_half_is_wrong_is_refused():
             fimlib.estimate_i2_matrix(net, x, labels, parameters=names)
         half = fimlib.estimate_i2_matrix(net, x, labels, parameters=names[:1])
         assert torch.allclose(half, right[:2, :2])
+
+
+class WidensItsOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.net(x).double()
+
+
+@pytest.mark.parametrize("call", [fimlib.differentiate, fimlib.accumulate, fimlib.estimate])
+def test_outputs_wider_than_the_weights_are_rounded_as_these(call):
+    torch.manual_seed(0)
+    model, x = WidensItsOutputs(), torch.randn(20, 4)
+    call(model, x, *([] if call is fimlib.differentiate else [fimlib.Categorical()]))

@@ -377,6 +377,7 @@ def nan_in(x):
         (lambda _: {"estimator": "sign"}, r"estimator must be one of 'signs', 'labels'"),
         (lambda _: {"squares": "inputs"}, r"squares must be one of 'batch', 'input'"),
         (lambda _: {"relative_error": 0.0}, "relative_error must be a positive number"),
+        (lambda _: {"relative_error": "a"}, "relative_error must be a positive number"),
         (lambda _: {"batch_size": 0}, "batch_size must be an integer ≥ 1"),
         (lambda x: {"inputs": iter([x])}, "can be used only once"),
         (lambda _: {"inputs": []}, r"there are no inputs: pass M ≥ 1"),
@@ -445,6 +446,36 @@ class NanFarOut(nn.Module):
 
     def forward(self, x):
         return self.net(x) * torch.where(x.amax(1, keepdim=True) > 1e200, math.nan, 1.0)
+
+
+class CentresLargeBatches(nn.Module):
+    """As experts with a capacity: a few inputs at a time do not show it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        return h - h.mean(0, keepdim=True) if len(x) > 8 else h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("squares", ["batch", "input"])
+def test_a_network_that_mixes_large_batches_only_is_refused(dtype, squares):
+    net, x = CentresLargeBatches().to(dtype), torch.randn(32, 4, dtype=dtype)
+    options = {"passes": 2, "squares": squares}
+    with pytest.raises(NotImplementedError, match="batch 1: the outputs for one input depend on"):
+        fimlib.estimate(net, x, fimlib.Categorical(), **options)
+    fimlib.estimate(net, x[:8], fimlib.Categorical(), **options)
+
+
+def test_numbers_too_small_to_be_squared_have_no_known_error():
+    net = nn.Linear(1, 1, bias=False).double()
+    x = torch.tensor([[1e-82], [2e-82]], dtype=torch.float64)
+    found = fimlib.estimate(net, x, fimlib.Gaussian(), passes=4)
+    assert found.layers[""].standard_error == math.inf
+    assert found.interval("") == (0.0, math.inf)
 
 
 def test_other_mistakes():

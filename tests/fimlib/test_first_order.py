@@ -256,3 +256,37 @@ def test_saturated_activations_keep_their_digits():
     derivs = first_order.differentiate(net, x, wanted=None).derivatives()
     right = 40 * torch.exp(torch.tensor(-40.0).double())
     assert float(derivs.jacobian("0.weight")) == pytest.approx(float(right), rel=1e-12)
+
+
+class Experts(nn.Module):
+    """Each input goes to one of two; a batch may leave one of them without any."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.experts = nn.ModuleList([nn.Linear(4, 3) for _ in range(2)])
+
+    def forward(self, x):
+        p = self.gate(x).softmax(-1)
+        chosen, out = p.argmax(-1), x.new_zeros(len(x), 3)
+        for k, expert in enumerate(self.experts):
+            at = (chosen == k).nonzero()[:, 0]
+            out = out.index_add(0, at, p[at, k, None] * expert(x[at]))
+        return out
+
+
+@pytest.mark.parametrize("passes_of", ["accumulate", "estimate"])
+def test_an_expert_without_inputs_in_a_batch(passes_of):
+    torch.manual_seed(0)
+    net, x = Experts().double(), torch.randn(32, 4).double()
+    some = x[net.gate(x).argmax(1) == 0]
+    family = fimlib.Categorical()
+    exact = fimlib.accumulate(net, torch.cat([x, some]), family, quantities=["I"])
+    assert exact.fisher_information()["experts.1.weight"].any()
+    if passes_of == "accumulate":
+        found = fimlib.accumulate(net, [x, some], family, quantities=["I"]).fisher_information()
+        for name, value in exact.fisher_information().items():
+            assert torch.allclose(found[name], value, rtol=1e-10, atol=0)
+    else:
+        found = fimlib.estimate(net, some, family, squares="input", passes=2)
+        assert found.layers["experts.1"].total == 0

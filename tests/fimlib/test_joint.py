@@ -893,7 +893,8 @@ def test_a_family_with_a_link_of_its_own_is_streamed():
 def test_a_state_of_other_settings_is_refused(other):
     joint = Joint(Gaussian())
     joint.update(differentiate(mlp([3, 4, 3], nn.Sigmoid), inputs(5, 3)))
-    for state in (joint.state_dict(), {}):
+    half = {"settings": other.state_dict()["settings"]}
+    for state in (joint.state_dict(), {}, half):
         with pytest.raises(ValueError, match="not the state of a Joint with the same settings"):
             other.load_state_dict(state)
     assert other.count == 0
@@ -1021,3 +1022,52 @@ def test_i_alone_of_a_float32_network_is_right_at_inputs_of_any_size(scale, weig
     exact = fimlib.accumulate(net.double(), (x * scale).double(), family).fisher_information()
     for name, value in exact.items():
         assert float(((single[name] - value) / value).abs().max()) < 1e-5
+
+
+def tanh_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(64, 4)
+
+
+def far_input(size):
+    """Its units are saturated, so it has no part in the first layer's I."""
+    net, x = tanh_network()
+    x[5, 2] = size
+    return net, x
+
+
+def features_of_two_sizes(size):
+    net, x = tanh_network()
+    with torch.no_grad():
+        net[0].weight[:, 0] /= size
+    return net, x * torch.tensor([size, 1 / size, 1.0, 1.0])
+
+
+def unit_without_influence(size):
+    net, x = tanh_network()
+    with torch.no_grad():
+        net[0].weight /= size
+        net[2].weight[:, 0] *= size**-3
+    return net, x * size
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e11, 1e18])
+@pytest.mark.parametrize("case", [far_input, features_of_two_sizes, unit_without_influence])
+@pytest.mark.parametrize("kind", ["I alone", "float32 asked for"])
+def test_what_float32_loses_is_found(case, size, kind):
+    """Every entry is right, or an error says that float32 is too narrow."""
+    net, x = case(size)
+    options = {"I alone": {"quantities": ["I"]}, "float32 asked for": {"dtype": torch.float32}}
+    try:
+        single = fimlib.accumulate(net, x, Categorical(), **options[kind])
+    except ValueError as error:
+        if kind == "I alone" or size == 1e3 or "float32 is too narrow" not in str(error):
+            raise
+        return
+    exact = fimlib.accumulate(net.double(), x.double(), Categorical())
+    keys = ["I"] if kind == "I alone" else ["I", "V1", "V2"]
+    for key in keys:
+        for name, value in exact._mean(key).items():
+            lost = 1e-29 if key == "I" else 1e-24 * float(value.max())
+            off = (single._mean(key)[name] - value).abs()
+            assert bool((off <= 2e-5 * value + lost).all()), (key, name)

@@ -425,3 +425,25 @@ def test_the_estimators_have_numbers(estimator):
     with pytest.raises(ValueError, match="estimator must be 1"):
         check_estimator(estimator)
     assert isinstance(check_estimator(1.0), int)
+
+
+@pytest.mark.parametrize("rule", ["chebyshev", "bernstein", "approximate"])
+def test_squares_too_small_for_float64_give_nan(rule):
+    """At p = e⁻³⁷⁵, I² is 1e-326: neither 1 nor infinitely many labels would be right."""
+    net = nn.Linear(1, 2).double()
+    with torch.no_grad():
+        net.weight.zero_()
+        net.bias.copy_(torch.tensor([0.0, -375.0]))
+    derivs = differentiate(net, torch.ones(1, 1).double())
+    ask = {"relative_error": 0.1, "confidence": 0.95}
+    assert fimlib.num_samples_needed(derivs, Categorical(), **ask, rule=rule)[""].isnan().all()
+
+
+def test_squares_too_small_for_float64_in_comparisons_and_summaries():
+    net = nn.Linear(1, 1, bias=False).double()
+    x = torch.tensor([[1e-82], [2e-82]], dtype=torch.float64)
+    found = fimlib.compare_estimators(differentiate(net, x), Gaussian())[""]
+    assert found.relative_sd_i1.isnan().all()
+    joint = fimlib.accumulate(net, x, Gaussian())
+    assert math.isnan(joint.num_inputs_needed(0.1, 0.9)[""])
+    assert "too small to be squared" in str(fimlib.summarise(net, x, Gaussian())).replace("\n", " ")

@@ -7,8 +7,8 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6237,
-    "core": 6155,
+    "engines": 6238,
+    "core": 6219,
     "rest": 2881,
     "support and extensions": 12_018,
 }
