@@ -101,10 +101,11 @@ class LeftFactors:
         """Whether sums of products may lack what their dtype cannot hold.
 
         In a column of z, where all sums are so small beside the largest left factor that the
-        inputs with the largest z have no part in them; and of I alone, whose left factors are as
-        they are, where z is large.
+        inputs with the largest z have no part in them; and where z is large, for units whose left
+        factors, of degree 2 and as they are, are close to the least number.
         """
-        narrow = [furthest.amax() > FURTHEST] if self.keys == ("I",) else []
+        units = self.values[:, : self.low].amax(0)
+        narrow = [(furthest.amax() > FURTHEST) & (units < SMALLEST).any()]
         for key, total, left in zip(self.keys, totals, lefts, strict=True):
             least = LOST * left * (left if key == "I²" else 1)
             most = total.flatten(0, -2).abs().amax(0).double()

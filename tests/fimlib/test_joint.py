@@ -1047,7 +1047,7 @@ def unit_without_influence(size):
     net, x = tanh_network()
     with torch.no_grad():
         net[0].weight /= size
-        net[2].weight[:, 0] *= size**-3
+        net[2].weight[:, 0] *= size**-2
     return net, x * size
 
 
