@@ -306,3 +306,18 @@ def test_as_a_command(here):
     assert bad.stdout == ""
     assert bad.stderr.startswith("python -m fimlib: error: FileNotFoundError: ")
     assert "Traceback" not in bad.stderr
+
+
+SLOW_TO_IMPORT = ("torch._dynamo", "sympy", "scipy.stats")
+FIRST_CALL = """
+import sys, torch, fimlib
+net = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+fimlib.accumulate(net.eval(), torch.rand(20, 1, 4), fimlib.Categorical(), quantities=["I"])
+print(*(name for name in sys.argv[1:] if name in sys.modules))
+"""
+
+
+def test_the_first_call_of_a_process_imports_nothing_slow():
+    command = [sys.executable, "-c", FIRST_CALL, *SLOW_TO_IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -3,8 +3,6 @@
 import copy
 import gc
 import re
-import subprocess
-import sys
 import traceback
 import weakref
 from collections import Counter
@@ -1057,19 +1055,3 @@ def test_float32_is_as_good_as_the_docstring_says(sigma_max, shift, activation):
     assert (mine[zero] == 0).all()
     error = ((mine - exact).abs() / exact)[~zero].max()
     assert 0 < error <= float(bound) * (largest / float(logits)).clamp_min(1)
-
-
-SLOW_TO_IMPORT = ("torch._dynamo", "sympy", "scipy.stats")
-FIRST_CALL = """
-import sys, torch, fimlib
-net = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
-fimlib.accumulate(net.eval(), torch.rand(20, 1, 4), fimlib.Categorical(), quantities=["I"])
-print(*(name for name in sys.argv[1:] if name in sys.modules))
-"""
-
-
-@pytest.mark.long
-def test_the_first_call_of_a_process_imports_nothing_slow():
-    command = [sys.executable, "-c", FIRST_CALL, *SLOW_TO_IMPORT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
