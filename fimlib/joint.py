@@ -685,8 +685,8 @@ def check_means(
         pieces = (p.derivs.blocks[0] for p in sweep.pieces() if p.block == index)
         if is_low and any(getattr(block, which).any() for block in pieces):
             raise ValueError(
-                f"layer {layer!r}: float32 is too narrow for its derivatives, or for probabilities "
-                "this close to 0: take dtype=torch.float64."
+                f"layer {layer!r}: float32 is too narrow for its derivatives or inputs, or for "
+                "probabilities this close to 0: take dtype=torch.float64."
             )
 
 

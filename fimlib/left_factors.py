@@ -91,18 +91,20 @@ class LeftFactors:
             scale[at] *= sizes[at]
         totals = sums_of_products(low.flatten(1), high.flatten(1), z, shrink)
         parts = list(chain.from_iterable(t.unflatten(0, (-1, *rest)) for t in totals if len(t)))
-        scales = torch.cat([scale.new_ones(self.low), sizes])
-        lost = None if largest is None else self._lost(parts, largest / scales, furthest)
+        lost = None
+        if largest is not None:
+            lefts = torch.cat([largest[: self.low], largest[self.low :] / sizes])
+            lost = self._lost(parts, lefts, furthest)
         factors = [*[1 / shrink.square()] * self.low, *(scale[:, None] / shrink.pow(4))]
         pairs = zip(self.keys, parts, factors, strict=True)
         return {key: part.double().mul_(factor / size) for key, part, factor in pairs}, lost
 
     def _lost(self, totals: list[Tensor], lefts: Tensor, furthest: Tensor) -> Tensor:
-        """Whether sums of products may lack what their dtype cannot hold.
+        """Whether sums of products may lack terms that their dtype cannot hold.
 
-        In a column of z, where all sums are so small beside the largest left factor that the
-        inputs with the largest z have no part in them; and where z is large, for units whose left
-        factors, of degree 2 and as they are, are close to the least number.
+        It may be so in a column of z whose sums are all tiny beside the largest left factor, since
+        the inputs with the largest z then add nothing to them; and where z is large and the left
+        factors of degree 2 of some unit are close to the smallest number.
         """
         units = self.values[:, : self.low].amax(0)
         narrow = [(furthest.amax() > FURTHEST) & (units < SMALLEST).any()]

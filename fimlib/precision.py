@@ -25,8 +25,8 @@ from fimlib.fisher import covariance_i1_i2, fisher_information, natural, varianc
 RULES = ("chebyshev", "bernstein", "approximate")
 BY_VARIANCE = ("chebyshev", "approximate")  # rules that know nothing else
 MOST_DEGREES = 1000  # of freedom; more come close to 1
-# Label variances that cost more, and are not in the paper; the last is that of Î₂.
 SMALLEST_SQUARE = 1e-290  # that has all its digits
+# Label variances that cost more, and are not in the paper; the last is that of Î₂.
 PROJECTIONS = ("signs", "importance", "importance2")
 
 
@@ -314,8 +314,7 @@ def largest_quantile(confidence: float) -> float:
 
 def ratio(variance: Tensor, squared_norm: Tensor) -> Tensor:
     """The variance in units of the squared norm; 0 where there is no variance."""
-    is_zero = (variance == 0) & ~squared_norm.isnan()
-    return (variance / squared_norm).masked_fill(is_zero, 0.0)
+    return (variance / squared_norm).masked_fill((variance <= 0) & ~squared_norm.isnan(), 0.0)
 
 
 def squares_or_nan(squares: Tensor, numbers: Tensor) -> Tensor:

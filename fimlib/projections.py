@@ -95,6 +95,7 @@ MOST_PASSES = 10_000
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 SMALLEST_ERROR = 1e-6
 BATCHES_BETWEEN_WAITS = 64  # for a GPU
+SHARE = 0.01  # of their size, by which weights move
 
 
 def estimate(
@@ -399,9 +400,9 @@ class Source:
 
     @property
     def waits(self) -> bool:
-        """Whether to look at the numbers of every batch. A GPU is not waited for, where it can."""
+        """Whether every batch is checked for NaN at once; a GPU with random signs need not wait."""
         is_on_cpu = next(self.model.parameters()).device.type == "cpu"
-        return is_on_cpu or self.draw is not DRAWS["signs"]  # classes are drawn from numbers
+        return is_on_cpu or self.draw is not DRAWS["signs"]  # drawing classes waits anyway
 
     def look_through(self) -> Tensor:
         """Take a checksum of all inputs; and the sums of the outputs and of their squares, [2]."""
@@ -459,7 +460,7 @@ class Square(ABC):
             if wanted is None or n in wanted
         ]
         self.checked = 0  # inputs of checked batches
-        self.unseen: list[tuple[int, list[str], Tensor]] = []  # batches whose numbers are not seen
+        self.unseen: list[tuple[int, list[str], Tensor]] = []  # batches not yet checked
 
     def check(self, held: nn.Module, x: Tensor) -> None:
         """Compare autograd with difference quotients at a few inputs, as for every engine.
@@ -482,7 +483,7 @@ class Square(ABC):
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
         movement = movement_of(held, some, h)
-        check_whole(whole[at], h, 100 * movement)
+        check_whole(whole[at], h, movement / SHARE)
         try:
             differentiate_checked(Combined(held, movement), some, "functional", 1, wanted)
         except (ValueError, NotImplementedError) as error:
@@ -490,7 +491,7 @@ class Square(ABC):
             raise type(error)(message) from error
 
     def add(self, held: nn.Module, x: Tensor, total: PerParameter) -> None:
-        """Add this batch's squares to the total, which counts once ``settle`` has seen them."""
+        """Add this batch's squares to the total, which is valid once ``settle`` has passed."""
         if self.checked < inputs_to_check(self.model):
             self.check(held, x)
             self.checked += len(x)
@@ -510,10 +511,12 @@ class Square(ABC):
             total[name] += square
 
     def settle(self, most: int = 0) -> None:
-        """Look at the numbers if more than so many batches are unseen; a GPU is waited for once.
+        """Check the squares of the batches not yet checked, if there are more than ``most``.
+
+        A GPU is waited for once.
 
         Raises:
-            ValueError: naming the batch in which one is not finite.
+            ValueError: naming the batch in which a square is not finite.
         """
         if len(self.unseen) <= most:
             return
@@ -533,9 +536,9 @@ class Square(ABC):
 
 
 def movement_of(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
-    """How far the outputs h move with the weights, [T]."""
+    """How far the outputs h move with the weights, [T], where these move by ``SHARE``."""
     moved = private_copy(model)
-    perturb_weights(moved, 0.01)
+    perturb_weights(moved, SHARE)
     other = finite_outputs(moved, x)
     return (h if other is None else other.to(h) - h).abs().amax(0)
 
@@ -546,7 +549,7 @@ def check_whole(outputs: Tensor, alone: Tensor, scale: Tensor) -> None:
     Args:
         outputs: Of the batch, at these inputs.
         alone: Of these inputs.
-        scale: How far every output moves with the weights, [T].
+        scale: How far every output would move if the weights moved by their size, [T].
 
     Raises:
         NotImplementedError: they differ by more than rounding.

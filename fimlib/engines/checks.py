@@ -164,7 +164,7 @@ def run_alone(model: nn.Module, x: Tensor) -> None:
 def check_outputs(outputs: Any, size: int, *, numbers: bool = True) -> None:
     """A ForwardError unless the outputs for so many inputs are a [B, T] tensor, of finite numbers.
 
-    Whoever leaves the numbers out does not wait for a GPU.
+    With ``numbers=False`` they are not looked at, and a GPU is not waited for.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != size:
         got = list(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"

@@ -56,7 +56,7 @@ class Truth:
         own, alone = private_copy(model).requires_grad_(), private_copy(model)
         h = outputs_without_narrowing(own, x)
         check_unchanged(model, own)
-        h = h.to(min((h, *own.parameters()), key=bits).dtype)  # they may be widened at the end
+        h = h.to(min((h, *own.parameters()), key=bits).dtype)  # forward() may widen its outputs
         if h.dtype == torch.float64:
             narrow = finite_outputs(
                 private_copy(model).float(), x.float() if x.is_floating_point() else x

@@ -124,7 +124,7 @@ class Family(ABC):
         return h.detach().to(torch.float64, copy=True)
 
     def natural_unseen(self, h: Tensor) -> Tensor:
-        """``natural`` without a look at the numbers, which waits for a GPU, if it has no other."""
+        """``natural`` without its check for NaN, which waits for a GPU, if that is its only one."""
         is_common = type(self).natural is Family.natural
         if is_common and h.ndim == 2 and h.shape[1] >= self.min_outputs:
             return h.detach().double()

@@ -119,8 +119,8 @@ def advice(s: Findings) -> list[str]:
     where = "in every layer" if len(s.layers) > 1 else "there"
     if math.isinf(max(labels)):
         lines.append(
-            "Where I is 0 and an estimate of it is not, no number of labels is enough; nor is it "
-            "known where I is too small to be squared."
+            "Where I is 0 and an estimate of it is not, no number of labels is enough. Where I is "
+            "too small to be squared, the number is not known."
         )
     elif max(labels) <= s.num_samples:
         lines.append(f"That is good enough {where}: no more labels are needed.")

@@ -8,7 +8,7 @@ from strategies import inputs, mlp
 from torch import nn
 
 import fimlib
-from fimlib import Categorical, Gaussian, differentiate, projections
+from fimlib import Categorical, Gaussian, differentiate, precision, projections
 from fimlib._checks import check_estimator
 from fimlib.precision import (
     compare_estimators,
@@ -447,3 +447,9 @@ def test_squares_too_small_for_float64_in_comparisons_and_summaries():
     joint = fimlib.accumulate(net, x, Gaussian())
     assert math.isnan(joint.num_inputs_needed(0.1, 0.9)[""])
     assert "too small to be squared" in str(fimlib.summarise(net, x, Gaussian())).replace("\n", " ")
+
+
+def test_no_variance_counts_as_no_error_though_rounding_makes_it_negative():
+    variance = torch.tensor([-1e-20, 0.0, 0.0, 2.0], dtype=torch.float64)
+    norm = torch.tensor([1.0, 0.0, math.nan, 4.0], dtype=torch.float64)
+    assert precision.ratio(variance, norm).nan_to_num(-1).tolist() == [0, 0, -1, 0.5]
