@@ -4,6 +4,9 @@
 quantity (a row of `support.quantities`), and between which numbers a case must be. A quantity sees
 nothing but what it says that it reads, so that a changed value touches the claims that depend on
 it and no others.
+
+A claim may name a choice that the paper's text leaves open, such as the initial weights. Then every
+value of that choice is judged by itself, and if the verdicts differ, the claim depends on it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from support.results import NETWORK, Run
 
 CLAIMS = results.ROOT / "data" / "claims.csv"
 YES, PARTLY, NO = "reproduced", "in part", "not reproduced"
+DEPENDS = "depends on a choice"
 UNDECIDABLE, UNJUDGED = "not decidable", "not judged"
-VERDICTS = (YES, PARTLY, NO, UNDECIDABLE, UNJUDGED)
+VERDICTS = (YES, PARTLY, DEPENDS, NO, UNDECIDABLE, UNJUDGED)
+STATEMENTS = "statements"  # the experiment that tries statements on made-up cases
 
 Groups = Mapping[str, Mapping[str, Run]]  # the runs of each experiment, by name
 
@@ -40,7 +45,14 @@ class Claim(NamedTuple):
     low: float
     high: float
     set: str  # "before" or "after": whether such runs had been looked at
+    choice: tuple[str, ...]  # levels of the quantity's index over which the verdict may turn
+    rests_on: str  # what a verdict other than "reproduced" rests on
     note: str
+
+    @property
+    def is_mathematical(self) -> bool:
+        """Whether made-up cases decide it, and no trained network."""
+        return self.experiments == (STATEMENTS,)
 
 
 class Decision(NamedTuple):
@@ -54,7 +66,12 @@ class Decision(NamedTuple):
     @property
     def within(self) -> int:
         """How many cases are within the tolerance."""
-        return int(self.cells.between(self.claim.low, self.claim.high).sum())
+        return within(self.claim, self.cells)
+
+    @property
+    def by_choice(self) -> dict[str, pd.Series]:
+        """The numbers at every value of the choice that the claim names; all, if it names none."""
+        return by_choice(self.claim, self.cells)
 
 
 def load_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -85,7 +102,8 @@ def read_claim(row: Mapping[str, str], path: Path) -> Claim:
     experiments = tuple(filter(None, row["experiment"].split(", ")))
     return Claim(
         row["id"], row["where"], row["claim"], row["whose"], experiments, quantity,
-        tuple(arguments.split()), low, high, row["set"], row["note"],
+        tuple(arguments.split()), low, high, row["set"], tuple(row["choice"].split()),
+        row["rests on"], row["note"],
     )  # fmt: skip
 
 
@@ -130,9 +148,28 @@ def decide_one(
 
 
 def verdict(claim: Claim, numbers: pd.Series) -> str:
+    """The verdict at every value of the claim's choice, or that it depends on the choice."""
+    verdicts = {by_rule(claim, part) for part in by_choice(claim, numbers).values()}
+    return verdicts.pop() if len(verdicts) == 1 else DEPENDS
+
+
+def by_rule(claim: Claim, numbers: pd.Series) -> str:
     """Reproduced if every number is within the tolerance, in part if at least half of them are."""
-    share = numbers.between(claim.low, claim.high).mean()
+    share = within(claim, numbers) / len(numbers)
     return YES if share == 1 else PARTLY if share >= 0.5 else NO
+
+
+def within(claim: Claim, numbers: pd.Series) -> int:
+    """How many numbers are within the tolerance."""
+    return int(numbers.between(claim.low, claim.high).sum())
+
+
+def by_choice(claim: Claim, numbers: pd.Series) -> dict[str, pd.Series]:
+    """The numbers by the value of the claim's choice; under "" if it names none."""
+    if not claim.choice:
+        return {"": numbers}
+    groups = numbers.groupby(level=list(claim.choice), sort=False)
+    return {", ".join(map(str, key)): part for key, part in groups}
 
 
 def cells(
@@ -153,16 +190,21 @@ def quantity_table(
 ) -> pd.DataFrame:
     """Some quantities of a run, a column each; what else there is stays out of sight.
 
+    In a table of layers a quantity that only the network has stands at each of its layers.
+
     Raises:
         ValueError: the run has no such quantity.
     """
-    rows = values[values.quantity.isin(list(names)) & ((values.layer != NETWORK) == of_layers)]
+    rows = values[values.quantity.isin(list(names))]
     same = rows.run.eq(run.name)
     rows = rows.assign(run=rows.run.where(same, f"{run.name}, " + rows.run))
-    index = ["run", "epoch", "layer"] if of_layers else ["run", "epoch"]
-    wide = rows.astype({"layer": int} if of_layers else {}).pivot(
-        index=index, columns="quantity", values="value"
-    )
+    of_network = rows.layer == NETWORK
+    wide = rows[of_network].pivot(index=["run", "epoch"], columns="quantity", values="value")
+    if of_layers:
+        layers = rows[~of_network].astype({"layer": int})
+        index = ["run", "epoch", "layer"]
+        by_layer = layers.pivot(index=index, columns="quantity", values="value")
+        wide = by_layer.join(wide[wide.columns.difference(by_layer.columns)])
     for name in names:
         if name not in wide:
             if name not in run.record["parameters"]:

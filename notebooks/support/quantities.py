@@ -151,7 +151,58 @@ def apart(t: Rows, of: list[str]) -> Rows:
     return (observed / positive(predicted)) ** 0.5
 
 
+SETTINGS = ("run", "weights", "dropout", "optimizer", "widths")  # in the names of networks
+READINGS = {  # of "UB is k times V", by the column that has it
+    "over_means": "ratio of means",
+    "over_geometric": "exponential of the mean log-ratio",
+    "over_mean": "mean of ratios",
+}
+NUMBERS_OF_LABELS = (1, 10, 100, 1_000, 10_000)
+LEARNT = 0.5  # test accuracy after the last epoch
+
+
+def settings(x: Rows) -> Rows:
+    """The settings that a network's name tells, as levels of the index in place of the run."""
+    index = x.index.to_frame(index=False)
+    parts = index.pop("run").str.split(", ", expand=True).set_axis(list(SETTINGS), axis=1)
+    return x.set_axis(pd.MultiIndex.from_frame(pd.concat([parts, index], axis=1)))
+
+
+def learnt(t: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the networks that learnt to read: most of the test set, after the last epoch."""
+    accuracy = at(t, "last").test_accuracy.groupby("run").first()
+    return t[t.index.get_level_values("run").isin(accuracy.index[accuracy >= LEARNT])]
+
+
 # What takes more than a row of the table.
+
+
+def tightness(t: pd.DataFrame, name: str) -> pd.Series[float]:
+    """See the table."""
+    readings = {
+        says: settings(median(hidden(t)[f"{name}_{column}"])) for column, says in READINGS.items()
+    }
+    all_layers = pd.concat(readings, names=["reading"])
+    first = all_layers[all_layers.index.get_level_values("layer") == 1]
+    return pd.concat({"hidden layers": all_layers, "first layer": first}, names=["layers"])
+
+
+def nearest_setting(t: pd.DataFrame) -> pd.Series[float]:
+    """See the table."""
+    by = ["layers", "reading", "weights", "optimizer", "widths"]
+    off = [
+        (tightness(t, name).groupby(level=by).median() / said).map(math.log).abs()
+        for name, said in (("V1", 50), ("V2", 20))
+    ]
+    return pd.concat(off, axis=1).max(axis=1).map(math.exp).nsmallest(1)
+
+
+def over_n(t: pd.DataFrame) -> pd.Series[float]:
+    """See the table."""
+    last = output(t)
+    at_1 = ((last.V1 * last.num_samples) ** 0.5 / positive(last.I_squared) ** 0.5).dropna()
+    by_run = at_1.groupby("run").median()
+    return pd.concat({f"N = {n:,}": by_run / n**0.5 for n in NUMBERS_OF_LABELS}, names=["N"])
 
 
 def upper_against_lower(t: pd.DataFrame) -> pd.Series[float]:
@@ -197,8 +248,9 @@ def shape_over_activations(t: pd.DataFrame, name: str) -> pd.Series[float]:
 
 def share_that_fades(t: pd.DataFrame) -> pd.Series[float]:
     """See the table."""
-    ratios = pd.Series((at(t, "5") / at(t, "0").where(at(t, "0") > 0)).stack()).dropna()
-    return (ratios <= 0.1).astype(float).groupby("run").mean()
+    values = learnt(t)[["I", "V1", "V2"]]
+    ratios = pd.Series((at(values, "5") / positive(at(values, "0"))).stack()).dropna()
+    return settings((ratios <= 0.1).astype(float).groupby("run").mean())
 
 
 def cost_exponent(t: pd.DataFrame, work: str) -> pd.Series[float]:
@@ -228,6 +280,12 @@ def end_over_start(t: Rows, name: str) -> Rows:
     return at(t, "last")[name] / at_start(t, name)
 
 
+def fades_at_the_end(t: Rows, name: str) -> Rows:
+    """See the table."""
+    readings = {"the term": name, "its moments alone": f"{name}_moments"}
+    return pd.concat({k: end_over_start(t, v) for k, v in readings.items()}, names=["reading"])
+
+
 # fmt: off
 QUANTITIES = {
     # Statements, each tried on many cases.
@@ -250,6 +308,13 @@ QUANTITIES = {
     "upper_over": layers("{} {}_upper",
         "Upper bound over variance of a hidden layer's means, median over the epochs.",
         lambda t, n: median(hidden(t)[f"{n}_upper"] / positive(t[n]))),
+    "tightness": layers("{}_over_means {}_over_geometric {}_over_mean",
+        "Upper bound over variance in a hidden layer by three readings, median over the epochs.",
+        tightness),
+    "nearest_setting": layers(
+        "V1_over_means V1_over_geometric V1_over_mean V2_over_means V2_over_geometric V2_over_mean",
+        "The factor by which the nearest setting misses 50 or 20, whichever it misses more.",
+        nearest_setting),
     "lower_over": layers("{} {}_lower",
         "The largest lower bound over variance of a layer's means in a run.",
         lambda t, n: largest(t[f"{n}_lower"] / positive(t[n]))),
@@ -268,36 +333,32 @@ QUANTITIES = {
     "last_over_hidden": layers("{}",
         "Its mean in the last layer over the largest mean of another layer, at an epoch.",
         lambda t, n: output(t)[n].droplevel("layer") / positive(largest(hidden(t)[n], "epoch"))),
-    "root_v1_over_i": layers("I V1",
-        "√V₁/I of the last layer's means at the N of the run, median over the epochs.",
-        lambda t: (output(t).V1**0.5 / positive(output(t).I)).groupby("run").median()),
-    "root_v1_over_i_at_1": layers("I V1 num_samples",
-        "√V₁/I of the last layer's means at N = 1, median over the epochs.",
-        lambda t: ((output(t).V1 * output(t).num_samples) ** 0.5 / positive(output(t).I))
-        .groupby("run").median()),
-    "root_variance_over_i": layers("{} I num_samples",
-        "√V/I of a layer's means at N = 1, median over the epochs.",
-        lambda t, n: median((positive(t[n]) * t.num_samples) ** 0.5 / positive(t.I))),
-    "root_variance_over_i_at_n": layers("{} I",
-        "√V/I of a layer's means at the N of the run, median over the epochs.",
-        lambda t, n: median(positive(t[n]) ** 0.5 / positive(t.I))),
+    "relative_error_over_n": layers("I_squared V1 num_samples",
+        "√(ΣV₁/ΣI²) over the last layer, with N labels, median over the epochs.",
+        over_n),
+    "relative_error": layers("{} I_squared num_samples",
+        "√(ΣV/ΣI²) over a layer, with one label, median over the epochs.",
+        lambda t, n: median((positive(t[n]) * t.num_samples / positive(t.I_squared)) ** 0.5)),
+    "relative_error_at_n": layers("{} I_squared",
+        "√(ΣV/ΣI²) over a layer, with the N labels of the run, median over the epochs.",
+        lambda t, n: median((positive(t[n]) / positive(t.I_squared)) ** 0.5)),
     "layers_each_wins": layers("V1 V2",
         "Layers in which the estimator that is less often the better one wins, in a run.",
         layers_each_wins),
     "early_over_late": layers("{}",
         "Mean |Δ log V| of an epoch from 1 to 5 over that of the later ones, by layer.",
         early_over_late),
-    "fades": layers("{}",
+    "fades": layers("{} test_accuracy",
         "A layer's mean after epoch 5 over that at random weights.",
-        lambda t, n: at(t, "5")[n] / at_start(t, n)),
-    "stays_faded": layers("{}",
+        lambda t, n: settings(at(learnt(t), "5")[n] / at_start(learnt(t), n))),
+    "stays_faded": layers("{} test_accuracy",
         "A layer's largest mean from epoch 5 on over that at random weights.",
-        lambda t, n: largest(t[t.index.get_level_values("epoch") >= 5][n], "layer")
-        / at_start(t, n)),
-    "falls_from_its_peak": layers("{}",
+        lambda t, n: settings(largest(learnt(t[t.index.get_level_values("epoch") >= 5])[n], "layer")
+        / at_start(learnt(t), n))),
+    "falls_from_its_peak": layers("{} test_accuracy",
         "A layer's mean after the last epoch over its largest mean at any epoch.",
-        lambda t, n: at(t, "last")[n] / positive(largest(t[n], "layer"))),
-    "share_that_fades": layers("I V1 V2",
+        lambda t, n: settings(at(learnt(t), "last")[n] / positive(largest(learnt(t)[n], "layer")))),
+    "share_that_fades": layers("I V1 V2 test_accuracy",
         "Share of layers and of I, V₁, V₂ that fall to 0.1 of their start by epoch 5, in a run.",
         share_that_fades),
     "estimates_apart": layers("I I1 I2",
@@ -353,9 +414,9 @@ QUANTITIES = {
     "draws": layers("draws_z_{}",
         "Observed minus predicted variance of the joint estimators, in standard errors.",
         lambda t, *_: t.stack()),
-    "fades_at_the_end": layers("{}",
-        "A layer's mean after the last epoch over that at random weights.",
-        end_over_start),
+    "fades_at_the_end": layers("{} {}_moments",
+        "A layer's mean after the last epoch over that at random weights; V, and V/‖J‖⁴ or V₂/‖S‖².",
+        fades_at_the_end),
     "output_over_input": layers("{} var_I",
         "Output over input term of Eq. 20 after the last epoch, one label per input, by layer.",
         lambda t, n: at(t, "last")[n] / positive(at(t, "last").var_I)),

@@ -51,6 +51,30 @@ def mlp(widths: Sequence[int], activation: str, dropout: float = 0.0) -> nn.Sequ
     return nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(widths[-2], widths[-1]))
 
 
+def initialise(net: nn.Module, weights: str) -> None:
+    """Draw the weights of all dense layers anew, with biases 0; "default" leaves PyTorch's.
+
+    Args:
+        net: A network with ``nn.Linear`` layers.
+        weights: "default", "Kaiming" or "Xavier" (normal, as of ``torch.nn.init``).
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    ways = {
+        "default": None,
+        "Kaiming": nn.init.kaiming_normal_,
+        "Xavier": nn.init.xavier_normal_,
+    }
+    if weights not in ways:
+        raise ValueError(f"initial weights {weights!r}: write one of {', '.join(ways)}.")
+    draw = ways[weights]
+    for layer in net.modules():
+        if draw and isinstance(layer, nn.Linear):
+            draw(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
 def describe(net: nn.Module) -> str:
     """A network in one line, for records and captions."""
     text = ", ".join(str(m) for m in net.modules() if not any(m.children()))

@@ -81,6 +81,34 @@ def fourth_cumulant(F: object, h: Tensor) -> Tensor:
     return torch.func.hessian(torch.func.hessian(F))(h)  # type: ignore[arg-type, no-any-return]
 
 
+def eq_11_lower_is_not_negative(cases: int) -> Check:
+    """2. Eq. 11: M is positive semidefinite, so its lower bound is never negative, as Eq. 14 is.
+
+    Shows the smallest difference between both lower bounds on λ_min(M).
+    """
+    gaps, semidefinite = [], True
+    for num_classes in (2, 3, 5):
+        h = make.logits(num_classes, -(-cases // 1000))
+        fourth, cov = FAMILY.fourth_moment(h), FAMILY.covariance(h)
+        M = fourth - torch.einsum("bij,bkl->bijkl", cov, cov)
+        eigenvalues = torch.linalg.eigvalsh(M.reshape(len(h), num_classes**2, num_classes**2))
+        semidefinite &= bool((eigenvalues[:, 0] >= -1e-15).all())
+        gaps.append(fimlib.spectrum(FAMILY, h).min_outer - fimlib.corollary_4_2(FAMILY, h).lower)
+    gap = torch.cat(gaps)
+    return finding(semidefinite and bool((gap > 0).all()), float(gap.min()), len(gap))
+
+
+def mean_and_covariance_are_cumulants(_cases: int) -> Check:
+    """3. η = ∇F and 𝓘 = ∇²F. Shows the largest relative error."""
+    h = make.logits(4, 1)[0]
+    mean = torch.func.grad(lambda v: FAMILY.log_partition(v[None])[0])(h)
+    cov = torch.func.hessian(lambda v: FAMILY.log_partition(v[None])[0])(h)
+    found = together(
+        equal(mean, FAMILY.mean(h[None])[0]), equal(cov, FAMILY.covariance(h[None])[0])
+    )
+    return finding(found.holds, found.worst, found.cases)
+
+
 def moments_are_not_cumulants(_cases: int) -> Check:
     """3. 𝓚 = ∇⁴F + three pairings of 𝓘. Shows ‖𝓚 − ∇⁴F‖/‖𝓚‖: the pairings are not small."""
     h = make.logits(4, 1)[0]
@@ -122,6 +150,26 @@ def relu_keeps_the_equality(_cases: int) -> Check:
     curvature = -torch.einsum("xy,xyij->xij", o.p, o.hessians)
     both = equal(curvature, outer)
     return finding(both.holds, both.worst, both.cases)
+
+
+def relu_at_a_kink(_cases: int) -> Check:
+    """4. At a kink of ReLU −E[∂²ℓ] has another value on either side, so that it equals no E[∂ℓ ∂ℓᵀ].
+
+    Shows the relative gap between both.
+    """
+    out = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
+
+    def curvature(side: float) -> Tensor:
+        def log_likelihood(weight: Tensor) -> Tensor:
+            return (weight.relu() * out).log_softmax(0)
+
+        kink = torch.zeros((), dtype=torch.float64)
+        second = torch.func.jacfwd(torch.func.jacrev(log_likelihood))(kink + side)
+        return -(log_likelihood(kink).exp() * second).sum()
+
+    left, right = curvature(-1e-9), curvature(1e-9)
+    gap = float((right - left).abs() / torch.maximum(right.abs(), left.abs()))
+    return finding(gap > 0.1, gap, 2)
 
 
 def saturation_favours_the_first_estimator(_cases: int) -> Check:
@@ -173,6 +221,17 @@ def trace_bounds_scale_alike(_cases: int) -> Check:
         ratios.append(bound.spectral / bound.norm.clamp_min(1e-300))
     change = float((ratios[1] / ratios[0].clamp_min(1e-300) - 1).abs().nan_to_num(0).max())
     return finding(change < 1e-9, change, len(h))
+
+
+def off_diagonal_lower_bound_of_i(cases: int) -> Check:
+    """7. I off the diagonal: its least value for unit derivatives is −s_max(𝓘) < 0.
+
+    Shows the largest such value over many softmax vectors.
+    """
+    h = make.logits(5, -(-cases // 100))
+    u = torch.linalg.eigh(FAMILY.covariance(h)).eigenvectors[:, :, -1:]
+    values = fimlib.bounds.off_diagonal(u, -u, u, FAMILY, h).fisher
+    return finding(bool((values < 0).all()), float(values.max()), values.numel())
 
 
 def off_diagonal_lower_bound(_cases: int) -> Check:
