@@ -1,8 +1,8 @@
 r"""Numbers in running text that are read when the book is built.
 
 * ``{claim}`c:within` `` is a number of the report: what the runs say of the claim ``c`` of
-  ``data/claims.csv``. ``tally`` stands for all claims, and ``sigmoid`` and ``log-sigmoid`` for
-  which estimator is the better one there. `support.report.facts` lists the fields.
+  ``data/claims.csv``. ``mathematical`` and ``empirical`` stand for all claims of a kind, and
+  ``sigmoid`` and ``log-sigmoid`` for which estimator is the better one there. `support.report.facts` lists the fields.
 * ``{minutes}`section-3` `` is how long it takes to read some pages, in whole minutes; code and
   checks of formulas come on top.
 """
@@ -21,6 +21,7 @@ from sphinx.util.docutils import SphinxRole
 
 logger = logging.getLogger(__name__)
 FACTS = "_generated/facts.json"
+KINDS = ("mathematical", "empirical")  # of claims
 PER_MINUTE = 200  # words
 PER_FORMULA, PER_FIGURE = 10, 25  # as many words take as long
 FENCE = re.compile(r"\s*(?:`{3,}|:{3,})\s*(\S*)")
@@ -38,7 +39,7 @@ class ClaimRole(SphinxRole):
         self.env.note_dependency(FACTS)
         claim, _, field = self.text.partition(":")
         known = facts(Path(self.env.srcdir))
-        told = {**known["claims"], **known["better"], "tally": known["tally"]}
+        told = {**known["claims"], **known["better"], **{k: known[k] for k in KINDS}}
         text = told.get(claim, {}).get(field)
         if text is None:
             logger.warning("no such number in the report: %s", self.text, location=self.env.docname)
@@ -65,7 +66,7 @@ class MinutesRole(SphinxRole):
 def facts(book: Path) -> dict[str, Any]:
     """What the runs say of the paper's claims; nothing before `support.book` has written it."""
     path = book / FACTS
-    nothing: dict[str, Any] = {"claims": {}, "tally": {}, "runs": {}, "better": {}}
+    nothing: dict[str, Any] = {name: {} for name in ("claims", "runs", "better", *KINDS)}
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else nothing
 
 

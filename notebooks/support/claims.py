@@ -47,6 +47,7 @@ class Claim(NamedTuple):
     set: str  # "before" or "after": whether such runs had been looked at
     choice: tuple[str, ...]  # levels of the quantity's index over which the verdict may turn
     rests_on: str  # what a verdict other than "reproduced" rests on
+    was: str  # the verdict before the question was changed; empty if it never was
     note: str
 
     @property
@@ -103,7 +104,7 @@ def read_claim(row: Mapping[str, str], path: Path) -> Claim:
     return Claim(
         row["id"], row["where"], row["claim"], row["whose"], experiments, quantity,
         tuple(arguments.split()), low, high, row["set"], tuple(row["choice"].split()),
-        row["rests on"], row["note"],
+        row["rests on"], row["was"], row["note"],
     )  # fmt: skip
 
 

@@ -415,7 +415,7 @@ QUANTITIES = {
         "Observed minus predicted variance of the joint estimators, in standard errors.",
         lambda t, *_: t.stack()),
     "fades_at_the_end": layers("{} {}_moments",
-        "A layer's mean after the last epoch over that at random weights: V₁, V₁/‖J‖⁴; V₂, V₂/‖S‖².",
+        "A mean after the last epoch over that at random weights: V₁, V₁/‖J‖⁴; V₂, V₂/‖S‖².",
         fades_at_the_end),
     "output_over_input": layers("{} var_I",
         "Output over input term of Eq. 20 after the last epoch, one label per input, by layer.",

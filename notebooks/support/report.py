@@ -23,20 +23,32 @@ from support.results import Run
 
 REFERENCE = results.ROOT / "data" / "reference"
 LIKE_FIGURE_1 = ("sigmoid", "log-sigmoid")  # experiments whose runs are drawn like Figure 1
-STATEMENTS = "statements"  # the experiment that tries statements on made-up cases
 KEYS = ["run", "epoch", "layer", "quantity"]
 ROUNDING = 1e-6  # relative; what other versions may change where nothing is trained
 NUMERALS = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
 FIGURES = {"sigmoid-seed-0": "Figure 1"}
 FIGURES |= {f"sigmoid-seed-{k}": f"Figure {NUMERALS[k - 1]}" for k in range(1, 5)}
 FIGURES |= {f"log-sigmoid-seed-{k}": f"Figure {NUMERALS[k + 4]}" for k in range(5)}
-MARKS = {claims.YES: "✓", claims.PARTLY: "◐", claims.NO: "✗"}
+MARKS = {claims.YES: "✓", claims.PARTLY: "◐", claims.DEPENDS: "◇", claims.NO: "✗"}
+CHOICES = {  # what the text we had leaves open, by the level of a quantity's index
+    "weights": "the initial weights",
+    "dropout": "dropout",
+    "optimizer": "the optimiser",
+    "widths": "the widths",
+    "layers": "the layers",
+    "reading": "the reading",
+    "N": "N",
+}
+ONE_NETWORK = ("run", "weights", "dropout", "optimizer", "widths")  # levels that name a network
 OTHER = "none: other settings"
 WIDTH = 100  # of a terminal
+MANY = 6  # values of a choice that are listed one by one
 RULE = (
     "One rule for all claims, ours: a claim comes with a quantity that gives a number for every "
     "case, and with the range in which it must be. If every number is in it the claim is "
-    "reproduced; if at least half of them are, in part; else not reproduced."
+    "reproduced; if at least half of them are, in part; else not reproduced. Where a claim names a "
+    "choice that the text leaves open, each value of it is judged by itself; if the verdicts "
+    "differ, the claim depends on that choice."
 )
 
 
@@ -226,7 +238,44 @@ def ours(decision: Decision) -> str:
         return short(cells.iloc[0])
     low, middle, high = (short(x) for x in (cells.min(), cells.median(), cells.max()))
     numbers = middle if low == high else f"{middle} ({low} to {high})"
-    return f"{numbers}, {decision.within} of {len(cells)} within"
+    return f"{numbers}, {decision.within} of {len(cells)} within{by_network(decision)}"
+
+
+def by_network(decision: Decision) -> str:
+    """In how many networks all cases are within, where a network gives several."""
+    cells = decision.cells
+    levels = [level for level in ONE_NETWORK if level in cells.index.names]
+    if not levels:
+        return ""
+    whole = cells.between(decision.claim.low, decision.claim.high).groupby(level=levels).all()
+    return f"; all of {whole.sum()} of {len(whole)} networks" if len(whole) < len(cells) else ""
+
+
+def said(decision: Decision) -> str:
+    """The verdict in words: how often where it is in part, by which choice where it depends."""
+    if decision.verdict == claims.PARTLY:
+        return f"{decision.verdict} ({decision.within} of {len(decision.cells)})"
+    if decision.verdict == claims.DEPENDS:
+        return f"depends on {choice(decision)}: {judged_by_choice(decision)}"
+    return f"{decision.verdict}{f': {decision.reason}' if decision.reason else ''}"
+
+
+def choice(decision: Decision) -> str:
+    """The choice that a claim names, in words."""
+    *others, last = (CHOICES[level] for level in decision.claim.choice)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def judged_by_choice(decision: Decision) -> str:
+    """Which verdict each value of the choice leads to; how many of them, where they are many."""
+    parts = decision.by_choice
+    verdicts = {value: claims.by_rule(decision.claim, part) for value, part in parts.items()}
+    if len(parts) > MANY:
+        counts = Counter(verdicts.values())
+        told = [f"{counts[kind]} {kind}" for kind in claims.VERDICTS if counts[kind]]
+        return f"of {len(parts)} settings {', '.join(told)}"
+    within = {v: f"{claims.within(decision.claim, part)}/{len(part)}" for v, part in parts.items()}
+    return "; ".join(f"{v} {verdicts[v]} ({within[v]})" for v in parts)
 
 
 def tolerance(decision: Decision) -> str:
@@ -241,19 +290,39 @@ def tolerance(decision: Decision) -> str:
     return f"{low:.3g} to {high:.3g}"
 
 
-def tally(decisions: Iterable[Decision]) -> str:
-    """How many of the paper's claims met which verdict, in a line; questions of ours left out."""
-    counts = Counter(d.verdict for d in decisions if d.claim.whose == "paper")
-    kinds = [kind for kind in claims.VERDICTS if counts[kind]]
-    return f"{counts.total()} claims: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+def counts(decisions: Iterable[Decision]) -> dict[str, Counter[str]]:
+    """How many of the paper's claims met which verdict, mathematical and empirical ones apart.
+
+    Questions of ours and claims that name no number are in neither count.
+    """
+    asked = [d for d in decisions if d.claim.whose == "paper" and d.claim.quantity]
+    return {
+        "mathematical": Counter(d.verdict for d in asked if d.claim.is_mathematical),
+        "empirical": Counter(d.verdict for d in asked if not d.claim.is_mathematical),
+    }
+
+
+def tally(decisions: Sequence[Decision]) -> str:
+    """Both counts in a line."""
+    return "; ".join(
+        f"{found.total()} {kind} claims: "
+        + ", ".join(f"{found[verdict]} {verdict}" for verdict in claims.VERDICTS if found[verdict])
+        for kind, found in counts(decisions).items()
+        if found
+    )
 
 
 def as_text(decisions: Iterable[Decision]) -> str:
     """A line for every claim, for a terminal."""
-    lines = [(d.claim.id, ours(d), d.verdict) for d in decisions]
+    lines = [(d.claim.id, ours(d), short_verdict(d)) for d in decisions]
     left, right = (max(len(line[k]) for line in lines) for k in (0, 2))
     middle = WIDTH - left - right - 4
     return "\n".join(f"{a:<{left}}  {b[:middle]:<{middle}}  {c}" for a, b, c in lines)
+
+
+def short_verdict(decision: Decision) -> str:
+    """The verdict for a table of the terminal."""
+    return said(decision) if decision.verdict == claims.PARTLY else decision.verdict
 
 
 # For the book.
@@ -283,12 +352,12 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         numbers = f"{ours(decision)} the range {tolerance(decision)}"
         if decision.claim.low == decision.claim.high and len(decision.cells):
             numbers = f"{decision.within} of {len(decision.cells)} are {tolerance(decision)}"
-        points.append(f"* *{topic}* {text} {numbers}. **{decision.verdict}**\n")
+        points.append(f"* *{topic}* {text} {numbers}. **{said(decision)}**\n")
     return (
         f"From {made}. Numbers are medians and ranges over all cases; behind "
         "them stands how many agree with the paper, and the verdict.\n\n"
         f"{''.join(points)}\n[The report](report.md) decides every claim of the paper that can be "
-        f"decided. Of its {tally(decisions)}.\n"
+        f"decided: {tally(decisions)}.\n"
     )
 
 
@@ -300,23 +369,36 @@ def facts(found: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 
     Returns:
         ``claims``: by id the verdict, how many cases there are and are within, their least, median
-        and greatest number, the range asked for, and where the claim stands. ``tally``: how many of
-        the paper's claims have which verdict. ``runs``: the names of every experiment's runs.
+        and greatest number, the range asked for, and where the claim stands. ``mathematical`` and
+        ``empirical``: how many of the paper's claims of this kind have which verdict, and of how
+        many the range was set after a look. ``runs``: the names of every experiment's runs.
         ``better``: by experiment, which estimator (in LaTeX) has the smaller variance more often
         in hidden layers, in how many of how many cases: seeds, layers and epochs.
     """
     decisions = decide(found)
-    verdicts = Counter(d.verdict for d in decisions if d.claim.whose == "paper")
     names: dict[str, list[str]] = {}
     for name, run in found.items():
         names.setdefault(run.record["experiment"], []).append(name)
-    tallied = {verdict: str(verdicts[verdict]) for verdict in claims.VERDICTS}
     return {
         "claims": {d.claim.id: fact(d) for d in decisions},
-        "tally": {"all": str(verdicts.total()), **tallied},
+        **tallied(decisions),
         "runs": names,
         "better": better(found),
     }
+
+
+def tallied(decisions: Sequence[Decision]) -> dict[str, dict[str, str]]:
+    """Both counts for running text."""
+    told = {
+        kind: {verdict: str(found[verdict]) for verdict in claims.VERDICTS}
+        | {"all": str(found.total())}
+        for kind, found in counts(decisions).items()
+    }
+    papers = [d.claim for d in decisions if d.claim.whose == "paper"]
+    after = sum(c.set == "after" for c in papers if c.quantity and not c.is_mathematical)
+    told["empirical"]["after"] = str(after)
+    told["empirical"]["silent"] = str(sum(not c.quantity for c in papers))
+    return told
 
 
 def better(found: Mapping[str, Run]) -> dict[str, dict[str, str]]:
@@ -337,6 +419,7 @@ def fact(decision: Decision) -> dict[str, Any]:
     claim, cells = decision.claim, decision.cells
     told = {
         "verdict": decision.verdict,
+        "said": said(decision),
         "where": claim.where,
         "whose": claim.whose,
         "experiments": list(claim.experiments),
@@ -385,17 +468,22 @@ def sweep(found: Mapping[str, Run]) -> str:
 def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: str) -> str:
     """The whole report: all claims, all their cases, and the comparison with the reference."""
     decisions = decide(found)
-    tried = [d for d in decisions if d.claim.experiments == (STATEMENTS,)]
+    tried = [d for d in decisions if d.claim.is_mathematical]
     silent = [d for d in decisions if not d.claim.quantity]
-    measured = [d for d in decisions if d not in tried and d not in silent]
+    measured = [d for d in decisions if not d.claim.is_mathematical and d.claim.quantity]
     paper = [d for d in measured if d.claim.whose == "paper"]
+    failed = [d for d in decisions if d.claim.whose == "paper" and d.verdict == claims.NO]
+    depends = [d for d in decisions if d.claim.whose == "paper" and d.verdict == claims.DEPENDS]
     before = sum(d.claim.set == "before" for d in paper)
     return "\n".join(
         [
-            f"All numbers below come from {made}.\n\n**{tally(decisions)}.**\n",
-            "## Against the reference results\n",
-            compared(found, reference),
-            "## Claims that experiments decide\n",
+            f"All numbers below come from {made}.\n\n**{tally(decisions)}.** The text we had says "
+            f"too little to decide {len(silent)} more.\n",
+            "## What did not come out\n",
+            claims_table(failed),
+            "\n## What depends on a choice\n",
+            claims_table(depends),
+            "\n## Claims that experiments decide\n",
             f"{tally(measured)}. Of their ranges {before} were set before, {len(paper) - before} "
             f"after such runs had been looked at (†).\n\n{claims_table(paper)}\n",
             "## Questions of ours\n",
@@ -408,9 +496,27 @@ def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: st
             f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{claims_table(tried)}\n",
             "## What cannot be decided\n",
             *(f"* **{d.claim.where}.** {d.claim.claim} *{d.claim.note}*" for d in silent),
+            "\n## Questions that were changed\n",
+            "Some verdicts of an earlier version of this report rested on a choice of ours that had "
+            "never been varied, or on a reading. These questions were changed afterwards, and the "
+            f"new grids and ranges were committed before the runs that decide them.\n\n"
+            f"{changes(decisions)}\n",
+            "## Against the reference results\n",
+            compared(found, reference),
             "",
         ]
     )
+
+
+def changes(decisions: Iterable[Decision]) -> str:
+    """The claims whose question was changed: the verdict before, and now."""
+    rows = [
+        [f"{d.claim.claim} (`{d.claim.id}`)", d.claim.was,
+         said(d) if d.claim.whose == "paper" else "a question of ours", d.claim.note]
+        for d in decisions
+        if d.claim.was
+    ]  # fmt: skip
+    return markdown_table(["claim", "verdict before", "now", "why"], rows)
 
 
 def compared(found: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
@@ -419,9 +525,11 @@ def compared(found: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
         return "These are the reference results themselves.\n"
     rows = compare(found, reference)
     moved = [row for row in rows if row.moved]
+    without = [name for name, run in found.items() if not (run.folder / "values.csv").is_file()]
+    left_out = f" Without a table of values, and so not compared: {', '.join(without)}."
     cells = [[r.figure, r.how, "**yes**" if r.moved else "no", r.text] for r in rows]
     table = markdown_table(["run", "kind of comparison", "moved?", "values"], cells)
-    return f"{summary(rows, moved)}\n\n{table}"
+    return f"{summary(rows, moved)}{left_out if without else ''}\n\n{table}"
 
 
 def summary(rows: list[Comparison], moved: list[Comparison]) -> str:
@@ -451,11 +559,17 @@ def claims_table(decisions: Iterable[Decision]) -> str:
             + (f"<br>*{how}*" if how else ""),
             f"{tolerance(d)}{dagger}" if d.claim.quantity else "–",
             ours(d),
-            f"{mark} {d.verdict}{f': {d.reason}' if d.reason else ''}".strip(),
+            f"{mark} {said(d)}{rests_on(d)}".strip(),
         ]
         rows.append(row)
     table = markdown_table(["claim", "range", "ours", "verdict"], rows)
     return f"{table}\n† set after such runs had been looked at; all others before."
+
+
+def rests_on(decision: Decision) -> str:
+    """What a verdict rests on, where it is not simply that the claim is reproduced."""
+    is_open = decision.verdict in (claims.NO, claims.PARTLY) and decision.claim.rests_on
+    return f". *Rests on {decision.claim.rests_on}*" if is_open else ""
 
 
 def all_cells(decision: Decision) -> str:
