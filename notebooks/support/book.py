@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from support import (
     cells,
+    choice_figures,
     cli,
     comparison,
     excerpts,
@@ -52,7 +53,7 @@ WHICH = "which-estimator"  # the figure that says which estimator is the better 
 # Experiments that are drawn together, from the rows of all their runs.
 OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "sweep": sweep_figures.validity,
-    "decay": sweep_figures.decay,
+    "decay": choice_figures.decay,
     "projections": projection_figures.errors,
 }
 ASIDE = "not-counted-"  # before the names of figures of runs that do not count
@@ -211,7 +212,12 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     reference = results.load(report.REFERENCE)
     results.write_text(GENERATED / "report.md", report.report_page(main, reference, made))
     results.write_text(GENERATED / "sweep.md", report.sweep(main))
-    projections = report.experiments(main).get("projections", {})
+    experiments = report.experiments(main)
+    decay = experiments.get("decay", {}) | experiments.get("decay-even", {})
+    results.write_text(GENERATED / "decay.md", choice_figures.decay_table(decay))
+    tightness = choice_figures.tightness_table(experiments.get("tightness", {}))
+    results.write_text(GENERATED / "tightness.md", tightness)
+    projections = experiments.get("projections", {})
     results.write_text(GENERATED / "projections.md", projection_figures.table(projections))
     results.write_text(GENERATED / "projections-costs.md", projection_figures.costs(projections))
     results.write_text(GENERATED / "mutation.md", mutation())
@@ -288,7 +294,8 @@ def draw_values(main: Mapping[str, Run]) -> Made:
                 figures.save(figures.figure_1(run.values, run.record), GENERATED / f"{name}.svg")
                 made[f"{name}.svg"] = [run]
         if experiment in OVER_RUNS:
-            figure = OVER_RUNS[experiment](pd.concat(run.values for run in group.values()))
+            values = pd.concat(run.values.assign(made=name) for name, run in group.items())
+            figure = OVER_RUNS[experiment](values)
             figures.save(figure, GENERATED / f"{experiment}.svg")
             made[f"{experiment}.svg"] = list(group.values())
     return made

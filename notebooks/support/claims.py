@@ -169,8 +169,8 @@ def by_choice(claim: Claim, numbers: pd.Series) -> dict[str, pd.Series]:
     """The numbers by the value of the claim's choice; under "" if it names none."""
     if not claim.choice:
         return {"": numbers}
-    groups = numbers.groupby(level=list(claim.choice), sort=False)
-    return {", ".join(map(str, key)): part for key, part in groups}
+    names = numbers.index.to_frame()[list(claim.choice)].agg(", ".join, axis=1)
+    return {str(name): part for name, part in numbers.groupby(names, sort=False)}
 
 
 def cells(

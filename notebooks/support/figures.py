@@ -165,7 +165,7 @@ def errors_of_one_label(
         for ax, (title, errors) in zip(axes[0], parts.items(), strict=True):
             draw_errors(ax, errors)
             ax.set_title(title)
-        axes[0, 0].set_ylabel("standard deviation / I, one label")
+        axes[0, 0].set_ylabel("relative error, one label")
         if warn:
             figure.suptitle(warn, color="#B00020", weight="bold")
         label_lines(figure, size=12)
@@ -173,11 +173,11 @@ def errors_of_one_label(
 
 
 def relative_errors(runs: Mapping[str, tuple[pd.DataFrame, int]]) -> pd.DataFrame:
-    """√V/I of the layers' means for one label: columns V1, V2, rows (layer, run, epoch)."""
+    """√(ΣV/ΣI²) over a layer for one label: columns V1, V2, rows (layer, run, epoch)."""
     tables = {}
     for name, (values, num_samples) in runs.items():
         wide = by_layer(values, ["layer", "epoch"])
-        tables[name] = (wide[["V1", "V2"]] * num_samples).pow(0.5).div(wide.I, axis=0)
+        tables[name] = (wide[["V1", "V2"]] * num_samples).div(wide.I_squared, axis=0).pow(0.5)
     joined: pd.DataFrame = pd.concat(tables, names=["run"])
     return joined.replace([np.inf], np.nan).reorder_levels(["layer", "run", "epoch"]).sort_index()
 

@@ -84,7 +84,7 @@ def median(x: pd.Series[float]) -> pd.Series[float]:
     return x.groupby(["run", "layer"]).median()
 
 
-def largest(x: pd.Series[float], *by: str) -> pd.Series[float]:
+def largest(x: Rows, *by: str) -> pd.Series[float]:
     """The largest number of a run, or also by what else is named."""
     return x.groupby(["run", *by]).max()
 
@@ -283,7 +283,8 @@ def end_over_start(t: Rows, name: str) -> Rows:
 def fades_at_the_end(t: Rows, name: str) -> Rows:
     """See the table."""
     readings = {"the term": name, "its moments alone": f"{name}_moments"}
-    return pd.concat({k: end_over_start(t, v) for k, v in readings.items()}, names=["reading"])
+    parts: dict[str, pd.Series[float]] = {k: end_over_start(t, v) for k, v in readings.items()}
+    return pd.concat(parts, names=["reading"])
 
 
 # fmt: off

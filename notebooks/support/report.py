@@ -493,12 +493,12 @@ def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: st
             *(all_cells(d) for d in measured if len(d.cells) > 1),
             "## Statements, tried on many cases\n",
             f"{tally(tried)}. The numbers are those of the [list of all "
-            f"checks](_generated/notebooks/{STATEMENTS}.ipynb).\n\n{claims_table(tried)}\n",
+            f"checks](_generated/notebooks/{claims.STATEMENTS}.ipynb).\n\n{claims_table(tried)}\n",
             "## What cannot be decided\n",
             *(f"* **{d.claim.where}.** {d.claim.claim} *{d.claim.note}*" for d in silent),
             "\n## Questions that were changed\n",
-            "Some verdicts of an earlier version of this report rested on a choice of ours that had "
-            "never been varied, or on a reading. These questions were changed afterwards, and the "
+            "Some verdicts of an earlier version of this report rested on a choice of ours that "
+            "had never been varied, or on a reading. These questions were changed afterwards; the "
             f"new grids and ranges were committed before the runs that decide them.\n\n"
             f"{changes(decisions)}\n",
             "## Against the reference results\n",

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -124,63 +123,6 @@ def draw_looseness(ax: Axes, data: pd.DataFrame, activation: str) -> None:
             label=f"UB/$V_{which[1]}$",
         )  # fmt: skip
     ax.set_xticks(sorted(set(depth)))
-
-
-def decay(values: pd.DataFrame) -> Figure:
-    """I, V₁ and V₂ over the epochs in units of their values before training, one line per seed.
-
-    A layer's mean is divided by what it was at the start; lines are the geometric means of that
-    over the layers, of V₂ without the output layer, where it is 0. One panel per optimiser and
-    learning rate.
-
-    Args:
-        values: The tables of the runs that vary optimiser and seed, one after another.
-    """
-    runs = {run: network(run) for run in values.run.unique()}
-    cells = list(dict.fromkeys((n.optimizer, n.learning_rate) for n in runs.values()))
-    columns = min(2, len(cells))
-    rows = -(-len(cells) // columns)
-    with mpl.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(3.4 * columns + 0.5, 2.6 * rows + 0.7), sharex=True,
-            sharey=True, squeeze=False, layout="constrained",
-        )  # fmt: skip
-        for ax, (optimizer, rate) in zip(axes.flat, cells, strict=False):
-            ax.set_yscale("log")
-            ax.axhline(1, color=figures.GREY, linewidth=0.8)
-            for run, seen in runs.items():
-                if (seen.optimizer, seen.learning_rate) == (optimizer, rate):
-                    draw_decay(ax, values[values.run == run])
-            ax.set_title(f"{optimizer}, learning rate {rate:g}")
-        for ax in axes[-1]:
-            ax.set_xlabel("epoch")
-        for ax in axes[:, 0]:
-            ax.set_ylabel("relative to epoch 0")
-        label_lines(figure)
-    return figure
-
-
-def draw_decay(ax: Axes, data: pd.DataFrame) -> None:
-    """The three lines of one network."""
-    for which, color, label in (
-        ("I", figures.GREEN, "Fisher information I"),
-        ("V1", figures.BLUE, "$V_1$"),
-        ("V2", figures.VERMILION, "$V_2$"),
-    ):
-        line = relative_to_start(data, which)
-        ax.plot(line.index, line, color=color, linewidth=1.1, alpha=0.8, label=label)
-
-
-def relative_to_start(data: pd.DataFrame, quantity: str) -> pd.Series[float]:
-    """Geometric mean over the layers of a quantity over that at epoch 0, by epoch.
-
-    Layers where it is 0 at the start, or ever becomes 0, are left out.
-    """
-    chosen = data[(data.quantity == quantity) & (data.layer != NETWORK)]
-    wide = chosen.pivot(index="epoch", columns="layer", values="value").sort_index()
-    wide = wide.loc[:, (wide > 0).all()]
-    line: pd.Series[float] = np.exp(np.log(wide / wide.iloc[0]).mean(axis=1))
-    return line
 
 
 def at_the_end(values: pd.DataFrame) -> pd.DataFrame:
