@@ -36,8 +36,9 @@ def decay(values: pd.DataFrame) -> Figure:
     Args:
         values: The tables of all runs, with the name of the run in the column ``made``.
     """
-    networks = dict(list(values.groupby(["made", "run"], sort=False)))
-    start = {(made, run): tuple(str(run).split(", ")[:2]) for made, run in networks}
+    groups = values.groupby(["made", "run"], sort=False)
+    networks = {(str(made), str(run)): table for (made, run), table in groups}
+    start = {key: tuple(key[1].split(", ")[:2]) for key in networks}
     weights, dropouts = (list(dict.fromkeys(s[k] for s in start.values())) for k in (0, 1))
     with mpl.rc_context(figures.STYLE):
         figure, axes = plt.subplots(

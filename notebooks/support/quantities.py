@@ -84,7 +84,7 @@ def median(x: pd.Series[float]) -> pd.Series[float]:
     return x.groupby(["run", "layer"]).median()
 
 
-def largest(x: Rows, *by: str) -> pd.Series[float]:
+def largest(x: pd.Series[float], *by: str) -> pd.Series[float]:
     """The largest number of a run, or also by what else is named."""
     return x.groupby(["run", *by]).max()
 
@@ -164,11 +164,12 @@ LEARNT = 0.5  # test accuracy after the last epoch
 def settings(x: Rows) -> Rows:
     """The settings that a network's name tells, as levels of the index in place of the run."""
     index = x.index.to_frame(index=False)
-    parts = index.pop("run").str.split(", ", expand=True).set_axis(list(SETTINGS), axis=1)
+    parts = index.pop("run").str.split(", ", expand=True).reindex(columns=range(len(SETTINGS)))
+    parts.columns = list(SETTINGS)
     return x.set_axis(pd.MultiIndex.from_frame(pd.concat([parts, index], axis=1)))
 
 
-def learnt(t: pd.DataFrame) -> pd.DataFrame:
+def learnt(t: Rows) -> Rows:
     """The rows of the networks that learnt to read: most of the test set, after the last epoch."""
     accuracy = at(t, "last").test_accuracy.groupby("run").first()
     return t[t.index.get_level_values("run").isin(accuracy.index[accuracy >= LEARNT])]
@@ -177,7 +178,7 @@ def learnt(t: pd.DataFrame) -> pd.DataFrame:
 # What takes more than a row of the table.
 
 
-def tightness(t: pd.DataFrame, name: str) -> pd.Series[float]:
+def tightness(t: Rows, name: str) -> Rows:
     """See the table."""
     readings = {
         says: settings(median(hidden(t)[f"{name}_{column}"])) for column, says in READINGS.items()
@@ -187,17 +188,18 @@ def tightness(t: pd.DataFrame, name: str) -> pd.Series[float]:
     return pd.concat({"hidden layers": all_layers, "first layer": first}, names=["layers"])
 
 
-def nearest_setting(t: pd.DataFrame) -> pd.Series[float]:
+def nearest_setting(t: Rows) -> Rows:
     """See the table."""
     by = ["layers", "reading", "weights", "optimizer", "widths"]
     off = [
-        (tightness(t, name).groupby(level=by).median() / said).map(math.log).abs()
+        log(tightness(t, name).groupby(level=by).median() / said).abs()
         for name, said in (("V1", 50), ("V2", 20))
     ]
-    return pd.concat(off, axis=1).max(axis=1).map(math.exp).nsmallest(1)
+    both = pd.concat(off, axis=1).max(axis=1, skipna=False)
+    return (10**both).nsmallest(1)
 
 
-def over_n(t: pd.DataFrame) -> pd.Series[float]:
+def over_n(t: Rows) -> Rows:
     """See the table."""
     last = output(t)
     at_1 = ((last.V1 * last.num_samples) ** 0.5 / positive(last.I_squared) ** 0.5).dropna()
@@ -246,7 +248,7 @@ def shape_over_activations(t: pd.DataFrame, name: str) -> pd.Series[float]:
     return differences(wide, "network")
 
 
-def share_that_fades(t: pd.DataFrame) -> pd.Series[float]:
+def share_that_fades(t: Rows) -> Rows:
     """See the table."""
     values = learnt(t)[["I", "V1", "V2"]]
     ratios = pd.Series((at(values, "5") / positive(at(values, "0"))).stack()).dropna()
@@ -295,7 +297,7 @@ QUANTITIES = {
         lambda t, *_: t.iloc[0]),
     "shown": network("{}_worst",
         "The number that decides it, see the list of all checks.",
-        lambda t, _: t.iloc[0]),
+        lambda t, *_: t.iloc[0]),
     # The MNIST experiment and the sweep.
     "negative": layers("{}_negative",
         "Negative estimates in a run, over all parameters and epochs.",

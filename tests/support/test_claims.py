@@ -16,6 +16,7 @@ import fimlib
 CLAIMS = claims.load_claims()
 DECIDABLE = [claim for claim in CLAIMS if claim.quantity]
 PARAMETERS = {"num_samples": 50}
+ACCURACY = "test_accuracy"  # of the network, in a table of layers
 EPOCHS, LAYERS = range(8), ("1", "2", "3")
 # What tells the cases of an experiment apart, where it is not the run's name.
 CASES = {
@@ -24,6 +25,14 @@ CASES = {
     "cost": [f"64x{w}x10" for w in ("8", "16", "32", "8^4", "8^8", "8^16")],
     "empirical": ["true labels, train", "noisy labels, known q", "unknown noise, known q"],
 }  # fmt: skip
+# Networks that differ in their settings; all of them learn.
+GRID = [
+    f"{weights} weights, dropout {dropout}, SGD 1, {widths}"
+    for weights in ("default", "Xavier")
+    for dropout in (0, 0.5)
+    for widths in ("8x8", "9x9")
+]
+CASES |= {"decay": GRID, "decay-even": GRID[:2], "tightness": GRID}
 SEEDS = {"sigmoid": 2, "log-sigmoid": 2, "decay": 2}
 
 
@@ -33,8 +42,8 @@ def columns(experiment):
     for claim in DECIDABLE:
         if experiment in claim.experiments:
             quantity = QUANTITIES[claim.quantity]
-            names = quantity.reads(claim.arguments)
-            found |= {name: quantity.of_layers for name in names if name not in PARAMETERS}
+            names = [n for n in quantity.reads(claim.arguments) if n not in PARAMETERS]
+            found |= {name: quantity.of_layers and name != ACCURACY for name in names}
     return found
 
 
@@ -63,6 +72,7 @@ def make_up(experiment, name, seed):
     values.loc[values.quantity == "s", "value"] = values.epoch - 3.0
     values.loc[values.quantity == "cosine", "value"] %= 1
     values.loc[values.quantity.str.endswith("_violations"), "value"] = 0
+    values.loc[values.quantity == ACCURACY, "value"] = 0.9
     record = {"values": values, "parameters": PARAMETERS, "counts": True, "experiment": experiment}
     return Made(name, results.ROOT, record)
 
@@ -148,7 +158,8 @@ def test_every_claim_of_section_5_3_is_there(letter):
 def test_a_bad_row_is_told(tmp_path, row):
     good = {
         "id": "x", "where": "here", "claim": "it is", "whose": "paper", "experiment": "sigmoid",
-        "quantity": "violations", "low": "0", "high": "", "set": "before", "note": "",
+        "quantity": "violations", "low": "0", "high": "", "set": "before", "choice": "",
+        "rests on": "", "was": "", "note": "",
     }  # fmt: skip
     path = tmp_path / "claims.csv"
     for entry in (good, good | row):
@@ -181,6 +192,24 @@ def claim(low, high):
 )
 def test_the_rule(numbers, verdict):
     assert claims.verdict(claim(1, 2), pd.Series(numbers)) == verdict
+
+
+def test_a_choice_turns_the_verdict():
+    """Every value of the choice is judged by itself."""
+    levels = ["weights", "dropout"]
+    index = pd.MultiIndex.from_product([["a", "b"], ["p", "q"], [1, 2]], names=[*levels, "layer"])
+    asked = claim(1, 2)._replace(choice=("weights",))
+    cells = pd.Series([1, 1, 2, 2, 1, 1, 2, 2], index=index)
+    assert claims.verdict(asked, cells) == claims.YES
+    cells.iloc[:4] = [1, 2, 3, 3]
+    assert claims.verdict(asked, cells) == claims.DEPENDS
+    assert {k: len(part) for k, part in claims.by_choice(asked, cells).items()} == {"a": 4, "b": 4}
+    assert claims.verdict(asked._replace(choice=()), cells) == claims.PARTLY
+    both = claims.by_choice(asked._replace(choice=("weights", "dropout")), cells)
+    assert {k: list(part) for k, part in both.items()} == {
+        "a, p": [1, 2], "a, q": [3, 3], "b, p": [1, 1], "b, q": [2, 2],
+    }  # fmt: skip
+    assert claims.verdict(asked, cells + 7) == claims.NO
 
 
 def test_how_many_are_within():
@@ -244,7 +273,7 @@ def touched(world, unchanged, experiment, name):
     factors = np.random.default_rng(0).lognormal(sigma=3, size=1000)
     other = changed(world, experiment, name, lambda x: (x + 1) * factors[: len(x)])
     found = different(unchanged[experiment], numbers(other, experiment))
-    counts = {"both-preferable", "f-most", "remark-4-5-zero"}  # which need not move
+    counts = {"both-preferable", "f-most", "b-both", "remark-4-5-zero"}  # which need not move
     return found, readers(experiment, name), counts if name != "s" else readers(experiment, name)
 
 
@@ -305,15 +334,15 @@ def test_a_changed_published_value_turns_exactly_its_row(world, tmp_path):
     world = changed(world, "sigmoid", "V1", lambda x: 0 * x + 1)
     with claims.CLAIMS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    row = next(row for row in rows if row["id"] == "b-v1")
+    row = next(row for row in rows if row["id"] == "b-v1-figure-1")
     row |= {"low": str(100 * float(row["low"])), "high": str(100 * float(row["high"]))}
     with (tmp_path / "claims.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
         writer.writerows(rows)
     before, after = decide(world), decide(world, tmp_path / "claims.csv")
-    assert {k for k in before if before[k].verdict != after[k].verdict} == {"b-v1"}
-    assert (before["b-v1"].verdict, after["b-v1"].verdict) == (claims.YES, claims.NO)
+    assert {k for k in before if before[k].verdict != after[k].verdict} == {"b-v1-figure-1"}
+    assert (before["b-v1-figure-1"].verdict, after["b-v1-figure-1"].verdict) == (claims.YES, claims.NO)
 
 
 # A network that becomes sure of one of four classes, and one that has two.
@@ -347,6 +376,10 @@ LABELS = {
 }
 
 
+# A network by its settings, that learns, and one that does not.
+SET, DULL = (f"r, {kind} weights, dropout 0, SGD 1, 8x8" for kind in ("D", "X"))
+NAMES = ("r", "D weights", "dropout 0", "SGD 1", "8x8")
+LEARNS = {"test_accuracy": [0] * 6 + [0.5]}
 # Every quantity by hand: small tables, and the numbers that a person gets from them. A table gives
 # for each run, and each quantity, a list over the epochs, or such a list for each layer.
 DECADES = [1, 10, 1, 10, 1, 1e6, 1e6, 1e6, 1e9]  # early steps 1, 1, 1, 1, 6; later ones 0, 0, 3
@@ -398,18 +431,34 @@ BY_HAND = [
     ("last_over_hidden:V1", {"a": {"V1": {1: [1, 2, 0], 2: [4, 1, 0], 3: [8, 1, 1]}},
                              "b": {"V1": {1: [5, 5, 1], 2: [1, 1, 1]}}},
      {("a", 0): 2, ("a", 1): 0.5, ("b", 0): 0.2, ("b", 1): 0.2, ("b", 2): 1}),
-    # The output's: 2/1, 3/1, 4/8, –.
-    ("root_v1_over_i", {"r": {"V1": {1: [1] * 4, 2: [4, 9, 16, 1]},
-                              "I": {1: [1] * 4, 2: [1, 1, 8, 0]}}}, {"r": 2}),
-    # N is 4: twice as much.
-    ("root_v1_over_i_at_1", {"r": {"V1": {1: [1] * 4, 2: [4, 9, 16, 1]},
-                                   "I": {1: [1] * 4, 2: [1, 1, 8, 0]}}}, {"r": 4}),
-    ("root_variance_over_i:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
-                                       "I": {1: [1, 1, 8, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
+    # The output's, and N is 4: 4/1, 6/1, 8/8, – at one label.
+    ("relative_error_over_n", {"r": {"V1": {1: [1] * 4, 2: [4, 9, 16, 1]},
+                                     "I_squared": {1: [1] * 4, 2: [1, 1, 64, 0]}}},
+     {(f"N = {n:,}", "r"): 4 / n**0.5 for n in (1, 10, 100, 1_000, 10_000)}),
+    ("relative_error:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
+                                 "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
      {("r", 1): 4, ("r", 3): 10}),
-    ("root_variance_over_i_at_n:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
-                                            "I": {1: [1, 1, 8, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
+    ("relative_error_at_n:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
+                                      "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
      {("r", 1): 2, ("r", 3): 5}),
+    # The medians 4 and 2 of layers 1 and 2, by three readings; the output's is left out.
+    ("tightness:V1", {SET: {
+        f"V1_{reading}": {1: [k, 4 * k, 9 * k], 2: [2 * k] * 3, 3: [99] * 3}
+        for reading, k in (("over_means", 1), ("over_geometric", 10), ("over_mean", 100))
+    }}, {
+        (layers, reading, *NAMES, layer): k * (4 if layer == 1 else 2)
+        for layers, numbers in (("hidden layers", (1, 2)), ("first layer", (1,)))
+        for reading, k in (("ratio of means", 1), ("exponential of the mean log-ratio", 10),
+                           ("mean of ratios", 100))
+        for layer in numbers
+    }),
+    # UB/V₁ is 100, 25 and 50, UB/V₂ 20, 20 and 30, so that the last one is off by 1.5 only.
+    ("nearest_setting", {SET: {
+        f"{V}_{reading}": {1: [number], 2: [number], 3: [1]}
+        for V, numbers in (("V1", (100, 25, 50)), ("V2", (20, 20, 30)))
+        for reading, number in zip(("over_means", "over_geometric", "over_mean"), numbers,
+                                   strict=True)
+    }}, {("first layer", "mean of ratios", "D weights", "SGD 1", "8x8"): 1.5}),
     # One estimator wins in the first layer, in most epochs; the other in the next two; none where
     # they are equal, nor where one wins half of the epochs and is equal in the rest.
     *(("layers_each_wins", {name: {
@@ -420,24 +469,27 @@ BY_HAND = [
     ("early_over_late:V1", {"a": {"V1": {1: DECADES, 2: [1, 10, *[1] * 7]}},
                             "b": {"V1": {1: [1e9, *[1e7] * 4, 1e5, 1e1, 1e1, 1e1]}}},
      {("a", 1): 2, ("b", 1): 0.6}),
-    ("fades:I", {"r": {"I": {1: [8, 9, 9, 9, 9, 2, 1], 2: [0, 9, 9, 9, 9, 2, 1]}}},
-     {("r", 1): 0.25}),
+    # A network that does not learn is left out.
+    ("fades:I", {SET: {"I": {1: [8, 9, 9, 9, 9, 2, 1], 2: [0, 9, 9, 9, 9, 2, 1]}} | LEARNS,
+                 DULL: {"I": {1: [8, 9, 9, 9, 9, 2, 1]}, "test_accuracy": [0.9] * 6 + [0.49]}},
+     {(*NAMES, 1): 0.25}),
     ("stays_faded:V1", {
-        "a": {"V1": {1: [8, 9, 9, 9, 9, 4, 1, 2], 2: [4, 9, 9, 9, 9, 1, 8, 2],
-                     3: [0, 9, 9, 9, 9, 2, 1, 1]}},
-        "b": {"V1": {1: [16, 9, 9, 9, 9, 12, 1, 2]}},
-     }, {("a", 1): 0.5, ("a", 2): 2, ("b", 1): 0.75}),
+        SET: {"V1": {1: [8, 9, 9, 9, 9, 4, 1], 2: [4, 9, 9, 9, 9, 1, 8],
+                     3: [0, 9, 9, 9, 9, 2, 1]}} | LEARNS,
+        DULL: {"V1": {1: [16, 9, 9, 9, 9, 12, 1]}, "test_accuracy": [0.1] * 7},
+     }, {(*NAMES, 1): 0.5, (*NAMES, 2): 2}),
     ("falls_from_its_peak:V2", {
-        "a": {"V2": {1: [1, 8, 3, 9, 9, 10, 2], 2: [4, 0, 0, 0, 0, 0, 1], 3: [0] * 7}},
-        "b": {"V2": {1: [1] * 7}},
-     }, {("a", 1): 0.2, ("a", 2): 0.25, ("b", 1): 1}),
-    # 1/10 and 0.5/10 fade, 3/0 is none; 0.2, 1 do not, 0/1 does: three of five. In b none of one.
+        SET: {"V2": {1: [1, 8, 3, 9, 9, 10, 2], 2: [4, 0, 0, 0, 0, 0, 1], 3: [0] * 7}} | LEARNS,
+        DULL: {"V2": {1: [1] * 7}, "test_accuracy": [0.1] * 7},
+     }, {(*NAMES, 1): 0.2, (*NAMES, 2): 0.25}),
+    # 1/10 and 0.5/10 fade, 3/0 is none; 0.2, 1 do not, 0/1 does: three of five.
     ("share_that_fades", {
-        "a": {"I": {1: [10, 9, 9, 9, 9, 1, 9], 2: [10, 9, 9, 9, 9, 2, 0]},
+        SET: {"I": {1: [10, 9, 9, 9, 9, 1, 9], 2: [10, 9, 9, 9, 9, 2, 0]},
               "V1": {1: [10, 9, 9, 9, 9, 0.5, 9], 2: [10, 9, 9, 9, 9, 10, 0]},
-              "V2": {1: [0, 9, 9, 9, 9, 3, 9], 2: [1, 9, 9, 9, 9, 0, 9]}},
-        "b": {"I": {1: [1, 9, 9, 9, 9, 9, 0]}, "V1": {1: [0] * 7}, "V2": {1: [0] * 7}},
-     }, {"a": 0.6, "b": 0}),
+              "V2": {1: [0, 9, 9, 9, 9, 3, 9], 2: [1, 9, 9, 9, 9, 0, 9]}} | LEARNS,
+        DULL: {"I": {1: [1, 9, 9, 9, 9, 9, 0]}, "V1": {1: [0] * 7}, "V2": {1: [0] * 7},
+               "test_accuracy": [0.1] * 7},
+     }, {NAMES: 0.6}),
     # 2/4, 3/1, 2/1, –.
     ("estimates_apart", {"r": {"I1": {1: [3, 5, 1, 1], 2: [1] * 4},
                                "I2": {1: [5, 2, 3, 9], 2: [9] * 4},
@@ -507,8 +559,11 @@ BY_HAND = [
     ("draws:p q", {"r": {"draws_z_p": {1: [1, -2]}, "draws_z_q": {1: [3, 4]}}},
      {("r", 0, 1, "draws_z_p"): 1, ("r", 1, 1, "draws_z_p"): -2,
       ("r", 0, 1, "draws_z_q"): 3, ("r", 1, 1, "draws_z_q"): 4}),
-    ("fades_at_the_end:EV1", {"r": {"EV1": {1: [8, 9, 9, 9, 9, 4, 2], 2: [0, 1, 1, 1, 1, 1, 1]}}},
-     {("r", 1): 0.25}),
+    ("fades_at_the_end:EV1", {"r": {
+        "EV1": {1: [8, 9, 9, 9, 9, 4, 2], 2: [0, 1, 1, 1, 1, 1, 1]},
+        "EV1_moments": {1: [2, 9, 9, 9, 9, 4, 1], 2: [1, 1, 1, 1, 1, 1, 3]},
+     }}, {("the term", "r", 1): 0.25, ("its moments alone", "r", 1): 0.5,
+          ("its moments alone", "r", 2): 3}),
     ("output_over_input:EV1", {"r": {"EV1": {1: [7, 7, 7, 7, 7, 7, 3], 2: [1] * 7},
                                      "var_I": {1: [1] * 6 + [2], 2: [1] * 6 + [0]}}},
      {("r", 1): 1.5}),
