@@ -105,7 +105,7 @@ def decay_table(group: Mapping[str, Run]) -> str:
     for name, title in NAMES.items():
         fallen = (numbers(group, "fades", name) <= 0.1).groupby(level=by, sort=False)
         columns[title] = fallen.sum().map(str) + " of " + fallen.size().map(str)
-    table = pd.DataFrame(columns).fillna("–")
+    table = pd.DataFrame(columns).fillna("–").sort_index(key=lambda names: names.str.lower())
     rows = [[*key, *row] for key, row in zip(table.index, table.to_numpy(), strict=True)]
     return markdown_table(["initial weights", "dropout", "optimiser", *table.columns], rows)
 

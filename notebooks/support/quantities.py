@@ -199,6 +199,11 @@ def nearest_setting(t: Rows) -> Rows:
     return (10**both).nsmallest(1)
 
 
+def relative_error(t: pd.DataFrame, name: str) -> pd.Series[float]:
+    """See the table."""
+    return median((positive(t[name]) * t.num_samples / positive(t.I_squared)) ** 0.5)
+
+
 def over_n(t: Rows) -> Rows:
     """See the table."""
     last = output(t)
@@ -341,7 +346,10 @@ QUANTITIES = {
         over_n),
     "relative_error": layers("{} I_squared num_samples",
         "√(ΣV/ΣI²) over a layer, with one label, median over the epochs.",
-        lambda t, n: median((positive(t[n]) * t.num_samples / positive(t.I_squared)) ** 0.5)),
+        relative_error),
+    "relative_error_hidden": layers("{} I_squared num_samples",
+        "√(ΣV/ΣI²) over a hidden layer, with one label, median over the epochs.",
+        lambda t, n: relative_error(hidden(t), n)),
     "relative_error_at_n": layers("{} I_squared",
         "√(ΣV/ΣI²) over a layer, with the N labels of the run, median over the epochs.",
         lambda t, n: median((positive(t[n]) / positive(t.I_squared)) ** 0.5)),

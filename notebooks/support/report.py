@@ -248,7 +248,8 @@ def by_network(decision: Decision) -> str:
     if not levels:
         return ""
     whole = cells.between(decision.claim.low, decision.claim.high).groupby(level=levels).all()
-    return f"; all of {whole.sum()} of {len(whole)} networks" if len(whole) < len(cells) else ""
+    told = f"; {whole.sum()} of {len(whole)} networks throughout"
+    return told if len(whole) < len(cells) else ""
 
 
 def said(decision: Decision) -> str:
@@ -342,8 +343,8 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         ("The output layer", "largest V₂ there:", "d-zero"),
         ("The output layer", "its V₁ over the largest of the other layers:", "d-largest"),
         ("The hidden layers", "V₁/V₂:", "c"),
-        ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1"),
-        ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2"),
+        ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1-figure-1"),
+        ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2-figure-1"),
         ("Log-sigmoid", "share of layers' I, V₁, V₂ down to a tenth by epoch 5:", "f-most"),
     ]
     points = []

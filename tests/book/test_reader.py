@@ -86,7 +86,7 @@ def test_words_are_counted(tmp_path):
 @pytest.mark.parametrize("page", [path.stem for path in sorted(BOOK.glob("*.md"))])
 def test_symbols_and_claims_of_a_page_are_known(page):
     assert set(SYMBOL.findall(text(page))) <= set(notation.entries(BOOK))
-    known = {claim.id for claim in claims.load_claims()} | {"tally", "sigmoid", "log-sigmoid"}
+    known = {claim.id for claim in claims.load_claims()} | {*live.KINDS, "sigmoid", "log-sigmoid"}
     assert {c for c, _ in re.findall(r"\{claim\}`([^:`]+):([^`]+)`", text(page))} <= known
 
 
@@ -111,8 +111,12 @@ def test_facts_are_the_report():
     found = results.load(report.REFERENCE)
     facts, decisions = report.facts(found), {d.claim.id: d for d in report.decide(found)}
     paper = [d for d in decisions.values() if d.claim.whose == "paper"]
-    assert facts["tally"]["all"] == str(len(paper))
-    assert sum(int(n) for verdict, n in facts["tally"].items() if verdict != "all") == len(paper)
+    all_told = [int(facts[kind]["all"]) for kind in live.KINDS]
+    assert sum(all_told) + int(facts["empirical"]["silent"]) == len(paper)
+    for kind, total in zip(live.KINDS, all_told, strict=True):
+        assert sum(int(facts[kind][verdict]) for verdict in claims.VERDICTS) == total
+    after = [d for d in paper if d.claim.set == "after" and not d.claim.is_mathematical]
+    assert facts["empirical"]["after"] == str(len(after))
     assert set(facts["claims"]) == set(decisions)
     c, fact = decisions["c"], facts["claims"]["c"]
     assert f"{fact['median']} ({fact['least']} to {fact['greatest']})" in report.ours(c)
@@ -199,7 +203,8 @@ letters:
   word: {says: a vector, at: here, words: [softmax]}
 """
 FACTS = {
-    "tally": {"all": "1"}, "better": {}, "runs": {"sigmoid": ["a", "b"], "statements": ["s"]},
+    "mathematical": {"all": "1"}, "empirical": {}, "better": {},
+    "runs": {"sigmoid": ["a", "b"], "statements": ["s"]},
     "claims": {
         "c": {"verdict": "in part", "within": "294", "whose": "paper", "where": "Section 3",
               "experiments": ["sigmoid"]},

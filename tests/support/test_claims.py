@@ -341,8 +341,9 @@ def test_a_changed_published_value_turns_exactly_its_row(world, tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     before, after = decide(world), decide(world, tmp_path / "claims.csv")
-    assert {k for k in before if before[k].verdict != after[k].verdict} == {"b-v1-figure-1"}
-    assert (before["b-v1-figure-1"].verdict, after["b-v1-figure-1"].verdict) == (claims.YES, claims.NO)
+    [turned] = {k for k in before if before[k].verdict != after[k].verdict}
+    assert turned == row["id"]
+    assert (before[turned].verdict, after[turned].verdict) == (claims.YES, claims.NO)
 
 
 # A network that becomes sure of one of four classes, and one that has two.
@@ -438,6 +439,9 @@ BY_HAND = [
     ("relative_error:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
                                  "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
      {("r", 1): 4, ("r", 3): 10}),
+    ("relative_error_hidden:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
+                                        "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
+     {("r", 1): 4}),
     ("relative_error_at_n:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
                                       "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
      {("r", 1): 2, ("r", 3): 5}),
