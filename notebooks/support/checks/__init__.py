@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from support.checks import beyond, bounds, exact, findings
+from support.checks import beyond, blocks, bounds, exact, findings
 from support.checks.check import Check
 
 CheckFunction = Callable[[int], Check]
@@ -109,6 +109,11 @@ BEYOND: tuple[CheckFunction, ...] = (  # what is not in the paper, of all kinds
     beyond.metric_between_its_bounds,
     beyond.metric_eigenvalues_interlace,
     beyond.upper_bound_is_never_tight,
+    blocks.block_by_its_gram_matrix,
+    blocks.block_of_second_derivatives,
+    blocks.block_below_its_bound,
+    blocks.unit_as_hard_as_its_diagonal,
+    blocks.gaussian_block,
 )
 CHECKS = {
     check.__name__: check for check in INEQUALITIES + EQUALITIES + SAMPLING + FINDINGS + BEYOND
