@@ -5,7 +5,7 @@ import pkgutil
 import pytest
 import torch
 from support import checks
-from support.checks import beyond, bounds, exact
+from support.checks import beyond, blocks, bounds, exact
 from support.checks.check import Check, at_most, equal, finding, together, within
 
 import fimlib
@@ -114,6 +114,10 @@ SABOTAGE = [
     ("variance_i1", 1.05, beyond.sequence_of_labels),
     ("variance_i1", 1.05, beyond.position_by_position),
     ("num_samples_needed", 0.2, beyond.bernstein_is_enough),
+    ("lambda_max", 0.7, blocks.block_below_its_bound),
+    ("variance_i1", 1.05, blocks.unit_as_hard_as_its_diagonal),
+    ("variance_i2", 1.05, blocks.unit_as_hard_as_its_diagonal),
+    ("bounds.off_diagonal", 1.05, blocks.gaussian_block),
     ("fisher_information", 1.05, beyond.metric_between_its_bounds),
     ("fisher_information", 0.95, beyond.metric_between_its_bounds),
 ]

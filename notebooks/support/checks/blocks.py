@@ -56,7 +56,7 @@ def block(G: Tensor, h: Tensor) -> Block:
 
 
 def gram(J: Tensor) -> Tensor:
-    """JJᵀ over a block's parameters: [B, T, n] → [B, T, T]."""
+    """JJᵀ over a block's parameters: [B, …, T, n] → [B, …, T, T]."""
     return J @ J.mT
 
 
@@ -102,9 +102,10 @@ def block_below_its_bound(cases: int) -> Check:
     """Σ_ij V₁(θ_ij) ≤ λ_max(M) (Σ_i ‖J_i‖²)²: Theorem B.1, summed over all pairs."""
     parts = []
     for num_classes in (2, 3, 5, 10):
-        h = make.logits(num_classes, -(-cases // 400))
+        h = make.logits(num_classes, 25)
         for n in (1, 2, 20):
-            found = block(gram(make.normal(len(h), num_classes, n, seed=n)), h)
+            J = make.normal(len(h), -(-cases // 300), num_classes, n, seed=n)
+            found = block(gram(J), h)
             parts.append(at_most(found.variance_i1, found.bound, found.fisher))
     return together(*parts)
 
