@@ -2,7 +2,8 @@ r"""Numbers in running text that are read when the book is built.
 
 * ``{claim}`c:within` `` is a number of the report: what the runs say of the claim ``c`` of
   ``data/claims.csv``. ``mathematical`` and ``empirical`` stand for all claims of a kind, and
-  ``sigmoid`` and ``log-sigmoid`` for which estimator is the better one there. `support.report.facts` lists the fields.
+  ``sigmoid`` and ``log-sigmoid`` for which estimator is the better one there.
+  `support.report.facts` lists the fields.
 * ``{minutes}`section-3` `` is how long it takes to read some pages, in whole minutes; code and
   checks of formulas come on top.
 """

@@ -215,6 +215,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     experiments = report.experiments(main)
     decay = experiments.get("decay", {}) | experiments.get("decay-even", {})
     results.write_text(GENERATED / "decay.md", choice_figures.decay_table(decay))
+    results.write_text(GENERATED / "decay-verdicts.md", report.log_sigmoid(main))
     tightness = choice_figures.tightness_table(experiments.get("tightness", {}))
     results.write_text(GENERATED / "tightness.md", tightness)
     projections = experiments.get("projections", {})

@@ -39,6 +39,14 @@ CHOICES = {  # what the text we had leaves open, by the level of a quantity's in
     "reading": "the reading",
     "N": "N",
 }
+LOG_SIGMOID = {  # the columns of a table: rows of claims.csv
+    "f-i": "I: a tenth by epoch 5",
+    "f-v1": "V₁: a tenth",
+    "f-v2": "V₂: a tenth",
+    "f-most": "networks: most of these",
+    "f-only-start-v1": "V₁: a hundredth, and stays",
+    "f-only-start-v2": "V₂: a hundredth, and stays",
+}
 ONE_NETWORK = ("run", "weights", "dropout", "optimizer", "widths")  # levels that name a network
 OTHER = "none: other settings"
 WIDTH = 100  # of a terminal
@@ -443,6 +451,19 @@ def section_5_3(found: Mapping[str, Run], made: str) -> str:
         f"All numbers below come from {made}. {RULE} The [report](report.md) shows all cases of "
         f"every claim.\n\n{claims_table(here)}\n"
     )
+
+
+def log_sigmoid(found: Mapping[str, Run]) -> str:
+    """Statement (f) by initial weights and dropout: a table of how often, and of the verdicts."""
+    by_id = {d.claim.id: d for d in decide(found)}
+    columns = {title: by_id[key] for key, title in LOG_SIGMOID.items()}
+    cells: dict[str, list[str]] = {}
+    for decision in columns.values():
+        for value, part in sorted(decision.by_choice.items(), key=lambda item: item[0].lower()):
+            mark = MARKS[claims.by_rule(decision.claim, part)]
+            cell = f"{mark} {claims.within(decision.claim, part)} of {len(part)}"
+            cells.setdefault(value, []).append(cell)
+    return markdown_table(["", *columns], [[value, *row] for value, row in cells.items()])
 
 
 def sweep(found: Mapping[str, Run]) -> str:
