@@ -166,8 +166,8 @@ def within(claim: Claim, numbers: pd.Series) -> int:
 
 
 def by_choice(claim: Claim, numbers: pd.Series) -> dict[str, pd.Series]:
-    """The numbers by the value of the claim's choice; under "" if it names none."""
-    if not claim.choice:
+    """The numbers by the value of the claim's choice; under "" if it names none, or none exist."""
+    if not claim.choice or numbers.empty:
         return {"": numbers}
     names = numbers.index.to_frame()[list(claim.choice)].agg(", ".join, axis=1)
     return {str(name): part for name, part in numbers.groupby(names, sort=False)}

@@ -457,6 +457,8 @@ def log_sigmoid(found: Mapping[str, Run]) -> str:
     """Statement (f) by initial weights and dropout: a table of how often, and of the verdicts."""
     by_id = {d.claim.id: d for d in decide(found)}
     columns = {title: by_id[key] for key, title in LOG_SIGMOID.items()}
+    if any(decision.cells.empty for decision in columns.values()):
+        return "*These networks have not been trained yet.*\n"
     cells: dict[str, list[str]] = {}
     for decision in columns.values():
         for value, part in sorted(decision.by_choice.items(), key=lambda item: item[0].lower()):

@@ -236,9 +236,9 @@ def test_the_quantity_of_the_recipe_is_one():
     row = block('"spread_of_i1": layers')
     quantity = eval(f"{{{row}}}", dict(vars(quantities)))["spread_of_i1"]
     assert quantity.of_layers
-    assert quantity.reads(()) == ("V1", "I")
-    table = pd.DataFrame({"V1": [4.0, 9.0], "I": [2.0, 0.0]})
-    assert quantity.function(table).dropna().tolist() == [1.0]
+    assert quantity.reads(()) == ("V1", "I_squared")
+    table = pd.DataFrame({"V1": [16.0, 9.0], "I_squared": [4.0, 0.0]})
+    assert quantity.function(table).dropna().tolist() == [2.0]
     fields = re.search(r"`support.report.fact` lists its fields: (.*?)\.\n", PAGE)[1]
     source = (ROOT / "notebooks/support/report.py").read_text("utf-8").partition("def fact(")[2]
     for field in re.findall(r"`(\w+)`", fields):

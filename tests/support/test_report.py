@@ -196,6 +196,44 @@ def test_the_pages_show_every_claim_and_every_case(tmp_path, monkeypatch):
     assert "largest V₂ there: 2 of 3 are 0." in report.landing(found, "a test")
 
 
+def test_verdicts_by_choice(monkeypatch):
+    """The tables of what depends on a choice, and of questions that were changed."""
+    by_id = {claim.id: claim for claim in claims.load_claims()}
+    index = pd.MultiIndex.from_tuples(
+        [(w, d, k) for w in ("default weights", "Xavier weights") for d in "ab" for k in (0, 1)],
+        names=["weights", "dropout", "layer"],
+    )
+    decisions = [
+        claims.Decision(claim, pd.Series([0, 0, 0, 9, 0, 0, 9, 9], index), claims.DEPENDS)
+        for key, claim in by_id.items()
+        if key in report.LOG_SIGMOID
+    ]
+    monkeypatch.setattr(report, "decide", lambda _: decisions)
+    fades, most = "✓ 2 of 2", "✗ 0 of 2"
+    assert report.log_sigmoid({}).splitlines()[2:] == [
+        f"| default weights, a | {' | '.join([fades] * 3 + [most] + [fades] * 2)} |",
+        f"| default weights, b | {' | '.join(['◐ 1 of 2'] * 6)} |",
+        f"| Xavier weights, a | {' | '.join([fades] * 3 + [most] + [fades] * 2)} |",
+        f"| Xavier weights, b | {' | '.join(['✗ 0 of 2'] * 3 + ['✓ 2 of 2'] + ['✗ 0 of 2'] * 2)} |",
+    ]
+    assert report.said(decisions[0]) == (
+        "depends on the initial weights and dropout: default weights, a reproduced (2/2); default "
+        "weights, b in part (1/2); Xavier weights, a reproduced (2/2); Xavier weights, b not "
+        "reproduced (0/2)"
+    )
+    monkeypatch.setattr(report, "MANY", 3)
+    assert report.said(decisions[0]).endswith(
+        ": of 4 settings 2 reproduced, 1 in part, 1 not reproduced"
+    )
+    rows = report.changes(decisions).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [d.claim.was for d in decisions]
+    ours = decisions[0]._replace(claim=decisions[0].claim._replace(whose="ours"))
+    assert "a question of ours" in report.changes([ours])
+    empty = [d._replace(cells=pd.Series(dtype=float)) for d in decisions]
+    monkeypatch.setattr(report, "decide", lambda _: empty)
+    assert "not been trained" in report.log_sigmoid({})
+
+
 def test_one_run_that_does_not_count_takes_the_verdicts(tmp_path):
     folder = make_all(tmp_path / "own", PAPER)
     make(folder, PAPER[2], table(PAPER[2]), counts=False, is_mnist=False)
