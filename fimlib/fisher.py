@@ -103,7 +103,7 @@ def variance_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) ->
 def covariance_i1_i2(derivs: Derivatives, family: Family, *, num_samples: int = 1) -> Diagonal:
     r"""Covariance of Î₁(θᵢ|x) and Î₂(θᵢ|x) that use the same N labels.
 
-    ``C₁₂ = (1/N) Cov((J·δ)², −S·δ)``; not in the paper. ``Var(Î₁ − Î₂) = V₁ + V₂ − 2C₁₂``.
+    ``C₁₂ = (1/N) Cov((J·δ)², −S·δ)``; beyond the paper. ``Var(Î₁ − Î₂) = V₁ + V₂ − 2C₁₂``.
 
     Args:
         derivs: J, S and the outputs at B inputs.

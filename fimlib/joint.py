@@ -459,7 +459,7 @@ class Joint:
         ``E_x[λ_max(𝓘)²] E_x[‖J‖⁴]`` is no upper bound.
 
         Args:
-            tight: Subtract ``(E_x[λ_min(𝓘) ‖J‖²])²`` from the upper bound (not in the paper). For
+            tight: Subtract ``(E_x[λ_min(𝓘) ‖J‖²])²`` from the upper bound (beyond the paper). For
                 a classifier this is 0.
 
         Raises:

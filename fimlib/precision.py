@@ -26,7 +26,7 @@ RULES = ("chebyshev", "bernstein", "approximate")
 BY_VARIANCE = ("chebyshev", "approximate")  # rules that know nothing else
 MOST_DEGREES = 1000  # of freedom; more come close to 1
 SMALLEST_SQUARE = 1e-290  # that has all its digits
-# Label variances that cost more, and are not in the paper; the last is that of Î₂.
+# Label variances that cost more, and go beyond the paper; the last is that of Î₂.
 PROJECTIONS = ("signs", "importance", "importance2")
 
 

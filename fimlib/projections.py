@@ -118,7 +118,7 @@ def estimate(
 
     Each pass draws a random vector w for every input, with E w = 0 and E wwᵀ = 𝓘, and squares the
     gradient of ``Σ_x w·h(x)``; the mean of these squares is ``Σ_x I(θᵢ|x)``, their variance is in
-    Proposition 9.1 (not in the paper, as all numbers from 9.1 on). A pass costs one forward and one
+    Proposition 9.1 (beyond the paper, as all numbers from 9.1 on). A pass costs one forward and one
     backward pass for any number of outputs. The exact I takes a backward pass for each output.
 
     Args:

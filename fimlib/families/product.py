@@ -135,7 +135,7 @@ class Product(Family):
 class Positions(Product):
     """One label at each position of a sequence or an image, all of the same family.
 
-    I is that of the whole input, summed over its positions (Proposition 9.6, not in the paper).
+    I is that of the whole input, summed over its positions (Proposition 9.6, beyond the paper).
 
     The outputs are [B, T], position by position: T = L·size. ``accumulate`` and ``estimate`` bring
     outputs [B, L, size], or [B, size, H, W] with ``class_dim=1``, into this form; for

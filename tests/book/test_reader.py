@@ -123,6 +123,7 @@ def test_facts_are_the_report():
     assert f"{fact['within']} of {fact['cases']} within" in report.ours(c)
     assert facts["better"]["sigmoid"] == {
         "which": r"\hat I_1", "wins": fact["within"], "cases": fact["cases"],
+        "networks": "5", "of": "5",
     }  # fmt: skip
     assert len(facts["runs"]["sigmoid"]) == 5
 

@@ -95,7 +95,7 @@ FINDINGS: tuple[CheckFunction, ...] = (
     findings.separated_expectation_is_false,
     findings.observed_labels_bias,
 )
-BEYOND: tuple[CheckFunction, ...] = (  # what is not in the paper, of all kinds
+BEYOND: tuple[CheckFunction, ...] = (  # what goes beyond the paper, of all kinds
     beyond.one_projection_of_a_batch,
     beyond.one_projection_of_every_input,
     beyond.signs_scatter_less_than_twice,
