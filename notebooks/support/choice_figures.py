@@ -96,10 +96,10 @@ def numbers(group: Mapping[str, Run], quantity: str, *arguments: str) -> pd.Seri
 
 
 def decay_table(group: Mapping[str, Run]) -> str:
-    """How many layers fall to a tenth by epoch 5, by weights, dropout and optimiser."""
+    """How many layers fall to a tenth by epoch 5, by weights and dropout."""
     if not group:
         return "*These networks have not been trained yet.*\n"
-    by = ["weights", "dropout", "optimizer"]
+    by = ["weights", "dropout"]
     columns, learn = {}, numbers(group, "share_that_fades")
     columns["networks that learn"] = learn.groupby(level=by, sort=False).size().map(str)
     for name, title in NAMES.items():
@@ -107,7 +107,7 @@ def decay_table(group: Mapping[str, Run]) -> str:
         columns[title] = fallen.sum().map(str) + " of " + fallen.size().map(str)
     table = pd.DataFrame(columns).fillna("–").sort_index(key=lambda names: names.str.lower())
     rows = [[*key, *row] for key, row in zip(table.index, table.to_numpy(), strict=True)]
-    return markdown_table(["initial weights", "dropout", "optimiser", *table.columns], rows)
+    return markdown_table(["initial weights", "dropout", *table.columns], rows)
 
 
 def tightness_table(group: Mapping[str, Run]) -> str:

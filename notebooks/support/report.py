@@ -265,14 +265,14 @@ def said(decision: Decision) -> str:
     if decision.verdict == claims.PARTLY:
         return f"{decision.verdict} ({decision.within} of {len(decision.cells)})"
     if decision.verdict == claims.DEPENDS:
-        return f"depends on {choice(decision)}: {judged_by_choice(decision)}"
+        return f"{dependence(decision)}: {judged_by_choice(decision)}"
     return f"{decision.verdict}{f': {decision.reason}' if decision.reason else ''}"
 
 
-def choice(decision: Decision) -> str:
-    """The choice that a claim names, in words."""
+def dependence(decision: Decision) -> str:
+    """Which choice the verdict depends on, in words."""
     *others, last = (CHOICES[level] for level in decision.claim.choice)
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"depends on {', '.join(others)} and {last}" if others else f"depends on {last}"
 
 
 def judged_by_choice(decision: Decision) -> str:
@@ -361,7 +361,9 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         numbers = f"{ours(decision)} the range {tolerance(decision)}"
         if decision.claim.low == decision.claim.high and len(decision.cells):
             numbers = f"{decision.within} of {len(decision.cells)} are {tolerance(decision)}"
-        points.append(f"* *{topic}* {text} {numbers}. **{said(decision)}**\n")
+        depends = decision.verdict == claims.DEPENDS
+        verdict = dependence(decision) if depends else said(decision)
+        points.append(f"* *{topic}* {text} {numbers}. **{verdict}**\n")
     return (
         f"From {made}. Numbers are medians and ranges over all cases; behind "
         "them stands how many agree with the paper, and the verdict.\n\n"

@@ -659,6 +659,12 @@ def test_the_sign_of_an_estimator_turns_exactly_the_claims_on_it(tmp_path, monke
         assert claims.verdict(by_id[name], after[name]) != claims.YES
 
 
+def test_a_verdict_says_what_it_rests_on():
+    for decision in report.decide(results.load(report.REFERENCE)):
+        if decision.claim.whose == "paper" and decision.verdict in (claims.NO, claims.PARTLY):
+            assert decision.claim.rests_on.endswith("."), decision.claim.id
+
+
 def test_the_reference_has_what_the_claims_read():
     """Every experiment that was published gives numbers to the claims that ask it."""
     groups = report.experiments(results.load(report.REFERENCE))

@@ -200,8 +200,13 @@ def test_verdicts_by_choice(monkeypatch):
     """The tables of what depends on a choice, and of questions that were changed."""
     by_id = {claim.id: claim for claim in claims.load_claims()}
     index = pd.MultiIndex.from_tuples(
-        [(w, d, k) for w in ("default weights", "Xavier weights") for d in "ab" for k in (0, 1)],
-        names=["weights", "dropout", "layer"],
+        [
+            (w, "p", d, k)
+            for w in ("default weights", "Xavier weights")
+            for d in "ab"
+            for k in (0, 1)
+        ],
+        names=["weights", "dropout", "optimizer", "layer"],
     )
     decisions = [
         claims.Decision(claim, pd.Series([0, 0, 0, 9, 0, 0, 9, 9], index), claims.DEPENDS)
@@ -211,15 +216,15 @@ def test_verdicts_by_choice(monkeypatch):
     monkeypatch.setattr(report, "decide", lambda _: decisions)
     fades, most = "✓ 2 of 2", "✗ 0 of 2"
     assert report.log_sigmoid({}).splitlines()[2:] == [
-        f"| default weights, a | {' | '.join([fades] * 3 + [most] + [fades] * 2)} |",
-        f"| default weights, b | {' | '.join(['◐ 1 of 2'] * 6)} |",
-        f"| Xavier weights, a | {' | '.join([fades] * 3 + [most] + [fades] * 2)} |",
-        f"| Xavier weights, b | {' | '.join(['✗ 0 of 2'] * 3 + ['✓ 2 of 2'] + ['✗ 0 of 2'] * 2)} |",
+        f"| default weights, p, a | {' | '.join([fades] * 3 + [most] + [fades] * 2)} |",
+        f"| default weights, p, b | {' | '.join(['◐ 1 of 2'] * 6)} |",
+        f"| Xavier weights, p, a | {' | '.join([fades] * 3 + [most] + [fades] * 2)} |",
+        f"| Xavier weights, p, b | {' | '.join(['✗ 0 of 2'] * 3 + ['✓ 2 of 2'] + ['✗ 0 of 2'] * 2)} |",
     ]
     assert report.said(decisions[0]) == (
-        "depends on the initial weights and dropout: default weights, a reproduced (2/2); default "
-        "weights, b in part (1/2); Xavier weights, a reproduced (2/2); Xavier weights, b not "
-        "reproduced (0/2)"
+        "depends on the initial weights, dropout and the optimiser: default weights, p, a "
+        "reproduced (2/2); default weights, p, b in part (1/2); Xavier weights, p, a reproduced "
+        "(2/2); Xavier weights, p, b not reproduced (0/2)"
     )
     monkeypatch.setattr(report, "MANY", 3)
     assert report.said(decisions[0]).endswith(
