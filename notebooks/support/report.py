@@ -240,13 +240,17 @@ def short(x: float) -> str:
 def ours(decision: Decision) -> str:
     """The numbers of a claim: the median and the range over its cells, and how many are within."""
     cells = decision.cells
+    if len(cells) <= 1:
+        return spread(cells)
+    return f"{spread(cells)}, {decision.within} of {len(cells)} within{by_network(decision)}"
+
+
+def spread(cells: pd.Series[float]) -> str:
+    """The median of some numbers and their range."""
     if cells.empty:
         return "–"
-    if len(cells) == 1:
-        return short(cells.iloc[0])
     low, middle, high = (short(x) for x in (cells.min(), cells.median(), cells.max()))
-    numbers = middle if low == high else f"{middle} ({low} to {high})"
-    return f"{numbers}, {decision.within} of {len(cells)} within{by_network(decision)}"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def by_network(decision: Decision) -> str:
@@ -351,19 +355,20 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         ("The output layer", "largest V₂ there:", "d-zero"),
         ("The output layer", "its V₁ over the largest of the other layers:", "d-largest"),
         ("The hidden layers", "V₁/V₂:", "c"),
-        ("How tight are the bounds?", "UB/V₁ in the hidden layers:", "b-v1-figure-1"),
-        ("How tight are the bounds?", "UB/V₂ in the hidden layers:", "b-v2-figure-1"),
+        ("How tight are the bounds?", "UB/V₁ in hidden layers, over many settings:", "b-v1"),
+        ("How tight are the bounds?", "UB/V₂ in hidden layers, over many settings:", "b-v2"),
         ("Log-sigmoid", "share of layers' I, V₁, V₂ down to a tenth by epoch 5:", "f-most"),
     ]
     points = []
     for topic, text, key in lines:
         decision = by_id[key]
-        numbers = f"{ours(decision)} the range {tolerance(decision)}"
-        if decision.claim.low == decision.claim.high and len(decision.cells):
-            numbers = f"{decision.within} of {len(decision.cells)} are {tolerance(decision)}"
+        cells, asked = decision.cells, tolerance(decision)
+        numbers = f"{spread(cells)}, {decision.within} of {len(cells)} within {asked}"
+        if decision.claim.low == decision.claim.high and len(cells):
+            numbers = f"{decision.within} of {len(cells)} are {asked}"
         depends = decision.verdict == claims.DEPENDS
         verdict = dependence(decision) if depends else said(decision)
-        points.append(f"* *{topic}* {text} {numbers}. **{verdict}**\n")
+        points.append(f"* *{topic}* {text} {numbers}{by_network(decision)}. **{verdict}**\n")
     return (
         f"From {made}. Numbers are medians and ranges over all cases; behind "
         "them stands how many agree with the paper, and the verdict.\n\n"

@@ -186,8 +186,8 @@ def test_the_pages_show_every_claim_and_every_case(tmp_path, monkeypatch):
     assert "(`b-v1-figure-1`)" in section
     assert "(`eq-10`)" not in section
     landing = report.landing(found, "a test")
-    numbers = "62 (45 to 80), 10 of 10 within; 5 of 5 networks throughout"
-    assert f"UB/V₁ in the hidden layers: {numbers} the range 25 to 100. **reproduced**" in landing
+    numbers = "0.38 (0.25 to 3), 15 of 20 within 0 to 1; 0 of 5 networks throughout"
+    assert f"*The hidden layers* V₁/V₂: {numbers}. **in part (15 of 20)**" in landing
     assert "largest V₂ there: 5 of 5 are 0. **reproduced**" in landing
     assert report.tally(by_id.values()) in landing
     cells = pd.Series([0.0, 0.0, 1.0])
@@ -518,7 +518,7 @@ def test_another_experiment_does_not_demote_the_real_one(here, monkeypatch, tmp_
     page = nbformat.read(tmp_path / "generated/not-counted/extra.ipynb", as_version=4)
     assert page.cells[0].source.startswith("# SMOKE SIZE")
     assert page.cells[1].source == "1 + 1"  # the notebook had no title to replace
-    assert "UB/V₁ in the hidden layers: 62" in (tmp_path / "generated/landing.md").read_text()
+    assert "V₁/V₂: 0.38 (0.25 to 3)" in (tmp_path / "generated/landing.md").read_text()
 
 
 def test_the_book_needs_a_reference_or_results(here, monkeypatch, tmp_path):
