@@ -32,7 +32,7 @@ COUNTED = {c.__name__ for c in checks.INEQUALITIES + checks.EQUALITIES + checks.
 NOTEBOOK = re.compile(rf"{paper_map.NOTEBOOKS}/([\w-]+)\.ipynb")
 STATEMENTS = "statements"  # the experiment whose claims are the checks themselves
 FEW = 5  # functions that are named
-VERDICTS = ("reproduced", "in part", "not reproduced")
+VERDICTS = ("reproduced", "in part", "depends on a choice", "not reproduced")
 
 Item = dict[str, Any]
 Text = dict[str, str]  # options of the directive

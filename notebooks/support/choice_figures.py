@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from support import claims, figures
 from support.direct_labels import label_lines
 from support.markdown import markdown_table
-from support.quantities import LEARNT
+from support.quantities import LEARNT, settings
 from support.results import NETWORK, Run
 
 LINES = (
@@ -34,7 +34,7 @@ def decay(values: pd.DataFrame) -> Figure:
     those that do not learn are left out.
 
     Args:
-        values: The tables of all runs, with the name of the run in the column ``made``.
+        values: The tables of the runs of one experiment, with the run's name in ``made``.
     """
     groups = values.groupby(["made", "run"], sort=False)
     networks = {(str(made), str(run)): table for (made, run), table in groups}
@@ -90,18 +90,25 @@ def relative_to_start(data: pd.DataFrame, quantity: str) -> pd.Series[float]:
 
 def numbers(group: Mapping[str, Run], quantity: str, *arguments: str) -> pd.Series[float]:
     """A quantity of `support.quantities` in some runs."""
-    [like] = [c for c in claims.load_claims() if c.id == "f-i"]
-    asked = like._replace(quantity=quantity, arguments=arguments)
-    return claims.cells(asked, group, {name: run.values for name, run in group.items()})
+    return claims.ask(quantity, arguments, group, {name: run.values for name, run in group.items()})
+
+
+def networks(group: Mapping[str, Run]) -> pd.Series[int]:
+    """All networks of some runs, by their settings."""
+    names = [f"{name}, {run}" for name, made in group.items() for run in made.values.run.unique()]
+    found: pd.Series[int] = settings(pd.Series(1, pd.Index(names, name="run")))
+    return found
 
 
 def decay_table(group: Mapping[str, Run]) -> str:
-    """How many layers fall to a tenth by epoch 5, by weights and dropout."""
+    """How many layers fall to a tenth by epoch 5, by weights and dropout, at all widths."""
     if not group:
         return "*These networks have not been trained yet.*\n"
     by = ["weights", "dropout"]
-    columns, learn = {}, numbers(group, "share_that_fades")
-    columns["networks that learn"] = learn.groupby(level=by, sort=False).size().map(str)
+    columns = {}
+    trained = networks(group).groupby(level=by).size()
+    learn = numbers(group, "share_that_fades").groupby(level=by, sort=False).size()
+    columns["networks that learn"] = learn.map(str) + trained.map(" of {}".format)
     for name, title in NAMES.items():
         fallen = (numbers(group, "fades", name) <= 0.1).groupby(level=by, sort=False)
         columns[title] = fallen.sum().map(str) + " of " + fallen.size().map(str)

@@ -12,7 +12,7 @@ value of that choice is judged by itself, and if the verdicts differ, the claim 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,12 +177,22 @@ def cells(
     claim: Claim, group: Mapping[str, Run], values: Mapping[str, pd.DataFrame]
 ) -> pd.Series[float]:
     """A claim's numbers in the runs of one experiment; those that do not exist are left out."""
-    quantity = QUANTITIES[claim.quantity]
-    names = quantity.reads(claim.arguments)
+    return ask(claim.quantity, claim.arguments, group, values)
+
+
+def ask(
+    quantity: str,
+    arguments: Sequence[str],
+    group: Mapping[str, Run],
+    values: Mapping[str, pd.DataFrame],
+) -> pd.Series[float]:
+    """The numbers of a quantity in some runs."""
+    row = QUANTITIES[quantity]
+    names = row.reads(arguments)
     tables = [
-        quantity_table(run, values[name], names, quantity.of_layers) for name, run in group.items()
+        quantity_table(run, values[name], names, row.of_layers) for name, run in group.items()
     ]
-    numbers = quantity.function(pd.concat(tables).sort_index(), *claim.arguments)
+    numbers = row.function(pd.concat(tables).sort_index(), *arguments)
     return numbers.dropna().astype(float)
 
 

@@ -180,8 +180,10 @@ def learnt(t: Rows) -> Rows:
 
 def tightness(t: Rows, name: str) -> Rows:
     """See the table."""
+    rows = hidden(learnt(t))  # of all layers: V₁ has a number in the output layer, too
     readings = {
-        says: settings(median(hidden(t)[f"{name}_{column}"])) for column, says in READINGS.items()
+        says: settings(median(rows[f"{name}_{column}"]).dropna())
+        for column, says in READINGS.items()
     }
     all_layers = pd.concat(readings, names=["reading"])
     first = all_layers[all_layers.index.get_level_values("layer") == 1]
@@ -207,9 +209,14 @@ def relative_error(t: pd.DataFrame, name: str) -> pd.Series[float]:
 def over_n(t: Rows) -> Rows:
     """See the table."""
     last = output(t)
-    at_1 = ((last.V1 * last.num_samples) ** 0.5 / positive(last.I_squared) ** 0.5).dropna()
-    by_run = at_1.groupby("run").median()
-    return pd.concat({f"N = {n:,}": by_run / n**0.5 for n in NUMBERS_OF_LABELS}, names=["N"])
+    at_1 = (last.V1 * last.num_samples) ** 0.5
+    yardsticks = {"means": positive(last.I), "norms": positive(last.I_squared) ** 0.5}
+    parts = {
+        (reading, f"N = {n:,}"): (at_1 / size).dropna().groupby("run").median() / n**0.5
+        for reading, size in yardsticks.items()
+        for n in NUMBERS_OF_LABELS
+    }
+    return pd.concat(parts, names=["reading", "N"])
 
 
 def upper_against_lower(t: pd.DataFrame) -> pd.Series[float]:
@@ -316,11 +323,12 @@ QUANTITIES = {
     "upper_over": layers("{} {}_upper",
         "Upper bound over variance of a hidden layer's means, median over the epochs.",
         lambda t, n: median(hidden(t)[f"{n}_upper"] / positive(t[n]))),
-    "tightness": layers("{}_over_means {}_over_geometric {}_over_mean",
+    "tightness": layers("{}_over_means {}_over_geometric {}_over_mean V1_over_means test_accuracy",
         "Upper bound over variance in a hidden layer by three readings, median over the epochs.",
         tightness),
     "nearest_setting": layers(
-        "V1_over_means V1_over_geometric V1_over_mean V2_over_means V2_over_geometric V2_over_mean",
+        "V1_over_means V1_over_geometric V1_over_mean V2_over_means V2_over_geometric V2_over_mean "
+        "test_accuracy",
         "The factor by which the nearest setting misses 50 or 20, whichever it misses more.",
         nearest_setting),
     "lower_over": layers("{} {}_lower",
@@ -341,8 +349,8 @@ QUANTITIES = {
     "last_over_hidden": layers("{}",
         "Its mean in the last layer over the largest mean of another layer, at an epoch.",
         lambda t, n: output(t)[n].droplevel("layer") / positive(largest(hidden(t)[n], "epoch"))),
-    "relative_error_over_n": layers("I_squared V1 num_samples",
-        "√(ΣV₁/ΣI²) over the last layer, with N labels, median over the epochs.",
+    "relative_error_over_n": layers("I I_squared V1 num_samples",
+        "√V₁/I of the last layer's means, and √(ΣV₁/ΣI²), with N labels, median over the epochs.",
         over_n),
     "relative_error": layers("{} I_squared num_samples",
         "√(ΣV/ΣI²) over a layer, with one label, median over the epochs.",

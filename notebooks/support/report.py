@@ -30,6 +30,7 @@ FIGURES = {"sigmoid-seed-0": "Figure 1"}
 FIGURES |= {f"sigmoid-seed-{k}": f"Figure {NUMERALS[k - 1]}" for k in range(1, 5)}
 FIGURES |= {f"log-sigmoid-seed-{k}": f"Figure {NUMERALS[k + 4]}" for k in range(5)}
 MARKS = {claims.YES: "✓", claims.PARTLY: "◐", claims.DEPENDS: "◇", claims.NO: "✗"}
+SEVERAL = {claims.DEPENDS: "depend on a choice"}  # of several claims
 CHOICES = {  # what the text we had leaves open, by the level of a quantity's index
     "weights": "the initial weights",
     "dropout": "dropout",
@@ -257,8 +258,8 @@ def by_network(decision: Decision) -> str:
     """In how many networks all cases are within, where a network gives several."""
     cells = decision.cells
     levels = [level for level in ONE_NETWORK if level in cells.index.names]
-    if not levels:
-        return ""
+    if not levels or set(decision.claim.choice) - set(ONE_NETWORK):
+        return ""  # one network is asked in several ways
     whole = cells.between(decision.claim.low, decision.claim.high).groupby(level=levels).all()
     told = f"; {whole.sum()} of {len(whole)} networks throughout"
     return told if len(whole) < len(cells) else ""
@@ -319,7 +320,7 @@ def tally(decisions: Sequence[Decision]) -> str:
     """Both counts in a line."""
     return "; ".join(
         f"{found.total()} {kind} claims: "
-        + ", ".join(f"{found[verdict]} {verdict}" for verdict in claims.VERDICTS if found[verdict])
+        + ", ".join(f"{found[v]} {SEVERAL.get(v, v)}" for v in claims.VERDICTS if found[v])
         for kind, found in counts(decisions).items()
         if found
     )
@@ -466,7 +467,7 @@ def section_5_3(found: Mapping[str, Run], made: str) -> str:
 
 
 def log_sigmoid(found: Mapping[str, Run]) -> str:
-    """Statement (f) by initial weights and dropout: a table of how often, and of the verdicts."""
+    """Statement (f) by weights, dropout and optimiser: a table of how often, and of verdicts."""
     by_id = {d.claim.id: d for d in decide(found)}
     columns = {title: by_id[key] for key, title in LOG_SIGMOID.items()}
     if any(decision.cells.empty for decision in columns.values()):
@@ -534,8 +535,9 @@ def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: st
             *(f"* **{d.claim.where}.** {d.claim.claim} *{d.claim.note}*" for d in silent),
             "\n## Questions that were changed\n",
             "Some verdicts of an earlier version of this report rested on a choice of ours that "
-            "had never been varied, or on a reading. These questions were changed afterwards; the "
-            f"new grids and ranges were committed before the runs that decide them.\n\n"
+            "had never been varied, or on a reading. These questions were changed afterwards. New "
+            "grids and ranges were committed before the runs that decide them; what was changed "
+            "after those, a row says.\n\n"
             f"{changes(decisions)}\n",
             "## Against the reference results\n",
             compared(found, reference),

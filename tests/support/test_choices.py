@@ -149,8 +149,8 @@ def test_the_table_counts_layers_that_fall(tmp_path):
         group[name] = results.Run(name, tmp_path / name, {"parameters": {}})
     lines = choice_figures.decay_table(group).splitlines()[2:]
     assert lines == [
-        "| default weights | dropout 0 | 2 | 3 of 6 | 3 of 6 | 2 of 4 |",
-        "| Xavier weights | dropout 0.5 | 1 | 3 of 3 | 3 of 3 | 2 of 2 |",
+        "| default weights | dropout 0 | 2 of 2 | 3 of 6 | 3 of 6 | 2 of 4 |",
+        "| Xavier weights | dropout 0.5 | 1 of 2 | 3 of 3 | 3 of 3 | 2 of 2 |",
     ]
     assert "not been trained" in choice_figures.decay_table({})
     assert "not been trained" in choice_figures.tightness_table({})

@@ -274,7 +274,11 @@ def touched(world, unchanged, experiment, name):
     other = changed(world, experiment, name, lambda x: (x + 1) * factors[: len(x)])
     found = different(unchanged[experiment], numbers(other, experiment))
     counts = {"both-preferable", "f-most", "b-both", "remark-4-5-zero"}  # which need not move
-    return found, readers(experiment, name), counts if name != "s" else readers(experiment, name)
+    if name == "s":
+        counts = readers(experiment, name)
+    if name == "V1_over_means":
+        counts |= {"b-v2"}  # which reads there only which layers there are
+    return found, readers(experiment, name), counts
 
 
 @pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if e != "statements"])
@@ -432,10 +436,12 @@ BY_HAND = [
     ("last_over_hidden:V1", {"a": {"V1": {1: [1, 2, 0], 2: [4, 1, 0], 3: [8, 1, 1]}},
                              "b": {"V1": {1: [5, 5, 1], 2: [1, 1, 1]}}},
      {("a", 0): 2, ("a", 1): 0.5, ("b", 0): 0.2, ("b", 1): 0.2, ("b", 2): 1}),
-    # The output's, and N is 4: 4/1, 6/1, 8/8, – at one label.
+    # The output's, and N is 4: 4/1, 6/1, 8/8, – at one label by norms, and 8, 12, 4, – by means.
     ("relative_error_over_n", {"r": {"V1": {1: [1] * 4, 2: [4, 9, 16, 1]},
+                                     "I": {1: [1] * 4, 2: [0.5, 0.5, 2, 0]},
                                      "I_squared": {1: [1] * 4, 2: [1, 1, 64, 0]}}},
-     {(f"N = {n:,}", "r"): 4 / n**0.5 for n in (1, 10, 100, 1_000, 10_000)}),
+     {(reading, f"N = {n:,}", "r"): k / n**0.5
+      for reading, k in (("means", 8), ("norms", 4)) for n in (1, 10, 100, 1_000, 10_000)}),
     ("relative_error:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
                                  "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
      {("r", 1): 4, ("r", 3): 10}),
@@ -445,24 +451,31 @@ BY_HAND = [
     ("relative_error_at_n:V2", {"r": {"V2": {1: [4, 9, 16, 1, 0], 2: [0] * 5, 3: [25] * 5},
                                       "I_squared": {1: [1, 1, 64, 0, 1], 2: [1] * 5, 3: [1] * 5}}},
      {("r", 1): 2, ("r", 3): 5}),
-    # The medians 4 and 2 of layers 1 and 2, by three readings; the output's is left out.
-    ("tightness:V1", {SET: {
-        f"V1_{reading}": {1: [k, 4 * k, 9 * k], 2: [2 * k] * 3, 3: [99] * 3}
-        for reading, k in (("over_means", 1), ("over_geometric", 10), ("over_mean", 100))
-    }}, {
+    # The medians 4 and 2 of layers 1 and 2, by three readings; the output's is left out, also
+    # where V₂ has none there; and so is the network that does not learn.
+    *((f"tightness:{V}", {
+        name: {
+            f"{V}_{reading}": {1: [k, 4 * k, 9 * k], 2: [2 * k] * 3} | output
+            for reading, k in (("over_means", 1), ("over_geometric", 10), ("over_mean", 100))
+        } | more | {"test_accuracy": [0, 0, accuracy]}
+        for name, accuracy in ((SET, 0.5), (DULL, 0.4))
+    }, {
         (layers, reading, *NAMES, layer): k * (4 if layer == 1 else 2)
         for layers, numbers in (("hidden layers", (1, 2)), ("first layer", (1,)))
         for reading, k in (("ratio of means", 1), ("exponential of the mean log-ratio", 10),
                            ("mean of ratios", 100))
         for layer in numbers
-    }),
+    }) for V, output, more in (
+        ("V1", {3: [99] * 3}, {}), ("V2", {}, {"V1_over_means": {k: [1] * 3 for k in (1, 2, 3)}}),
+    )),
     # UB/V₁ is 100, 25 and 50, UB/V₂ 20, 20 and 30, so that the last one is off by 1.5 only.
     ("nearest_setting", {SET: {
         f"{V}_{reading}": {1: [number], 2: [number], 3: [1]}
         for V, numbers in (("V1", (100, 25, 50)), ("V2", (20, 20, 30)))
         for reading, number in zip(("over_means", "over_geometric", "over_mean"), numbers,
                                    strict=True)
-    }}, {("first layer", "mean of ratios", "D weights", "SGD 1", "8x8"): 1.5}),
+    } | {"test_accuracy": [0.9]}},
+     {("first layer", "mean of ratios", "D weights", "SGD 1", "8x8"): 1.5}),
     # One estimator wins in the first layer, in most epochs; the other in the next two; none where
     # they are equal, nor where one wins half of the epochs and is equal in the rest.
     *(("layers_each_wins", {name: {

@@ -120,10 +120,7 @@ EXPECTED = {
     "c": ("0.38 (0.25 to 3), 15 of 20 within; 0 of 5 networks throughout", "in part"),
     "d-zero": ("0, 5 of 5 within", "reproduced"),
     "d-largest": ("1.2 (0.44 to 2), 5 of 10 within; 0 of 5 networks throughout", "in part"),
-    "d-scale": (
-        "0.5 (0.05 to 5), 10 of 25 within; 0 of 5 networks throughout",
-        "depends on a choice",
-    ),
+    "d-scale": ("0.42 (0.035 to 5), 20 of 50 within", "depends on a choice"),
     "g": ("0.2 (0.1 to 0.3), 5 of 10 within; 0 of 5 networks throughout", "in part"),
     "min-at-start": ("–", "not judged"),
     "small": ("–", "not decidable"),
@@ -142,8 +139,7 @@ def test_numbers_and_verdicts_by_hand(decisions):
     assert report.tolerance(decisions["b-v1-figure-1"]) == "25 to 100"
     assert report.said(decisions["c"]) == "in part (15 of 20)"
     assert report.said(decisions["d-scale"]) == (
-        "depends on N: N = 1 not reproduced (0/5); N = 10 reproduced (5/5); N = 100 reproduced "
-        "(5/5); N = 1,000 not reproduced (0/5); N = 10,000 not reproduced (0/5)"
+        "depends on the reading and N: of 10 settings 4 reproduced, 6 not reproduced"
     )
     assert report.rests_on(decisions["c"]).startswith(". *Rests on one test image per network")
     assert report.rests_on(decisions["d-zero"]) == ""

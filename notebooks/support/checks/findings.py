@@ -153,7 +153,7 @@ def relu_keeps_the_equality(_cases: int) -> Check:
 
 
 def relu_at_a_kink(_cases: int) -> Check:
-    """4. At a kink of ReLU −E[∂²ℓ] differs from side to side, so that it equals no E[∂ℓ ∂ℓᵀ].
+    """4. At a kink of ReLU −E[∂²ℓ] has one value from the left and another from the right.
 
     Shows the relative gap between both.
     """
