@@ -593,8 +593,8 @@ def claims_table(decisions: Iterable[Decision]) -> str:
         quantity = QUANTITIES.get(d.claim.quantity)
         how = f"{quantity.says if quantity else ''} {d.claim.note}".strip()
         row = [
-            f"**{d.claim.where}.** {d.claim.claim} (`{d.claim.id}`)"
-            + (f"<br>*{how}*" if how else ""),
+            f"**{d.claim.where}.** {'*Ours:* ' * (d.claim.whose != 'paper')}{d.claim.claim} "
+            f"(`{d.claim.id}`)" + (f"<br>*{how}*" if how else ""),
             f"{tolerance(d)}{dagger}" if d.claim.quantity else "–",
             ours(d),
             f"{mark} {said(d)}{rests_on(d)}".strip(),
