@@ -317,13 +317,15 @@ def counts(decisions: Iterable[Decision]) -> dict[str, Counter[str]]:
 
 
 def tally(decisions: Sequence[Decision]) -> str:
-    """Both counts in a line."""
-    return "; ".join(
+    """Both counts in a line, and how many claims name no number."""
+    parts = [
         f"{found.total()} {kind} claims: "
         + ", ".join(f"{found[v]} {SEVERAL.get(v, v)}" for v in claims.VERDICTS if found[v])
         for kind, found in counts(decisions).items()
         if found
-    )
+    ]
+    silent = sum(not d.claim.quantity for d in decisions)
+    return "; ".join(parts + [f"{silent} more are {claims.UNDECIDABLE}"] * bool(silent))
 
 
 def as_text(decisions: Iterable[Decision]) -> str:
@@ -514,8 +516,7 @@ def report_page(found: Mapping[str, Run], reference: Mapping[str, Run], made: st
     before = sum(d.claim.set == "before" for d in paper)
     return "\n".join(
         [
-            f"All numbers below come from {made}.\n\n**{tally(decisions)}.** The text we had says "
-            f"too little to decide {len(silent)} more.\n",
+            f"All numbers below come from {made}.\n\n**{tally(decisions)}.**\n",
             "## What did not come out\n",
             claims_table(failed),
             "\n## What depends on a choice\n",

@@ -66,6 +66,7 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 parsed = functools.cache(yaml.safe_load)  # a book asks for runs.yml hundreds of times
 ATTEMPTS = "attempts.json"  # in the folder of an unfinished run: when it was begun, and how often
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+NO_KERNEL = "Kernel died before replying"  # as jupyter_client says it
 LIBRARIES = ("torch", "numpy", "scipy")  # whose versions the values depend on
 
 
@@ -339,8 +340,12 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     return found
 
 
-def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
-    """Execute through papermill, its printed lines shown as they come."""
+def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any], starts: int = 3) -> None:
+    """Execute through papermill, its printed lines shown as they come.
+
+    A kernel that does not start is started again, `starts` times in all: of two that start at once
+    one may find its port taken.
+    """
     logging.getLogger("papermill").setLevel(logging.ERROR)
     say(spec.name, f"{spec.notebook.name} starts")
     try:
@@ -362,6 +367,8 @@ def run_notebook(spec: Spec, output: Path, parameters: dict[str, Any]) -> None:
             f"{os.path.relpath(output)}"
         ) from error
     except (PapermillException, RuntimeError) as error:
+        if starts > 1 and NO_KERNEL in str(error):
+            return run_notebook(spec, output, parameters, starts - 1)
         raise RunError(f"{spec.name}: {spec.notebook.name} could not be run: {error}") from error
 
 

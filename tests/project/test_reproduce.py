@@ -80,7 +80,10 @@ def test_the_whole_path(project, smoke):
     assert "No claim is judged by this" in done.stdout
     assert "the book's first page: results/smoke/_build/html/index.html" in done.stdout
     assert re.search(
-        r"^\d+ claims: \d+ not decidable, \d+ not judged\.$", done.stdout, re.MULTILINE
+        r"^\d+ mathematical claims: \d+ not judged; \d+ empirical claims: \d+ not judged; "
+        r"\d+ more are not decidable\.$",
+        done.stdout,
+        re.MULTILINE,
     )
     assert set(results.load(project / "results/smoke" / chosen)) == planned
 

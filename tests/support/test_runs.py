@@ -200,6 +200,26 @@ def test_settings_of_the_user_change_nothing(tmp_path, monkeypatch):
     assert os.environ["PYTHONSTARTUP"] == str(startup)
 
 
+def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
+    asked = []
+
+    def execute_notebook(*_, **__):
+        asked.append(0)
+        if len(asked) < tries:
+            raise RuntimeError(f"{runs.NO_KERNEL} to kernel_info")
+
+    monkeypatch.setattr(runs.papermill, "execute_notebook", execute_notebook)
+    spec = runs.specs()["checks"]
+    tries = 3
+    runs.run_notebook(spec, tmp_path / "notebook.ipynb", {})
+    assert len(asked) == 3
+    asked.clear()
+    tries = 4
+    with pytest.raises(runs.RunError, match=r"checks\.ipynb could not be run: Kernel died"):
+        runs.run_notebook(spec, tmp_path / "notebook.ipynb", {})
+    assert len(asked) == 3
+
+
 def test_figures_drawn_here_ignore_a_matplotlibrc(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\n")
     code = "from support import figures; print(figures.mpl.rcParams['font.size'])"
