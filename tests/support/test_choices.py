@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from by_cell import execute
+from by_cell import execute, execute_in_two_sittings
 from support import choice_figures, results, training
 from torch import nn
 
@@ -65,19 +65,7 @@ def test_the_values_are_those_of_fimlib(made):
 
 
 def test_a_stopped_run_goes_on_where_it_was(made, tmp_path, monkeypatch):
-    train_epoch, epochs = training.train_epoch, iter([None] * 12)  # stopped in the third network
-
-    def once(*arguments, **options):
-        next(epochs)
-        return train_epoch(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "train_epoch", once)
-        with pytest.raises(StopIteration):
-            execute("choices.ipynb", tmp_path, **TINY)
-    epochs = iter([None] * 10)
-    monkeypatch.setattr(training, "train_epoch", once)
-    values, _ = execute("choices.ipynb", tmp_path, **TINY)
+    values, _ = execute_in_two_sittings("choices.ipynb", tmp_path, monkeypatch, 12, 10, **TINY)
     pd.testing.assert_frame_equal(values, made[0], check_exact=True)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from by_cell import execute
-from support import results, sweep_figures, training, validity
+from by_cell import execute, execute_in_two_sittings
+from support import results, sweep_figures, validity
 from torch import nn
 
 import fimlib
@@ -112,20 +112,7 @@ def test_a_spoilt_bound_is_noticed_and_relu_has_no_second_variance(tmp_path, mon
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_values(sweep, tmp_path, monkeypatch):
-    epochs = iter([None])  # of the first network; the second one is cut off
-    train_epoch = training.train_epoch
-
-    def once(*arguments, **options):
-        next(epochs)
-        return train_epoch(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "train_epoch", once)
-        with pytest.raises(StopIteration):
-            execute("sweep.ipynb", tmp_path, **SWEEP)
-    epochs = iter([None])
-    monkeypatch.setattr(training, "train_epoch", once)
-    values, _ = execute("sweep.ipynb", tmp_path, **SWEEP)
+    values, _ = execute_in_two_sittings("sweep.ipynb", tmp_path, monkeypatch, 1, 1, **SWEEP)
     pd.testing.assert_frame_equal(values, sweep[0], check_exact=True)
 
 

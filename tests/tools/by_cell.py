@@ -3,8 +3,9 @@
 import matplotlib as mpl
 import nbformat
 import pandas as pd
+import pytest
 import torch
-from support import results, runs
+from support import results, runs, training
 
 # Runs that test_notebooks makes in this way, at smoke size.
 SMOKE = ("statements", "bounds", "joint", "shortcuts", "recipes", "beyond")
@@ -33,3 +34,22 @@ def execute(notebook, folder, **parameters):
         "out",
     }
     return values, record
+
+
+def execute_in_two_sittings(notebook, folder, monkeypatch, first, second, **parameters):
+    """As ``execute``, but stopped after some epochs of training and resumed for some more."""
+    train_epoch, left = training.train_epoch, first
+
+    def once(*arguments, **options):
+        nonlocal left
+        if left == 0:
+            raise InterruptedError
+        left -= 1
+        return train_epoch(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_epoch", once)
+        with pytest.raises(InterruptedError):
+            execute(notebook, folder, **parameters)
+        left = second
+        return execute(notebook, folder, **parameters)
