@@ -24,15 +24,15 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from support import checks, listings
+from support.claims import DEPENDS, NO, PARTLY, SEVERAL, STATEMENTS, YES
 from support.results import ROOT
 
 LABELS = ("You will learn", "Result", "How sure", "Code")
 FINDINGS = {c.__name__ for c in checks.FINDINGS}
 COUNTED = {c.__name__ for c in checks.INEQUALITIES + checks.EQUALITIES + checks.BEYOND}
 NOTEBOOK = re.compile(rf"{paper_map.NOTEBOOKS}/([\w-]+)\.ipynb")
-STATEMENTS = "statements"  # the experiment whose claims are the checks themselves
 FEW = 5  # functions that are named
-VERDICTS = ("reproduced", "in part", "depends on a choice", "not reproduced")
+VERDICTS = (YES, PARTLY, DEPENDS, NO)
 
 Item = dict[str, Any]
 Text = dict[str, str]  # options of the directive
@@ -151,7 +151,7 @@ def measured(facts: dict[str, Any], page: str, own: dict[str, Item]) -> str:
     ]  # fmt: skip
     runs = {run for c in claims for e in c["experiments"] for run in facts["runs"].get(e, [])}
     verdicts = [c["verdict"] for c in claims]
-    said = [f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts]
+    said = [f"{verdicts.count(v)} {SEVERAL.get(v, v)}" for v in VERDICTS if v in verdicts]
     if not runs or not said:
         return ""
     return (

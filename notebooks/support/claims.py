@@ -27,6 +27,7 @@ YES, PARTLY, NO = "reproduced", "in part", "not reproduced"
 DEPENDS = "depends on a choice"
 UNDECIDABLE, UNJUDGED = "not decidable", "not judged"
 VERDICTS = (YES, PARTLY, DEPENDS, NO, UNDECIDABLE, UNJUDGED)
+SEVERAL = {DEPENDS: "depend on a choice"}  # how a verdict reads of several claims
 STATEMENTS = "statements"  # the experiment that tries statements on made-up cases
 
 Groups = Mapping[str, Mapping[str, Run]]  # the runs of each experiment, by name

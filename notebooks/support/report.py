@@ -30,7 +30,6 @@ FIGURES = {"sigmoid-seed-0": "Figure 1"}
 FIGURES |= {f"sigmoid-seed-{k}": f"Figure {NUMERALS[k - 1]}" for k in range(1, 5)}
 FIGURES |= {f"log-sigmoid-seed-{k}": f"Figure {NUMERALS[k + 4]}" for k in range(5)}
 MARKS = {claims.YES: "✓", claims.PARTLY: "◐", claims.DEPENDS: "◇", claims.NO: "✗"}
-SEVERAL = {claims.DEPENDS: "depend on a choice"}  # of several claims
 CHOICES = {  # what the text we had leaves open, by the level of a quantity's index
     "weights": "the initial weights",
     "dropout": "dropout",
@@ -320,7 +319,7 @@ def tally(decisions: Sequence[Decision]) -> str:
     """Both counts in a line, and how many claims name no number."""
     parts = [
         f"{found.total()} {kind} claims: "
-        + ", ".join(f"{found[v]} {SEVERAL.get(v, v)}" for v in claims.VERDICTS if found[v])
+        + ", ".join(f"{found[v]} {claims.SEVERAL.get(v, v)}" for v in claims.VERDICTS if found[v])
         for kind, found in counts(decisions).items()
         if found
     ]
