@@ -294,6 +294,19 @@ def layer(k):
     return above, below | {r"log(UB/$V_2$)": np.log(q["V2_upper"] / q["V2"])}
 
 
+def test_relative_errors_are_norms_over_a_layer():
+    """By hand: √(N V / mean of I²) with N = 4, and a gap where I is 0."""
+    rows = [
+        ("a", 0, "1", quantity, value)
+        for quantity, value in (("V1", 9), ("V2", 16), ("I", 5), ("I_squared", 36))
+    ]
+    rows += [("a", 0, "2", q, 0 if q == "I_squared" else 1) for q in ("V1", "V2", "I", "I_squared")]
+    values = pd.DataFrame(rows, columns=results.COLUMNS)
+    errors = figures.relative_errors({"a": (values, 4)})
+    assert errors.loc[1].to_numpy().tolist() == [[1.0, pytest.approx(4 / 3)]]
+    assert errors.loc[2].isna().all(axis=None)
+
+
 def test_every_line_of_figure_1(group):
     run = group["a"]
     figure = figures.figure_1(run.values, run.record)
