@@ -162,7 +162,7 @@ LEARNT = 0.5  # test accuracy after the last epoch
 
 
 def settings(x: Rows) -> Rows:
-    """The settings that a network's name tells, as levels of the index in place of the run."""
+    """The settings in a network's name, as levels of the index in place of the run."""
     index = x.index.to_frame(index=False)
     parts = index.pop("run").str.split(", ", expand=True).reindex(columns=range(len(SETTINGS)))
     parts.columns = list(SETTINGS)
@@ -170,7 +170,7 @@ def settings(x: Rows) -> Rows:
 
 
 def learnt(t: Rows) -> Rows:
-    """The rows of the networks that learnt to read: most of the test set, after the last epoch."""
+    """The rows of networks that get at least half of the test set right after the last epoch."""
     accuracy = at(t, "last").test_accuracy.groupby("run").first()
     return t[t.index.get_level_values("run").isin(accuracy.index[accuracy >= LEARNT])]
 
