@@ -66,7 +66,7 @@ def test_the_picture_is_shown_and_small():
 # Messages of other programs: Python, jupyter_client, torch, nbclient.
 FOREIGN = {
     "No module named 'fimlib'", "No module named 'support'", "No such kernel named python3",
-    "CUDA out of memory", "Kernel died",
+    "CUDA out of memory",
 }  # fmt: skip
 
 
