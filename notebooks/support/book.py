@@ -34,6 +34,7 @@ from support import (
     figures,
     forks,
     listings,
+    optimiser_figures,
     passports,
     projection_figures,
     report,
@@ -54,6 +55,7 @@ WHICH = "which-estimator"  # the figure that says which estimator is the better 
 OVER_RUNS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "sweep": sweep_figures.validity,
     "decay": choice_figures.decay,
+    "optimisers": optimiser_figures.losses,
     "projections": projection_figures.errors,
 }
 ASIDE = "not-counted-"  # before the names of figures of runs that do not count
@@ -221,6 +223,8 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     projections = experiments.get("projections", {})
     results.write_text(GENERATED / "projections.md", projection_figures.table(projections))
     results.write_text(GENERATED / "projections-costs.md", projection_figures.costs(projections))
+    optimisers = optimiser_figures.losses_table(experiments.get("optimisers", {}))
+    results.write_text(GENERATED / "optimisers.md", optimisers)
     results.write_text(GENERATED / "mutation.md", mutation())
     results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
 

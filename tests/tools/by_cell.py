@@ -36,19 +36,21 @@ def execute(notebook, folder, **parameters):
     return values, record
 
 
-def execute_in_two_sittings(notebook, folder, monkeypatch, first, second, **parameters):
-    """As ``execute``, but stopped after some epochs of training and resumed for some more."""
-    train_epoch, left = training.train_epoch, first
+def execute_in_two_sittings(
+    notebook, folder, monkeypatch, first, second, *, step=(training, "train_epoch"), **parameters
+):
+    """As ``execute``, but stopped after some steps (epochs of training) and resumed for more."""
+    function, left = getattr(*step), first
 
     def once(*arguments, **options):
         nonlocal left
         if left == 0:
             raise InterruptedError
         left -= 1
-        return train_epoch(*arguments, **options)
+        return function(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_epoch", once)
+        patch.setattr(*step, once)
         with pytest.raises(InterruptedError):
             execute(notebook, folder, **parameters)
         left = second

@@ -1,0 +1,102 @@
+"""The notebook of optimisers at a tiny size, cell by cell; its figure and its table."""
+
+import pandas as pd
+import pytest
+import torch
+from by_cell import execute, execute_in_two_sittings
+from support import checkpoint, data, optimiser_figures, training
+from torch.nn.functional import cross_entropy
+
+TINY = {
+    "dataset": "digits", "hidden": [6], "measured": [6, 12], "batch_size": 8, "rates": [1.0, 3.0],
+    "dampings": [0.01], "windows": [3, 10], "roots": [[0.01], [1e-4]], "seeds": [0, 1],
+    "train_limit": 200, "device": "cpu",
+}  # fmt: skip
+METHODS = {
+    "none (SGD)", "none (SGD), half the steps", "data's labels, half the steps",
+    *(f"{kind}{error}" for kind in optimiser_figures.COLOURS
+                    for error in ("", " + SE") if kind != "none (SGD)"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return execute("optimisers.ipynb", tmp_path_factory.mktemp("optimisers"), **TINY)
+
+
+def test_every_diagonal_is_tried_with_and_without_its_error(made):
+    values, record = made
+    assert set(values.run) == METHODS
+    assert not record["counts"]  # digits are not MNIST
+    assert set(values[values.quantity == "nll"].epoch) == {6, 12}
+
+
+@pytest.mark.parametrize("method", ["none (SGD)", "data's labels", "data's labels + SE", "Adam's"])
+def test_a_network_trained_in_a_plain_loop(made, method):
+    """Gradients of one input at a time by autograd, the moving mean written out as a sum."""
+    values, _ = made
+    rate, damping, window = (
+        float(values[(values.run == method) & (values.quantity == quantity)].value.iloc[0])
+        for quantity in ("rate", "damping", "window")
+    )
+    images = data.load("digits")
+    X, y = (torch.tensor(a[:160]) for a in (images.train_images, images.train_labels))
+    torch.manual_seed(1)
+    net = training.mlp([64, 6, 10], "Sigmoid").eval()
+    training.initialise(net, "Xavier")
+    params, shuffle, history = list(net.parameters()), torch.Generator().manual_seed(1), []
+    beta = 1 - 1 / window
+    for step in range(12):
+        rows = torch.randint(160, (8,), generator=shuffle)
+        of_input = [
+            torch.autograd.grad(cross_entropy(net(X[k][None]), y[k][None]), params) for k in rows
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*of_input, strict=True)]
+        gradient = [g.mean(0) for g in stacked]
+        squares = gradient if method == "Adam's" else stacked
+        history.append(
+            [(g.square() if method == "Adam's" else g.square().mean(0)) for g in squares]
+        )
+        weights = torch.tensor([beta ** (step - k) for k in range(step + 1)]).double()
+        weights /= weights.sum()
+        r = float(weights.square().sum())
+        for k, (p, g) in enumerate(zip(params, gradient, strict=True)):
+            seen = torch.stack([d[k] for d in history]).double()
+            mean = torch.einsum("t,t...->...", weights, seen)
+            spread = torch.einsum("t,t...->...", weights, (seen - mean).square())
+            if method.endswith("+ SE") and step:
+                mean = mean + (spread * r / (1 - r)).sqrt()
+            moved = g.double()
+            if method == "Adam's":
+                moved = moved / (mean.sqrt() + damping)
+            elif method != "none (SGD)":
+                moved = moved / (1 + mean / damping)
+            p.data -= (rate * (1 - step / 12) * moved).float()
+    x_test, y_test = torch.tensor(images.test_images), torch.tensor(images.test_labels)
+    loss = float(cross_entropy(net(x_test), y_test).detach())
+    at = values[(values.run == method) & (values.quantity == "nll") & (values.epoch == 12)]
+    assert at.set_index("layer").value["seed 1"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_a_run_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
+    step = (checkpoint.Progress, "save")
+    values, _ = execute_in_two_sittings(
+        "optimisers.ipynb", tmp_path, monkeypatch, 4, 13, step=step, **TINY
+    )
+    pd.testing.assert_frame_equal(values, made[0])
+
+
+def test_the_table_and_the_figure(made):
+    values, _ = made
+    run = type("Run", (), {"values": values})
+    table = optimiser_figures.losses_table({"optimisers-activation-sigmoid": run})
+    assert table.startswith("**sigmoid**")
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(METHODS)
+    assert all(row.rstrip(" |").endswith("of 2") for row in rows[1:])
+    assert optimiser_figures.losses_table({}) == "*These networks have not been trained yet.*\n"
+    figure = optimiser_figures.losses(values.assign(made="optimisers-activation-sigmoid"))
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert set(lines) == METHODS
+    means = values[values.quantity == "nll"].groupby(["run", "epoch"]).value.mean()
+    assert list(lines["signs"]) == pytest.approx(list(means["signs"]))
