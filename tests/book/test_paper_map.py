@@ -29,7 +29,7 @@ PICTURES = {
 }  # fmt: skip
 OPEN: set[str] = set()
 PROVED = {"Eq. 5", "Eq. 6"} | {name for name in STATEMENTS if not name.startswith("Remark")}
-WITHOUT_CODE = {"Proposition 9.8", "Proposition 9.9"}
+WITHOUT_CODE = {"Proposition 9.8", "Proposition 9.9", "Proposition 9.10"}
 
 GROUPS = paper_map.read_map(BOOK / paper_map.PAPER)
 OURS = paper_map.read_map(BOOK / paper_map.BEYOND)

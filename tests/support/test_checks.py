@@ -5,7 +5,7 @@ import pkgutil
 import pytest
 import torch
 from support import checks
-from support.checks import beyond, blocks, bounds, exact
+from support.checks import beyond, blocks, bounds, damping, exact
 from support.checks.check import Check, at_most, equal, finding, together, within
 
 import fimlib
@@ -118,6 +118,8 @@ SABOTAGE = [
     ("variance_i1", 1.05, blocks.unit_as_hard_as_its_diagonal),
     ("variance_i2", 1.05, blocks.unit_as_hard_as_its_diagonal),
     ("bounds.off_diagonal", 1.05, blocks.gaussian_block),
+    ("fisher_information", 1.05, damping.damped_steps_of_labels),
+    ("variance_i1", 0.2, damping.damped_steps_of_labels),
     ("fisher_information", 1.05, beyond.metric_between_its_bounds),
     ("fisher_information", 0.95, beyond.metric_between_its_bounds),
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from support.checks import beyond, blocks, bounds, exact, findings
+from support.checks import beyond, blocks, bounds, damping, exact, findings
 from support.checks.check import Check
 
 CheckFunction = Callable[[int], Check]
@@ -114,6 +114,9 @@ BEYOND: tuple[CheckFunction, ...] = (  # what goes beyond the paper, of all kind
     blocks.block_below_its_bound,
     blocks.unit_as_hard_as_its_diagonal,
     blocks.gaussian_block,
+    damping.damped_steps,
+    damping.damped_steps_of_labels,
+    damping.damped_step_exactly,
 )
 CHECKS = {
     check.__name__: check for check in INEQUALITIES + EQUALITIES + SAMPLING + FINDINGS + BEYOND
