@@ -101,12 +101,12 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
 
 
 def forked(folder: Path) -> dict[str, tuple[Run, Run | None]]:
-    """The forks that were run here, each with the original that it is compared with, if any."""
+    """The forks and large runs that were made here, each with the original beside it, if any."""
     here = results.load(folder)
     pool = [*here.values(), *results.load(report.REFERENCE).values()]
     return {
         name: (here[name], comparison.original(here[name], [r for r in pool if r.name != name]))
-        for name in forks.read()
+        for name in [*forks.read(), *runs.specs(section="large")]
         if name in here
     }
 

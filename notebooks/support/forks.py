@@ -231,7 +231,7 @@ def run(name: str, folder: Path, dataset: str, *, given: str = "", smoke: bool =
         RunError: it failed.
     """
     forks = with_parameters(name, given) if given.strip() else read()
-    spec = (runs.specs(smoke=smoke) | specs(forks, smoke=smoke))[name]
+    spec = (known(smoke=smoke) | specs(forks, smoke=smoke))[name]
     try:
         runs.make(spec, folder, dataset)
     except RunError as error:
@@ -251,8 +251,8 @@ def kept(name: str, given: str) -> str:
 
 
 def known(*, smoke: bool = False) -> dict[str, Spec]:
-    """The runs of ``runs.yml`` and the forks, by name."""
-    return runs.specs(smoke=smoke) | specs(smoke=smoke)
+    """The runs of ``runs.yml``, the large ones included, and the forks, by name."""
+    return runs.specs(smoke=smoke) | runs.specs(smoke=smoke, section="large") | specs(smoke=smoke)
 
 
 def check_name(name: str) -> None:
@@ -261,7 +261,7 @@ def check_name(name: str) -> None:
         mine = ", ".join(read()) or "none yet: make fork NAME=mynet FROM=mnist"
         raise RunError(
             f"there is no fork and no run named {name!r}. Forks: {mine}. Runs: "
-            f"{', '.join(runs.specs())}."
+            f"{', '.join([*runs.specs(), *runs.specs(section='large')])}."
         )
 
 

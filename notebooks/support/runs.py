@@ -50,6 +50,7 @@ FIMLIB = results.ROOT / "fimlib"
 FORMS: dict[str, tuple[type, str]] = {
     "runs": (dict, "the runs by name"),
     "smoke": (dict, "what is made, and with which parameters, at smoke size"),
+    "large": (dict, "runs for a GPU by name"),
     "title": (str, "a text"),
     "notebook": (str, "the name of a notebook beside runs.yml"),
     "each": (dict, "lists of values by parameter, such as {seed: [0, 1]}"),
@@ -96,15 +97,22 @@ class Attempts:
     earlier: float = 0.0  # seconds that those before took, up to the checkpoint that is used
 
 
-def specs(path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False) -> dict[str, Spec]:
-    """All runs of ``runs.yml`` by name; at smoke size if wanted.
+def specs(
+    path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False, section: str = "runs"
+) -> dict[str, Spec]:
+    """All runs of ``runs.yml`` by name.
+
+    Args:
+        path: The file.
+        smoke: At smoke size.
+        section: "runs", or "large": those that `make run` makes alone, at the size of a GPU.
 
     Raises:
         RunError: the file is not as it should be.
     """
     plan = read_plan(path)
     found: dict[str, Spec] = {}
-    for name, run in plan["runs"].items():
+    for name, run in plan.get(section, {}).items():
         parameters, each = dict(run.get("parameters", {})), dict(run.get("each", {}))
         if smoke:
             parameters |= plan["smoke"]["parameters"].get(run["notebook"], {})
@@ -134,12 +142,14 @@ def read_plan(path: Path) -> dict[str, Any]:
         plan = copy.deepcopy(parsed(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"{path.name} is not valid YAML: {error}") from error
-    check_entry(plan, path.name, needed=("runs", "smoke"))
+    check_entry(plan, path.name, needed=("runs", "smoke"), optional=("large",))
     check_entry(plan["smoke"], f"{path.name}, smoke", needed=("each", "parameters"))
     for notebook, parameters in plan["smoke"]["parameters"].items():
         where = f"{path.name}, smoke, {notebook}"
         check_entry({"parameters": parameters}, where, needed=("parameters",))
-    for name, run in plan["runs"].items():
+    if both := sorted(plan["runs"].keys() & plan.get("large", {}).keys()):
+        raise RunError(f"{path.name}: {both[0]} is in `runs:` and in `large:`; choose another name.")
+    for name, run in (plan["runs"] | plan.get("large", {})).items():
         where = f"{path.name}, run {name}"
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise RunError(f"{where}: a name is a letter, then letters, digits or any of _ . -")

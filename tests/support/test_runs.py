@@ -11,7 +11,7 @@ import time
 
 import nbformat
 import pytest
-from support import results, runs
+from support import forks, results, runs
 
 TINY = """\
 import json, pathlib, time
@@ -452,6 +452,8 @@ EACH = r"run a: `each:` must be lists of values by parameter, such as \{seed: \[
         ("runs: {a: {HEAD, each: {seed: [1]}, parameters: {seed: 2}}}" + SMOKE, r"run a: seed is"),
         ("runs: {1: {HEAD}}" + SMOKE, r"run 1: a name is a letter"),
         ("runs: {a/b: {HEAD}}" + SMOKE, r"run a/b: a name is a letter"),
+        ("runs: {a: {HEAD}}\nlarge: {a: {HEAD}}" + SMOKE, r"a is in `runs:` and in `large:`"),
+        ("runs: {a: {HEAD}}\nlarge: {b: {title: B}}" + SMOKE, r"run b: it needs `title:` and"),
         ("runs: {a: {HEAD}}\nsmoke: {seeds: [0]}", r"smoke: it needs `each:` and `parameters:`"),
         ("runs: {a: {HEAD}}\nsmoke: {each: {b: [0]}, parameters: {tiny.ipynb: 3}}", r"ipynb: `p"),
     ],
@@ -461,6 +463,19 @@ def test_mistakes_in_the_plan_are_named(tmp_path, text, message):
     plan.write_text(text.replace("HEAD", "title: A, notebook: tiny.ipynb"))
     with pytest.raises(runs.RunError, match=message):
         runs.specs(plan)
+
+
+def test_runs_for_a_gpu_stand_apart_and_fit_their_notebooks():
+    """`make reproduce` leaves them out; `make run NAME=…` makes them, at smoke size as well."""
+    large = runs.specs(section="large")
+    assert large
+    assert not large.keys() & runs.specs().keys()
+    assert large.keys() < forks.known().keys()
+    for name, spec in large.items():
+        defaults = runs.check_parameters(spec.notebook, spec.parameters)
+        assert "device" in defaults, name
+        assert spec.parameters.items() <= forks.known()[name].parameters.items()
+        forks.check_name(name)
 
 
 PLAN = """
