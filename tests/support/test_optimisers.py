@@ -78,6 +78,13 @@ def test_a_network_trained_in_a_plain_loop(made, method):
     assert at.set_index("layer").value["seed 1"] == pytest.approx(loss, rel=1e-3)
 
 
+def test_a_network_that_diverges_is_not_chosen_and_stops_nothing(tmp_path):
+    values, _ = execute("optimisers.ipynb", tmp_path, **TINY | {"rates": [1.0, 1e30]})
+    assert set(values.run) == METHODS
+    rates = values[(values.quantity == "rate") & ~values.run.str.contains("SGD|Adam")].value
+    assert set(rates) == {1.0}
+
+
 def test_a_run_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
     step = (checkpoint.Progress, "save")
     values, _ = execute_in_two_sittings(
