@@ -17,7 +17,8 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://12
 
 # Runs that only `make test-full` makes: other tests execute their notebooks cell by cell.
 BY_CELL = (*SMOKE, "log-sigmoid", "population", "empirical", "sweep", "decay", "decay-even")
-BY_CELL += ("tightness", "regression", "saturation", "cost", "projections")
+BY_CELL += ("tightness", "regression", "saturation", "cost", "projections", "population-more")
+BY_CELL += ("optimisers",)
 
 
 @pytest.fixture(
