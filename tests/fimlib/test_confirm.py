@@ -641,6 +641,57 @@ def test_right_networks_are_let_be_at_length():
     assert len(false_alarms(range(300, 10_300))) <= 1
 
 
+SATURATED = [-6.0, -6.6, -7.2, -8.8]
+
+
+def saturated(s, form, outputs=2):
+    """GELU near s, whose 1 + tanh or 1 + erf float32 rounds to 0 and float64 to a few digits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, outputs), nn.GELU(form)).double()
+    net[0].bias.data = torch.tensor([s, 1.0][:outputs], dtype=torch.float64)
+    return net, 0.3 * inputs(3, 2)
+
+
+def slope_of_gelu(s, form):
+    """Its derivative, without cancellation."""
+    if form == "none":
+        return (
+            torch.special.erfc(-s / 2**0.5) / 2 + s * torch.exp(-(s**2) / 2) / (2 * torch.pi) ** 0.5
+        )
+    u, slope = (
+        (8 / torch.pi) ** 0.5 * (s + 0.044715 * s**3),
+        (8 / torch.pi) ** 0.5 * (1 + 0.134145 * s**2),
+    )
+    return u.sigmoid() * (1 + s * slope * (-u).sigmoid())
+
+
+@pytest.mark.parametrize("form", ["tanh", "none"])
+@pytest.mark.parametrize("s", SATURATED)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_outputs_that_float32_rounds_to_nothing_are_let_be(outputs, s, form):
+    net, x = saturated(s, form, outputs)
+    right = slope_of_gelu(net[0](x).detach(), form)
+    for engine, order in product(("functional", "layerwise"), (1, 2)):
+        found = fimlib.differentiate(net, x, engine=engine, order=order).jacobian("0.bias")
+        torch.testing.assert_close(found, torch.diag_embed(right), rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("change", ["the other output", "the saturated one"])
+@pytest.mark.parametrize("s", SATURATED)
+def test_outputs_that_float32_rounds_to_nothing_hide_nothing(s, change):
+    def changed(J):
+        if change == "the other output":
+            J[:, 1] *= 1 + 1e-4
+        else:
+            J[:, 0] += 1e-6
+        return J
+
+    net, x = saturated(s, "tanh")
+    judge(net, x, "layerwise", 1)
+    with pytest.raises(Unconfirmed):
+        judge(net, x, "layerwise", 1, of_first(changed))
+
+
 class Pieces(nn.Module):
     """A function at its kink."""
 
