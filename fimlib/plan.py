@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate_checked
-from fimlib.engines.model import call_with, private_copy, selected
+from fimlib.engines.model import call_with, exact_kernels, private_copy, selected
 from fimlib.memory import live_bytes
 
 REPETITIONS = 3
@@ -96,7 +96,7 @@ def plan(
 
 def forward_backward(own: nn.Module, x: Tensor) -> None:
     """One pass to the sum of the outputs and back to all parameters."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), exact_kernels(own), torch.enable_grad():
         parameters = [p.detach().clone().requires_grad_() for p in own.parameters()]
         named = dict(zip((n for n, _ in own.named_parameters()), parameters, strict=True))
         outputs: Tensor = call_with(own, named, x)
@@ -109,8 +109,8 @@ def median_time(work: Callable[[], None], device: torch.device) -> float:
     def once() -> float:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         return time.perf_counter() - start
 
     once()

@@ -62,8 +62,8 @@ from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import MIXES, fits, inputs_to_check, positions_to_check
 from fimlib.engines.held import Forward, Held
 from fimlib.engines.model import (
+    differentiating,
     finite_outputs,
-    kept_random_state,
     perturb_weights,
     private_copy,
     selected,
@@ -413,7 +413,7 @@ class Source:
             digest.add(tensors_of(held, x))
             x = x.float() if x.dtype in HALF else x
             network = held.around(own) if isinstance(held, Held) else own
-            with named(f"batch {at}"), torch.no_grad():
+            with named(f"batch {at}"), differentiating(network, x), torch.no_grad():
                 h = outputs_of(network, x.to(device))
                 check_outputs(h, len(x))
             found += torch.stack([h.double().sum(), h.double().square().sum()]).cpu()
@@ -476,13 +476,13 @@ class Square(ABC):
         some = x[at]
         check_model(held, some)
         check_plain(held)
-        with torch.inference_mode(False), kept_random_state(x):
+        with differentiating(held, x):
             check_forward(held, some)
             _, h = functional.private(held, some)
             _, whole = functional.private(held, x)
+            movement = movement_of(held, some, h)
         warn_of_probabilities(self.source.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
-        movement = movement_of(held, some, h)
         check_whole(whole[at], h, movement / SHARE)
         try:
             differentiate_checked(Combined(held, movement), some, "functional", 1, wanted)
@@ -595,7 +595,7 @@ class SquaredBatches(Square):
 
     def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """(Σ_x w_x·J)²."""
-        with torch.inference_mode(False), torch.enable_grad(), kept_random_state(x):
+        with differentiating(held, x), torch.enable_grad():
             own = held.around(self.own) if isinstance(held, Held) else self.own
             parameters = [self.own.get_parameter(n) for n, _, _ in self.shapes]
             with exact_lookups():
@@ -631,7 +631,7 @@ class SquaredInputs(Square):
 
     def squares(self, held: nn.Module, x: Tensor) -> PerParameter:
         """Σ_x (w_x·J)²."""
-        with torch.inference_mode(False), kept_random_state(x):
+        with differentiating(held, x):
             sweep = first_order.differentiate(
                 held, x.detach().clone(), wanted=self.wanted, combine=self.source.rows
             )

@@ -30,7 +30,7 @@ from fimlib.engines.checks import (
 from fimlib.engines.choose import differentiate, differentiator
 from fimlib.engines.confirm import inputs_to_check
 from fimlib.engines.held import Forward, hold
-from fimlib.engines.model import finite_outputs, kept_random_state, private_copy
+from fimlib.engines.model import differentiating, finite_outputs, private_copy
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.families.product import Positions
@@ -260,7 +260,7 @@ def first_size(model: nn.Module, batch: Tensor, joint: Joint, order: int) -> Bat
         return BatchSize(few, room)
     own = private_copy(model).requires_grad_()
     kept = LiveBytes([x, *own.parameters(), *own.buffers()])
-    with torch.inference_mode(False), kept_random_state(x), kept:
+    with differentiating(own, x), kept:
         h = finite_outputs(own, x, grad=True)
     if h is None:  # the first batch will tell why
         return BatchSize(few, room)

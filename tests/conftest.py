@@ -8,6 +8,9 @@ import pytest
 # Tests run side by side, and torch's threads would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in subprocesses
 
+import fake_device
+
+fake_device.announce()  # before autograd is used for the first time
 ROOT = Path(__file__).parents[1]
 # Two processes take file by file, so that each makes what the tests of a file share once. These
 # take longest and come first, or one process would wait for the other in the end.

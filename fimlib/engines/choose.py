@@ -35,7 +35,7 @@ from fimlib.engines.confirm import (
     inputs_to_check,
     positions_to_check,
 )
-from fimlib.engines.model import kept_random_state, selected, tied
+from fimlib.engines.model import differentiating, selected, tied
 from fimlib.engines.traced import second_order as traced
 
 Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None], Sweep]
@@ -179,7 +179,7 @@ def differentiate_checked(
     Raises:
         NotImplementedError: no engine supports the network; with the cause and a remedy.
     """
-    with torch.inference_mode(False), kept_random_state(x):
+    with differentiating(model, x):
         check_model(model, x)
         check_plain(model)
         names = candidates(model, engine, order)
@@ -317,7 +317,7 @@ def differentiator(
                 )
             if seen >= inputs_to_check(model):
                 try:
-                    with torch.inference_mode(False), kept_random_state(x):
+                    with differentiating(network, x):
                         found = attempt(network, x.detach(), order, wanted)
                     return replace(found, engine=name)
                 except NotImplementedError:  # these inputs take another path through the network
@@ -492,7 +492,7 @@ def works(model: nn.Module, x: Tensor, trial: Remedy) -> bool:
     _, engine, order, wanted = trial
     names = candidates(model, engine, order)
     try:
-        with torch.inference_mode(False), kept_random_state(x):
+        with differentiating(model, x):
             chosen = choose(names, model, x.detach(), order, wanted, unasked=engine == "auto")
     except (ValueError, NotImplementedError):
         return False

@@ -28,6 +28,7 @@ from fimlib.derivatives import Block, Share, Sweep
 from fimlib.engines import functional
 from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
+from fimlib.engines.model import exact_kernels
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
 from fimlib.engines.traced.parameters import factor_of, unfolded
 
@@ -472,7 +473,7 @@ def differentiate(
             here = None if entered is None else [entrance.at(at) for entrance in entered]
 
         def part(numbers: slice) -> Block:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), exact_kernels(own):
                 if here is None:
                     J = input_by_input(own, x[at], name)
                     J = J if combine is None else torch.einsum("bat,bt...->ba...", rows[at], J)

@@ -18,7 +18,7 @@ from fimlib.derivatives import Block, Derivatives, Sweep, all_finite
 from fimlib.engines import forward_mode
 from fimlib.engines.checks import check_outputs, short
 from fimlib.engines.forward_mode import Curves
-from fimlib.engines.model import call_with, private_copy, tensors
+from fimlib.engines.model import call_with, exact_kernels, private_copy, tensors
 from fimlib.engines.rewrite import exact_activations, exact_lookups, rewritten
 from fimlib.engines.traced.graph import Uncaptured, walk, without_randomness
 
@@ -49,7 +49,7 @@ def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None,
 
     def sweep(at: slice | Tensor) -> Derivatives:
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), exact_kernels(own):
                 derivs = way(own, x[at], names, outputs[at])
         except (MemoryError, torch.OutOfMemoryError):
             raise

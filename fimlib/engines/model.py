@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -90,7 +90,34 @@ def call_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Any:
 
 def kept_random_state(x: object) -> AbstractContextManager[None]:
     """Restore the random generators afterwards, in case a model draws numbers."""
-    return torch.random.fork_rng([x.device] if isinstance(x, Tensor) and x.is_cuda else [])
+    if not isinstance(x, Tensor) or x.device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([x.device], device_type=x.device.type)
+
+
+@contextmanager
+def exact_kernels(model: nn.Module) -> Iterator[None]:
+    """Let cuDNN keep all digits of float32, and leave recurrent layers to PyTorch.
+
+    By default it convolves in TF32, with 10 bits, and refuses their backward pass in eval mode.
+    """
+    cudnn = torch.backends.cudnn
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with cudnn.flags(
+        enabled=cudnn.enabled and not is_recurrent,
+        benchmark=cudnn.benchmark,
+        benchmark_limit=None,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    ):
+        yield
+
+
+@contextmanager
+def differentiating(model: nn.Module, x: object) -> Iterator[None]:
+    """PyTorch set as derivatives of a model at x need it, and as it was afterwards."""
+    with torch.inference_mode(False), exact_kernels(model), kept_random_state(x):
+        yield
 
 
 EMPTY = (dict, OrderedDict, set)  # empty ones are copied by hand

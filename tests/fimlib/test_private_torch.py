@@ -115,7 +115,8 @@ def missing(names):
     """The lines that use what is not there, and what it is."""
     compiled = torch.compile(nn.Linear(1, 1), backend="eager")
     of_python = (os, weakref.finalize, NamedTuple("Empty", []))
-    holders = [compiled._orig_mod, compiled, torch.ones(1), *autograd_nodes(), *of_python]
+    of_torch = [compiled._orig_mod, compiled, torch.ones(1), torch.ops.aten.add.Tensor]
+    holders = [*of_torch, *autograd_nodes(), *of_python]
     return [
         f"{', '.join(places)}: torch {torch.__version__} has no {name}"
         for name, places in names.items()

@@ -7,7 +7,7 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6242,
+    "engines": 6272,
     "core": 6224,
     "rest": 2881,
     "support and extensions": 12_814,

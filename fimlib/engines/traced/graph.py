@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from fimlib.engines.checks import check_outputs, failed
-from fimlib.engines.model import private_copy, tensors
+from fimlib.engines.model import kept_random_state, private_copy, tensors
 from fimlib.engines.rewrite import Activation, rewritten
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
@@ -296,12 +296,14 @@ def walk(root: Node | None) -> tuple[list[Node], dict[Node, list[Edge]]]:
 
 def without_randomness(run: Callable[[], Tensor], x: Tensor) -> Tensor:
     """Run, and refuse if a random number was drawn; the generators are left as they were."""
-    devices = [x.device] if x.is_cuda else []
 
     def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+        on_cpu = torch.get_rng_state()
+        if x.device.type == "cpu":
+            return [on_cpu]
+        return [on_cpu, torch.get_device_module(x.device).get_rng_state(x.device)]
 
-    with torch.random.fork_rng(devices):
+    with kept_random_state(x):
         before = states()
         try:
             outputs = run()
