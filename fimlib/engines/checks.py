@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fimlib.derivatives import all_finite
 from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, is_sharded, private_copy
 
+WITHOUT_FLOAT64 = ("mps",)  # devices; moments and checks need it
 FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
     "a network that takes a dict or several tensors needs forward=, as lambda model, batch: "
@@ -226,6 +227,11 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         )
     if x.is_meta:
         raise ValueError("the input is on the meta device and has no values.")
+    if x.device.type in WITHOUT_FLOAT64:
+        raise ValueError(
+            f"the input is on {x.device}, which has no float64: take the CPU, model.cpu() and "
+            "x.cpu()."
+        )
     if x.layout != torch.strided:
         raise ValueError(f"the input is {x.layout}: pass a dense tensor, x.to_dense().")
     if torch.is_autocast_enabled(x.device.type):

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -227,8 +228,13 @@ class Family(ABC):
             generator: Of the device of h; torch's global one by default.
 
         Raises:
-            ValueError: N < 1, or h does not fit the family.
+            ValueError: N < 1, h does not fit the family, or the generator is of another device.
         """
+        if generator is not None and generator.device != h.device:
+            raise ValueError(
+                f"the generator is on {generator.device}, the outputs are on {h.device}: make it "
+                f'by torch.Generator("{h.device}").'
+            )
         return self.draw(self.natural(h), check_num_samples(num_samples), generator)
 
     @abstractmethod
@@ -476,8 +482,15 @@ def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def sum_of_pairs(x: Tensor) -> Tensor:
     """Σ_{a<b} x_a x_b, [B, T, ...] → [B, ...]; of numbers ≥ 0 nothing cancels."""
-    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1).cumsum(1)
+    before = running_sums(torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1))
     return (before * x).sum(1)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """Σ_{b≤a} x_b, [B, T, ...]; in T steps where CUDA's kernel, not deterministic, is refused."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(1)
+    return torch.stack(list(accumulate(x.unbind(1))), dim=1)
 
 
 def weighted_mean(weights: Tensor, x: Tensor) -> Tensor:

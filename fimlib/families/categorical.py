@@ -18,6 +18,7 @@ from fimlib.families.base import (
     Labels,
     Moments,
     random_signs,
+    running_sums,
     sum_of_pairs,
     weighted_mean,
     weighted_variance,
@@ -59,7 +60,7 @@ class Categorical(Family):
     def draw(self, h: Tensor, num_samples: int, generator: torch.Generator | None) -> Labels:
         """Draw the class counts of N labels, one conditional binomial per class: O(C) for any N."""
         sigma = self.mean(h)
-        remaining_mass = sigma.flip(1).cumsum(1).flip(1)
+        remaining_mass = running_sums(sigma.flip(1)).flip(1)
         share = (sigma / remaining_mass.clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_max(1)
         share[:, -1] = 1  # the last class takes what is left
         left = sigma.new_full((len(sigma),), num_samples)

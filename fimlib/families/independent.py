@@ -110,7 +110,7 @@ class Independent(Family):
         """
         rank = self.cumulants(h)[0].argsort(1, descending=True).argsort(1)
         singles = torch.eye(h.shape[1], dtype=torch.float64, device=h.device)
-        prefixes = singles.cumsum(0)[:, rank].transpose(0, 1)
+        prefixes = torch.ones_like(singles).tril()[:, rank].transpose(0, 1)
         return torch.cat([singles.expand(len(h), -1, -1), prefixes], dim=1) + 0.05
 
     def unfolding(self, h: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from types import ModuleType
@@ -33,10 +34,19 @@ def named(module: ModuleType, name: str) -> Any:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of a parameter: "auto" is a GPU if there is one, else the CPU."""
+    """The device of a parameter: "auto" is a GPU if there is one, else the CPU.
+
+    On a GPU, PyTorch is set to kernels that give the same values every time, in float32 and not in
+    TF32; it warns of an operation without such a kernel.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    picked = torch.device(device)
+    if picked.type != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False
+    return picked
 
 
 def mlp(widths: Sequence[int], activation: str, dropout: float = 0.0) -> nn.Sequential:
@@ -95,14 +105,14 @@ def train_epoch(
 ) -> float:
     """One pass over the data in random order; the mean loss while it went on."""
     net.train()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=x.device)  # a GPU is waited for once
     for batch in torch.randperm(len(x), generator=shuffle).to(x.device).split(batch_size):
         value = loss(net(x[batch]), y[batch])
         step.zero_grad()
         value.backward()
         step.step()
-        total += value.item() * len(batch)
-    return total / len(x)
+        total += value.detach().double() * len(batch)
+    return total.item() / len(x)
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
+import fake_device
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from by_cell import SMOKE, execute, run
 from support import checks, figures, results, runs
@@ -40,6 +42,39 @@ def test_the_cells_run_at_smoke_size(name, tmp_path, monkeypatch):
         monkeypatch.setattr(checks, group, getattr(checks, group)[-2:])  # test_checks has them all
     run(spec.notebook.name, **spec.parameters, **{k: v for k, v in ours.items() if k in known})
     assert ("out" in known) == (tmp_path / "values.csv").exists()
+
+
+ON_A_DEVICE = {
+    "mnist": SIZE | {"epochs": 1},
+    "sweep": {"hidden": [[6]], "epochs": 1, "measured": [0, 1], "num_inputs": 2},
+    "choices": {"hidden": [[6]], "weights": ["Xavier"], "dropouts": [0.5], "epochs": 1}
+    | {"measured": [0, 1], "num_inputs": 2, "optimizers": [["SGD", 0.1, 0.9]]},
+    "population": {"epochs": 1, "measured": [0, 1], "drawn": [0, 1], "repeats": 3}
+    | {"test_limit": 60, "hidden": [8, 6]},
+    "empirical": {"epochs": 1, "measured": [0, 1], "subset": 40, "repeats": 3, "hidden": [8, 6]},
+}
+SLOW = ("population", "empirical")
+
+
+def test_every_notebook_with_a_device_is_run_on_one():
+    taking = {p.stem for p in SOURCES if "device" in runs.check_parameters(p, {})}
+    assert taking == set(ON_A_DEVICE)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (n in SLOW)) for n in ON_A_DEVICE]
+)
+def test_the_cells_run_on_another_device_and_find_the_same(name, tmp_path):
+    """As on a GPU: nothing is made on the CPU and mixed in, and the values are those of the CPU."""
+    size = {"train_limit": 300, "dataset": "digits", "name": name} | ON_A_DEVICE[name]
+    with fake_device.installed() as device:
+        for place in ("cpu", device.type):
+            run(f"{name}.ipynb", out=str(tmp_path / place), device=place, **size)
+    ours, expected = (pd.read_csv(tmp_path / p / "values.csv") for p in (device.type, "cpu"))
+    assert len(ours) > 10
+    assert ours.drop(columns="value").equals(expected.drop(columns="value"))
+    assert np.allclose(ours.value, expected.value, rtol=1e-6, atol=1e-12)
+    assert results.read_record(tmp_path / device.type)["machine"]["device"] == device.type
 
 
 @pytest.fixture(scope="module")

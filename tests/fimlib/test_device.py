@@ -5,15 +5,18 @@ What is computed there must equal what is computed on the CPU, but for rounding.
 """
 
 import copy
+import functools
 
 import fake_device
 import pytest
 import test_caller
 import torch
 from strategies import inputs, mlp
+from support import training
 from torch import nn
 
 import fimlib
+from fimlib.engines import checks
 
 ONES = torch.ones(2, 4, dtype=torch.float64)
 FAMILIES = {
@@ -349,6 +352,87 @@ def test_networks_are_called_without_tf32(function):
     assert model.seen
     assert not any(model.seen)
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_needs_a_kernel_that_is_not_deterministic(name, device):
+    family, observed = FAMILIES[name]
+    derivs = fimlib.differentiate(copy.deepcopy(NETWORK).to(device), X.to(device))
+    expected = [tensors(c(derivs, family, observed.to(device))) for c in (exact, estimates)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.ones(2, device=device).cumsum(0)
+        found = [tensors(c(derivs, family, observed.to(device))) for c in (exact, estimates)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, others in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_generator_of_another_device_is_named(name, device):
+    family, _ = FAMILIES[name]
+    h = torch.zeros(2, 4, device=device)
+    with pytest.raises(ValueError, match=r"on cpu, .* on fake:0: make it by torch.Generator\("):
+        family.sample(h, 3, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="the generator is on fake:0, the outputs are on cpu"):
+        family.sample(h.cpu(), 3, torch.Generator(device).manual_seed(0))
+
+
+def test_a_device_without_float64_is_refused(device, monkeypatch):
+    assert "mps" in checks.WITHOUT_FLOAT64
+    monkeypatch.setattr(checks, "WITHOUT_FLOAT64", (device.type,))
+    net, x = copy.deepcopy(NETWORK).float().to(device), X.float().to(device)
+    for call in (
+        lambda: fimlib.differentiate(net, x),
+        lambda: fimlib.accumulate(net, x, fimlib.Categorical()),
+        lambda: fimlib.estimate(net, x, fimlib.Categorical(), passes=2),
+    ):
+        with pytest.raises(ValueError, match=r"on fake:0, which has no float64: take the CPU"):
+            call()
+
+
+# How often the host waits for a GPU. --------------------------------------------------------------
+
+
+def accumulated(net, batches, **options):
+    fimlib.accumulate(net, batches, fimlib.Categorical(), **options)
+
+
+def estimated(net, batches):
+    fimlib.estimate(net, batches, fimlib.Categorical(), passes=2)
+
+
+def trained(net, batches):
+    x = torch.cat(batches).to(net[0].weight)
+    y = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    step = torch.optim.Adam(net.parameters())
+    options = {"batch_size": len(batches[0]), "shuffle": torch.Generator().manual_seed(0)}
+    training.train_epoch(net, step, x, y, **options)
+
+
+# What is done with a batch, and how often it waits once the first batches were checked.
+LOOPS = {
+    "training": (trained, 0),
+    "estimate": (estimated, 0),
+    "accumulate": (accumulated, 1),
+    "accumulate, order 1": (functools.partial(accumulated, quantities=["I", "V1"]), 1),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_batch_waits_for_the_device_once_at_most(loop, device):
+    work, most = LOOPS[loop]
+    found = []
+    for count in (30, 40):
+        net = copy.deepcopy(NETWORK).to(device)
+        with fake_device.waits() as waits:
+            work(net, list(inputs(2 * count, 3).split(2)))
+        found.append(waits.total())
+    # A pass that is long enough to be saved waits a few times more.
+    assert found[0] > 0
+    assert found[1] - found[0] <= 10 * most + 5
 
 
 MIXED = {

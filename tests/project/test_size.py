@@ -7,10 +7,10 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6272,
-    "core": 6224,
+    "engines": 6280,
+    "core": 6238,
     "rest": 2881,
-    "support and extensions": 12_814,
+    "support and extensions": 12_824,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
 REST |= {"_files", "_signals", "_tables", "_version", "memory", "plan", "streaming"}

@@ -361,6 +361,12 @@ def test_what_was_begun_with_other_code_or_elsewhere_is_removed(tmp_path, monkey
     monkeypatch.setattr(results, "processor", lambda: "another")
     elsewhere, _ = runs.begin(tmp_path / "tiny", "of other code")
     assert [*(tmp_path / "tiny").iterdir()] == [elsewhere] != [other]
+    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: True)
+    folders = set()
+    for gpu in ("a GPU", "another GPU"):
+        monkeypatch.setattr(runs.torch.cuda, "get_device_name", lambda gpu=gpu: gpu)
+        folders.add(runs.begin(tmp_path / "tiny", "of other code")[0])
+    assert len({elsewhere, *folders}) == 3
 
 
 def test_a_killed_run_is_no_result(tmp_path):

@@ -1,5 +1,7 @@
 """A notebook's cells, executed in this process, without a kernel."""
 
+from contextlib import contextmanager
+
 import matplotlib as mpl
 import nbformat
 import pandas as pd
@@ -11,11 +13,22 @@ from support import results, runs, training
 SMOKE = ("statements", "bounds", "joint", "shortcuts", "recipes", "beyond", "paths")
 
 
+@contextmanager
+def device_settings():
+    """Set back what ``training.pick_device`` sets for a GPU."""
+    mode, tf32 = torch.get_deterministic_debug_mode(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
 def run(notebook, **parameters):
     """Execute the cells with these parameters in the place of the notebook's own."""
     runs.check_parameters(runs.NOTEBOOKS / notebook, parameters)
     namespace = {"__name__": "notebook"}
-    with mpl.rc_context(), torch.random.fork_rng():
+    with mpl.rc_context(), torch.random.fork_rng(), device_settings():
         for cell in nbformat.read(runs.NOTEBOOKS / notebook, as_version=4).cells:
             if cell.cell_type == "code":
                 exec(cell.source, namespace)
