@@ -42,7 +42,7 @@ from support import (
     runs,
     sweep_figures,
 )
-from support.bench import tables
+from support.bench import tables, today
 from support.markdown import markdown_table
 from support.results import Run
 
@@ -227,6 +227,8 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "optimisers.md", optimisers)
     results.write_text(GENERATED / "mutation.md", mutation())
     results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
+    results.write_text(GENERATED / "today.md", today.page(today.read()))
+    results.write_text(GENERATED / "intervals.md", today.intervals(today.read()))
 
 
 def paper(group: Mapping[str, Run]) -> dict[str, Run]:

@@ -1,26 +1,21 @@
-"""How often ``Estimate.interval`` holds the exact sum of a layer, over random networks.
-
-The sum of a layer in one pass is ‖Σ_x w_x·J_x‖²/m = wᵀGw with the Gram matrix G of all outputs, so
-that a hundred thousand passes take a second. With squares="input" only the blocks of G that belong
-to one input count.
-"""
+"""How often ``Estimate.interval`` holds the exact sum of a layer, over random networks."""
 
 import itertools
-import math
 import random
 
 import pytest
 import torch
 from scipy import stats
+from support.bench.coverage import gram_matrices, share_held, sums_of_passes
 from torch import nn
 
 import fimlib
 from fimlib import estimates
 from fimlib.families import Positions
 from fimlib.precision import labels_of
-from fimlib.projections import DRAWS
+from fimlib.projections import DRAWS, SQUARES
 
-PASSES, SQUARES = (32, 64), ("batch", "input")
+PASSES = (32, 64)
 FAMILIES = {
     "classes": (fimlib.Categorical(), 5),
     "gaussian": (fimlib.Gaussian(), 3),
@@ -71,42 +66,6 @@ def network(seed):
             weight.div_(shrink)
             bias.div_(shrink)
     return net, x, family
-
-
-def gram_matrices(net, x, family):
-    """Layer → G, [B T, B T], and the natural parameters."""
-    derivs = family.natural_derivatives(fimlib.differentiate(net, x, order=1))
-    h = family.natural(derivs.outputs)
-    found = {}
-    for name, _ in net.named_parameters():
-        J, layer = derivs.jacobian(name).double().reshape(h.numel(), -1), estimates.layer_of(name)
-        found[layer] = found.get(layer, 0.0) + J @ J.T / len(x)
-    return found, h
-
-
-def sums_of_passes(grams, h, family, kind, squares, count):
-    """Layer → its sums in so many passes, and their mean."""
-    generator = torch.Generator().manual_seed(0)
-    own = torch.block_diag(*[torch.ones(h.shape[1], h.shape[1])] * len(h))
-    covariance = torch.block_diag(*family.covariance(h))
-    found = {layer: [] for layer in grams}
-    for part in torch.arange(count).split(max(1, 200_000 // h.numel())):
-        w = DRAWS[kind](family, h.repeat(len(part), 1), generator).reshape(len(part), -1)
-        for layer, G in grams.items():
-            G = G * own if squares == "input" else G
-            found[layer].append(((w @ G) * w).sum(1))
-    means = {layer: float((G * covariance).sum()) for layer, G in grams.items()}
-    return {layer: torch.cat(sums) for layer, sums in found.items()}, means
-
-
-def share_held(sums, right, passes):
-    """How often the interval of so many passes holds the right sum."""
-    layers = {"": estimates.LayerEstimate(1.0, 0.01, 0.0)}
-    _, high = estimates.Estimate({}, {}, layers, 0.0, passes, 1, "", "").interval("")
-    groups = sums.view(-1, passes)
-    total, error = groups.mean(1), groups.std(1) / passes**0.5
-    held = (right / total).log().abs() <= math.log(high) / 0.01 * error / total
-    return float(held.double().mean())
 
 
 def shares(seed, kinds, repetitions):

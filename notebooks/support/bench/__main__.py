@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from support import results, runs
-from support.bench import apart, measure, networks, tables
+from support.bench import apart, measure, networks, tables, today
 from support.bench.candidates import CANDIDATES, DENSE, LABELS
 from support.bench.measure import Case, Row
 
 PACKAGES = ("numpy", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
+PACKAGES_OF_TODAY = ("transformers", "peft")
 CONFIRMED_BATCHES, QUICK_CONFIRMED = (8, 100, 1000), (8,)
 QUICK = ("unit", "ours-fisher", "ours-estimate")  # where not all are measured
 OURS = ("ours-fisher", "ours-first", "ours-all")
@@ -190,7 +191,16 @@ def run(quick: bool, of: Collection[str]) -> Row:
     return {"record": record(started, load, quick)} | found
 
 
-def record(started: float, load: float, quick: bool) -> Row:
+def of_today(quick: bool) -> Row:
+    """Networks of today, and what made the measurement."""
+    apart.PRELOAD.append("support.bench.preload")
+    started, load = time.time(), os.getloadavg()[0]
+    found = today.everything(quick, attempt)
+    packages = [p for p in ("numpy", *PACKAGES_OF_TODAY) if results.version(p) != "unknown"]
+    return {"record": record(started, load, quick, packages)} | found
+
+
+def record(started: float, load: float, quick: bool, packages: Collection[str] = PACKAGES) -> Row:
     """What made the measurements."""
     made = results.record({"quick": quick}, {}, started, torch.device("cpu"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -204,7 +214,7 @@ def record(started: float, load: float, quick: bool) -> Row:
         "limits": {"seconds": measure.LIMIT_SECONDS, "mb": measure.LIMIT_MB},
         "machine": made["machine"] | {"cores": apart.cores(), "gpu": gpu},
         "versions": {"python": made["versions"]["python"], "torch": torch.__version__}
-        | {package: results.version(package) for package in PACKAGES},
+        | {package: results.version(package) for package in packages},
     }
 
 
@@ -214,17 +224,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny networks, some seconds")
     parser.add_argument("--output", type=Path, help="where to write (default: data/bench.json)")
     parser.add_argument("--check", action="store_true", help="only what the check costs, anew")
+    parser.add_argument("--today", action="store_true", help="only the networks of today")
     parser.add_argument(
         "--networks", nargs="*", default=[*networks.FULL], choices=[*networks.FULL], metavar="NAME",
         help=f"some of {', '.join(networks.FULL)}: the whole takes about an hour",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     of = [*networks.QUICK] if arguments.quick else arguments.networks
+    kind = "today" if arguments.today else "bench"
     output = arguments.output or (
-        results.ROOT / "results" / "bench-quick.json" if arguments.quick else tables.FOUND
-    )
+        results.ROOT / "results" / f"{kind}-quick.json" if arguments.quick
+        else today.FOUND if arguments.today else tables.FOUND
+    )  # fmt: skip
     try:
-        if arguments.check:
+        if arguments.today:
+            found = of_today(arguments.quick)
+        elif arguments.check:
             found = {
                 **(tables.read_benchmark(output) or {}),
                 "check": confirmed(arguments.quick),
@@ -234,13 +249,17 @@ def main(argv: list[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here.", file=sys.stderr)
+        later = "nothing was written" if arguments.today else "the same command goes on from here"
+        print(f"\ninterrupted: {later}.", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
         print(f"error: {error}; nothing was written.", file=sys.stderr)
         return 1
-    shown = tables.confirmation(found) if arguments.check else tables.terminal(found)
-    print(f"\n{shown}\nwritten: {os.path.relpath(output)}")
+    page = (
+        today.page if arguments.today
+        else tables.confirmation if arguments.check else tables.terminal
+    )  # fmt: skip
+    print(f"\n{page(found)}\nwritten: {os.path.relpath(output)}")
     return 0
 
 

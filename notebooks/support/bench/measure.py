@@ -62,13 +62,23 @@ def heading(key: str, case: Case) -> Row:
 def measure(key: str, case: Case, threads: int) -> Row:
     """Measure a candidate in a case; what is returned says what came of it (``status``)."""
     candidate = candidates.CANDIDATES[key]
+    return within_limits(lambda: measure_whole(candidate, case, threads), candidate.package)
+
+
+def within_limits(work: Callable[[], Row], package: str) -> Row:
+    """The row that the work makes; or one that says why there is none.
+
+    Args:
+        work: What may take too long or too much, or fail.
+        package: What pip calls the libraries that it needs; "" for torch and fimlib.
+    """
     try:
         with limits():
-            return measure_whole(candidate, case, threads)
+            return work()
     except ImportError:
-        if not candidate.package:
+        if not package:
             raise
-        return {"status": "not installed", "why": f"pip install {candidate.package}"}
+        return {"status": "not installed", "why": f"pip install {package}"}
     except TooLong:
         return {"status": "skipped", "why": f"over {LIMIT_SECONDS:.0f} s"}
     except (MemoryError, RuntimeError, ValueError) as error:
@@ -78,13 +88,8 @@ def measure(key: str, case: Case, threads: int) -> Row:
 
 
 def measure_whole(candidate: candidates.Candidate, case: Case, threads: int) -> Row:
-    """The first call of the process, the later ones in turn with the unit, and the values.
-
-    Every call gets a fresh copy of the model, so that nothing is remembered.
-    """
-    warnings.simplefilter("ignore")  # torch's and the libraries' notices on hooks
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
+    """The calls of a candidate, and its values."""
+    prepare_torch(threads)
     network = networks.network(case.network, quick=case.quick)
     model, x, y = networks.problem(network, case.batch, case.device)
 
@@ -92,30 +97,58 @@ def measure_whole(candidate: candidates.Candidate, case: Case, threads: int) -> 
         call = candidate.prepare(copy.deepcopy(model), network)
         return lambda: call(x, y)
 
-    meter = Meter(case.device)
+    step = candidates.unit(copy.deepcopy(model), network)
+    meter, passes = Meter(case.device), candidate.passes
+    timed = calls(meter, fresh, lambda: step(x, y), lambda t: enough(t, case.quick))
+    timed |= {key: timed[key] / passes for key in ("first", "seconds", "ratio")}
+    found: Row = {"status": "measured", "times": {str(threads): timed}}
+    if case.check and threads == 1:
+        found |= agreement.compare(candidate, model, network, x, y)
+    return found
+
+
+def prepare_torch(threads: int) -> None:
+    """So many threads, no notices, and float32 that is float32."""
+    warnings.simplefilter("ignore")  # torch's and the libraries' notices on hooks
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def calls(
+    meter: Meter,
+    fresh: Callable[[], Callable[[], object]],
+    step: Callable[[], object],
+    are_enough: Callable[[Sequence[float]], bool],
+    steps: int = 1,
+) -> Row:
+    """The first call of the process, and the later ones in turn with the unit.
+
+    Args:
+        meter: Measures them.
+        fresh: Makes a call with a fresh copy of the model, so that nothing is remembered.
+        step: The unit, a training step.
+        are_enough: Whether there are enough later calls, by their seconds.
+        steps: How many units are measured in turn with one call.
+    """
     first = meter.time(fresh())
     signal.setitimer(signal.ITIMER_REAL, 0)  # a later call may take a little longer
     second, mb = meter.run(fresh())
-    units: list[float] = []
-    times = [second]
-    yardstick = candidates.unit(copy.deepcopy(model), network)
-    yardstick(x, y)
-    while not units or not enough(times, case.quick):
-        units.append(meter.time(lambda: yardstick(x, y)))
+    step()
+    _, unit_mb = meter.run(step)
+    units, times = [meter.time(step) for _ in range(steps)], [second]
+    while not are_enough(times):
         times.append(meter.time(fresh()))
-    unit, seconds = statistics.median(units), statistics.median(times) / candidate.passes
-    timed = {
-        "first": first / candidate.passes / unit,
+        units += [meter.time(step) for _ in range(steps)]
+    unit, seconds = statistics.median(units), statistics.median(times)
+    return {
+        "first": first / unit,
         "unit": unit,
         "seconds": seconds,
         "ratio": seconds / unit,
         "repetitions": len(times),
         "memory_mb": mb,
+        "unit_memory_mb": unit_mb,
     }
-    found: Row = {"status": "measured", "times": {str(threads): timed}}
-    if case.check and threads == 1:
-        found |= agreement.compare(candidate, model, network, x, y)
-    return found
 
 
 def enough(times: Sequence[float], quick: bool) -> bool:
