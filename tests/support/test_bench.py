@@ -269,6 +269,24 @@ def test_what_takes_too_long_or_too_much_is_broken_off(limit, value, work, why, 
     assert torch.ones(100_000_000).numel()  # the limits are gone
 
 
+def test_seconds_of_the_cpu_are_counted_where_asked():
+    def spin(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+        return {"status": "measured"}
+
+    def sleep():
+        time.sleep(0.5)
+        return {"status": "measured"}
+
+    assert measure.within_limits(sleep, "", 0.2, of_cpu=True)["status"] == "measured"
+    assert measure.within_limits(sleep, "", 0.2)["why"] == "over 0 s"
+    assert measure.within_limits(lambda: spin(1.0), "", 0.2, of_cpu=True)["why"] == "over 0 s"
+    meter = measure.Meter("cpu", time.process_time)
+    assert meter.time(sleep) < 0.2 < meter.time(lambda: spin(0.3))
+
+
 def test_what_fails_is_a_row_too(monkeypatch):
     def prepare(*_):
         raise ValueError("no such network")

@@ -42,6 +42,7 @@ def compared(task, keys):
     return found
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
 @pytest.mark.parametrize("name", TINY)
 def test_estimates_are_within_five_standard_errors(name):
     for row in compared(TINY[name], FAST.get(name, ("signs",))):
@@ -49,8 +50,9 @@ def test_estimates_are_within_five_standard_errors(name):
         assert 0 < row["error"] < 1
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
 @pytest.mark.full
-@pytest.mark.parametrize("name", set(architectures.tasks()) - {"large"})
+@pytest.mark.parametrize("name", sorted(set(architectures.tasks()) - {"large"}))
 def test_estimates_of_whole_networks_are_within_five_standard_errors(name):
     task = architectures.tasks()[name]
     keys = today.ESTIMATES[: 2 if name == "two-heads" else 3]

@@ -65,22 +65,27 @@ def measure(key: str, case: Case, threads: int) -> Row:
     return within_limits(lambda: measure_whole(candidate, case, threads), candidate.package)
 
 
-def within_limits(work: Callable[[], Row], package: str) -> Row:
+def within_limits(
+    work: Callable[[], Row], package: str, seconds: float | None = None, *, of_cpu: bool = False
+) -> Row:
     """The row that the work makes; or one that says why there is none.
 
     Args:
         work: What may take too long or too much, or fail.
         package: What pip calls the libraries that it needs; "" for torch and fimlib.
+        seconds: How long the first call may take, by default ``LIMIT_SECONDS``.
+        of_cpu: Whether these are seconds of the CPU, which other programs do not use up.
     """
+    seconds = LIMIT_SECONDS if seconds is None else seconds
     try:
-        with limits():
+        with limits(seconds, of_cpu=of_cpu):
             return work()
     except ImportError:
         if not package:
             raise
         return {"status": "not installed", "why": f"pip install {package}"}
     except TooLong:
-        return {"status": "skipped", "why": f"over {LIMIT_SECONDS:.0f} s"}
+        return {"status": "skipped", "why": f"over {seconds:.0f} s"}
     except (MemoryError, RuntimeError, ValueError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):
             return {"status": "skipped", "why": f"over {LIMIT_MB / 1000:.0f} GB"}
@@ -131,7 +136,8 @@ def calls(
         steps: How many units are measured in turn with one call.
     """
     first = meter.time(fresh())
-    signal.setitimer(signal.ITIMER_REAL, 0)  # a later call may take a little longer
+    for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF):
+        signal.setitimer(timer, 0)  # a later call may take a little longer
     second, mb = meter.run(fresh())
     step()
     _, unit_mb = meter.run(step)
@@ -160,21 +166,24 @@ def enough(times: Sequence[float], quick: bool) -> bool:
 
 
 @contextmanager
-def limits() -> Iterator[None]:
+def limits(seconds: float, *, of_cpu: bool) -> Iterator[None]:
     """Break off what takes too long, and refuse memory beyond the limit."""
 
     def stop(*_: object) -> None:
         raise TooLong
 
+    timer, alarm = (
+        (signal.ITIMER_PROF, signal.SIGPROF) if of_cpu else (signal.ITIMER_REAL, signal.SIGALRM)
+    )
     most, before = resource.RLIMIT_DATA, resource.getrlimit(resource.RLIMIT_DATA)
-    handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    handler = signal.signal(alarm, stop)
+    signal.setitimer(timer, seconds)
     try:
         resource.setrlimit(most, (int(1e6 * LIMIT_MB + resident("VmData")), before[1]))
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(timer, 0)
+        signal.signal(alarm, handler)
         resource.setrlimit(most, before)
 
 
@@ -194,10 +203,15 @@ def hopeless(rows: Sequence[Row], batch: int) -> Row | None:
 
 
 class Meter:
-    """Runs work, and tells how long it took and how much memory it added."""
+    """Runs work, and tells how long it took and how much memory it added.
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
+    Args:
+        device: "cpu" or "cuda".
+        clock: Which seconds count.
+    """
+
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.cuda, self.clock = device == "cuda", clock
 
     def run(self, work: Callable[[], object]) -> tuple[float, float]:
         """Seconds, and the MB (10⁶ bytes) at the peak beyond those at the start."""
@@ -215,10 +229,10 @@ class Meter:
     def time(self, work: Callable[[], object]) -> float:
         """Seconds."""
         self.wait()
-        start = time.perf_counter()
+        start = self.clock()
         work()
         self.wait()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

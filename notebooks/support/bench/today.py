@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from support.bench.measure import Row
 FOUND = results.ROOT / "data" / "today.json"
 ROUNDING = 1e-5  # of float32, relative to the sum of a layer
 ENOUGH = 3, 1.0  # later calls, or seconds that they take together
+LIMIT_SECONDS = 20.0  # of the CPU, for a first call
 STEPS = 5  # training steps in turn with each of them
 Exact = Mapping[str, "np.ndarray[Any, Any]"]  # parameter → I
 Values = tuple[object, float | None]  # what a call returns; the error that it states
@@ -91,7 +93,10 @@ def cell(name: str, key: str, quick: bool, exact: Exact | None) -> tuple[Row, Ex
     task = architectures.tasks(quick)[name]
     seen: list[Any] = []
     row = measure.within_limits(
-        lambda: measured(task, key, exact, seen, quick), " ".join(task.packages)
+        lambda: measured(task, key, exact, seen, quick),
+        " ".join(task.packages),
+        LIMIT_SECONDS,
+        of_cpu=True,
     )
     I = {n: t.numpy() for n, t in seen[0].items()} if key == EXACT and seen else None
     return {"network": name, "call": key, **row}, I
@@ -138,8 +143,9 @@ def measured(task: Task, key: str, exact: Exact | None, seen: list[Any], quick: 
     def are_enough(times: Sequence[float]) -> bool:
         return quick or len(times) >= ENOUGH[0] or sum(times) > ENOUGH[1]
 
+    meter = measure.Meter("cpu", time.process_time)  # other programs do not disturb it much
     try:
-        timed = measure.calls(measure.Meter("cpu"), fresh, step, are_enough, STEPS)
+        timed = measure.calls(meter, fresh, step, are_enough, STEPS)
     except (NotImplementedError, TypeError, ValueError) as error:
         return {"status": "refused", "why": str(error), **about}
     compared = compare(seen[0], exact) if key in ESTIMATES and exact else {}
