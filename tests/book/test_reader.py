@@ -61,6 +61,18 @@ def test_ten_minutes_are_ten():
     assert 1500 <= live.words(BOOK / "in-ten-minutes.md") <= 10 * live.PER_MINUTE
 
 
+def test_the_example_by_hand_is_what_fimlib_gives():
+    page = text("in-ten-minutes")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, names := {})
+    said = re.search(
+        r"is 0 at \$p = 0.5\$.* It is (.*?) at \$p = 0.01\$, and (.*?) at \$p = 0.0001\$", page
+    )
+    rounded = [float(f"{error:.2g}") for error in names["error"].flatten().tolist()]
+    assert rounded == [0.0, *map(float, said.groups())]
+    assert code.endswith("# 0, {}, {}\n".format(*said.groups()))
+
+
 def test_an_hour_is_an_hour():
     [listed] = re.findall(r"Eight pages, \{minutes\}`(.*?)`", text("reading-path"))
     names = listed.split(", ")
