@@ -353,13 +353,13 @@ def landing(found: Mapping[str, Run], made: str) -> str:
     decisions = decide(found)
     by_id = {d.claim.id: d for d in decisions}
     lines = [
-        ("Do the bounds hold?", "values beyond a bound, in a run:", "a"),
+        ("Do the bounds hold?", "number of values beyond a bound, per run:", "a"),
         ("The output layer", "largest V₂ there:", "d-zero"),
-        ("The output layer", "its V₁ over the largest of the other layers:", "d-largest"),
+        ("The output layer", "V₁ there over the largest V₁ of the other layers:", "d-largest"),
         ("The hidden layers", "V₁/V₂:", "c"),
         ("How tight are the bounds?", "UB/V₁ in hidden layers, over many settings:", "b-v1"),
         ("How tight are the bounds?", "UB/V₂ in hidden layers, over many settings:", "b-v2"),
-        ("Log-sigmoid", "share of layers' I, V₁, V₂ down to a tenth by epoch 5:", "f-most"),
+        ("Log-sigmoid", "share of layers' I, V₁, V₂ that fell to a tenth by epoch 5:", "f-most"),
     ]
     points = []
     for topic, text, key in lines:
@@ -372,10 +372,10 @@ def landing(found: Mapping[str, Run], made: str) -> str:
         verdict = dependence(decision) if depends else said(decision)
         points.append(f"* *{topic}* {text} {numbers}{by_network(decision)}. **{verdict}**\n")
     return (
-        f"From {made}. Numbers are medians and ranges over all cases; behind "
-        "them stands how many agree with the paper, and the verdict.\n\n"
-        f"{''.join(points)}\n[The report](report.md) decides every claim of the paper that can be "
-        f"decided: {tally(decisions)}.\n"
+        f"From {made}. Numbers are medians and ranges over all cases, followed "
+        "by how many cases agree with the paper, and our verdict.\n\n"
+        f"{''.join(points)}\n[The report](report.md) gives a verdict on every claim of the paper "
+        f"that we could test: {tally(decisions)}.\n"
     )
 
 
