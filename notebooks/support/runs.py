@@ -148,7 +148,7 @@ def read_plan(path: Path) -> dict[str, Any]:
         where = f"{path.name}, smoke, {notebook}"
         check_entry({"parameters": parameters}, where, needed=("parameters",))
     if both := sorted(plan["runs"].keys() & plan.get("large", {}).keys()):
-        raise RunError(f"{path.name}: {both[0]} is in `runs:` and in `large:`; choose another name.")
+        raise RunError(f"{path.name}: {both[0]} is in `runs:` and in `large:`; rename one.")
     for name, run in (plan["runs"] | plan.get("large", {})).items():
         where = f"{path.name}, run {name}"
         if not isinstance(name, str) or not NAME.fullmatch(name):
