@@ -39,6 +39,7 @@ from support import (
     projection_figures,
     report,
     results,
+    run_list,
     runs,
     sweep_figures,
 )
@@ -225,6 +226,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "projections-costs.md", projection_figures.costs(projections))
     optimisers = optimiser_figures.losses_table(experiments.get("optimisers", {}))
     results.write_text(GENERATED / "optimisers.md", optimisers)
+    results.write_text(GENERATED / "runs.md", run_list.all_runs(main))
     results.write_text(GENERATED / "mutation.md", mutation())
     results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
     results.write_text(GENERATED / "today.md", today.page(today.read()))
