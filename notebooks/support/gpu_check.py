@@ -70,6 +70,19 @@ class Attention(nn.Module):
         return h
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer and a head: cuDNN would refuse its backward pass in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.output = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, length, 8] → [B, 3]."""
+        h: Tensor = self.output(self.recurrent(x)[0][:, -1])
+        return h
+
+
 def by_engine(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """I and the variances by every engine, and streamed, on a device."""
     torch.manual_seed(0)
@@ -79,6 +92,7 @@ def by_engine(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         ("layerwise", network(), (784,), 2),
         ("traced", nn.Sequential(*conv, nn.Linear(576, 10)).eval(), (1, 28, 28), 2),
         ("functional", Attention().eval(), (5, 8), 1),
+        ("functional", Recurrent().eval(), (5, 8), 1),
     ):
         x = torch.rand(8, *shape, generator=numbers).to(device, dtype)
         net = net.to(device, dtype)

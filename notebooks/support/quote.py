@@ -2,6 +2,7 @@
 
 The times come from the records of runs made before, here or for ``data/reference``. Each is scaled
 by the time of one small fixed piece of work, `speed.calibration`, here and when the run was made.
+That work is the processor's: a time from a run without this machine's GPU says so.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def quote(
         return Quote(spec.name, state, None, None, None, f"no record of {spec.notebook.name}")
     if not all("calibration" in run.record for run in relatives):
         source += ", scaled by nothing"
+    if any(is_of_another_device(run.record) for run in relatives):
+        source += ", made without this GPU"
     memory = [r.record["memory_mb"] for r in relatives if "memory_mb" in r.record]
     return Quote(
         spec.name,
@@ -99,6 +102,12 @@ def nearest(
     if family:
         return family, f"runs of {spec.experiment}"
     return list(same.values()), f"runs of {spec.notebook.name} with other settings"
+
+
+def is_of_another_device(record: Mapping[str, Any]) -> bool:
+    """Whether the run would now take a GPU, and took none or another when it was recorded."""
+    takes_gpu = record["parameters"].get("device") == "auto" and bool(speed.gpu())
+    return takes_gpu and record.get("machine", {}).get("device") != speed.gpu()
 
 
 def fits(parameters: Mapping[str, Any], run: Run) -> bool:
@@ -181,12 +190,13 @@ def amount(mb: float) -> str:
 
 
 def machine(folder: Path) -> str:
-    """This machine in a line: processor, cores, memory, free space where results will lie."""
+    """This machine in a line: processor, GPU, memory, free space where results will lie."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
     free = shutil.disk_usage(there).free / 1e6
+    gpu = f"{speed.gpu()}, " if speed.gpu() else ""
     return (
-        f"{results.processor()}, {speed.cores()} cores, {amount(memory)} of memory, "
+        f"{results.processor()}, {speed.cores()} cores, {gpu}{amount(memory)} of memory, "
         f"{amount(free)} free on the disk; speed: {speed.calibration():.3f} s for a fixed piece of "
         "work"
     )
@@ -202,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(machine(folder), flush=True)
     plan = runs.specs(smoke=arguments.smoke)
     found = quotes(plan, folder, REFERENCE, arguments.dataset, speed.calibration())
-    print(text(found, speed.cores(), results.peak_memory()))
+    print(text(found, speed.at_a_time(), results.peak_memory()))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from fimlib._signals import later
 from support import book, cli, data, forks, quote, report, results, runs, speed
 from support.quote import Quote
@@ -30,7 +28,6 @@ from support.runs import RunError
 CHOICE = ".dataset"  # in the folder of results: the data set last chosen
 PAUSE = 0.2  # seconds between two looks at the processes
 PATIENCE = 30.0  # seconds without a line on the progress of all runs
-GPU_MB = 2000.0  # of GPU memory for each run
 # Of a run of which nothing is known: seconds, and MB.
 SECONDS, MEMORY = 60.0, 1500.0
 
@@ -142,13 +139,6 @@ def in_order(quotes: Sequence[Quote]) -> list[Quote]:
     return [*quotes[:1], *rest]
 
 
-def at_a_time() -> int:
-    """How many runs to make at a time: one for each core, fewer if a GPU has little memory."""
-    if not torch.cuda.is_available():
-        return speed.cores()
-    return max(1, min(speed.cores(), int(torch.cuda.mem_get_info()[0] / 1e6 / GPU_MB)))
-
-
 def make_all(
     folder: Path, dataset: str, digest: str, jobs: int, prefix: Sequence[str], *, smoke: bool
 ) -> None:
@@ -171,7 +161,7 @@ def make_all(
     found = quote.quotes(plan, folder, report.REFERENCE, dataset, speed.calibration())
     queue = in_order([q for q in found if q.name in todo])
     memory = float("inf") if prefix else speed.free_memory()
-    jobs = jobs or (len(plan) if prefix else at_a_time())
+    jobs = jobs or (len(plan) if prefix else speed.at_a_time())
 
     def start(name: str) -> subprocess.Popen[bytes]:
         command = [*prefix, *python("support.runs", name), *options(folder, dataset, smoke=smoke)]

@@ -212,8 +212,7 @@ def begin(folder: Path, digest: str) -> tuple[Path, Attempts]:
         folder: Where the unfinished folders of the run lie; those of others than this are removed.
         digest: Of what the run is made of. The machine counts, too: the last bits depend on it.
     """
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = (results.processor(), torch.__version__, gpu)
+    machine = (results.processor(), torch.__version__, speed.gpu() or "no GPU")
     partial = folder / results.digest(x.encode() for x in (digest, *machine))[:12]
     for other in folder.glob("*"):
         if other != partial:

@@ -16,6 +16,7 @@ from support import training
 
 STEPS = 150  # of training
 REPEATS = 3
+GPU_MB = 2000.0  # of GPU memory for each run
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -61,3 +62,15 @@ def free_memory() -> float:
     with suppress(OSError, ValueError):  # there is no container, or it has no limit
         free = min(free, int(CONTAINER.read_text()))
     return float(free / 1e6)
+
+
+def gpu() -> str:
+    """The name of the GPU that runs use; empty where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def at_a_time() -> int:
+    """How many runs to make at a time: one for each core, fewer if a GPU has little memory."""
+    if not gpu():
+        return cores()
+    return max(1, min(cores(), int(torch.cuda.mem_get_info()[0] / 1e6 / GPU_MB)))

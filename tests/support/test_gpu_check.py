@@ -1,5 +1,6 @@
 """The comparison of CPU and GPU, as far as it can be seen without a GPU."""
 
+import fake_device
 import pytest
 import torch
 from support import gpu_check
@@ -23,6 +24,14 @@ def test_a_device_agrees_with_itself_and_disagrees_when_it_is_wrong(dtype, monke
     monkeypatch.setattr(gpu_check, "quantities", wrong_the_second_time)
     wrong = {k: v for k, v in gpu_check.largest_differences("cpu", dtype).items() if v}
     assert wrong == {"V1 0.weight": pytest.approx(0.5)}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", gpu_check.TOLERANCE)
+def test_the_comparison_runs_on_another_device(dtype):
+    with fake_device.installed() as device:
+        differences = gpu_check.largest_differences(device.type, dtype)
+    assert max(differences.values()) <= gpu_check.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("worst", "status", "word"), [(1e-12, 0, "ok"), (1e-2, 1, "FAILED")])

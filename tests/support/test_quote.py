@@ -138,6 +138,36 @@ def test_the_command_reads_no_mnist_and_makes_no_run(tmp_path, capsys, monkeypat
     assert "speed: 0.250 s" in text
 
 
+def test_with_a_gpu_the_quote_names_it_and_says_which_times_were_made_without(
+    tmp_path, capsys, monkeypatch
+):
+    cuda = quote.speed.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (3 * quote.speed.GPU_MB * 1e6, 0))
+    monkeypatch.setattr(quote.speed, "cores", lambda: 8)
+    for seed, device in enumerate(("a GPU", "cpu")):
+        parameters = {"seed": seed, "device": "auto"}
+        recorded(
+            tmp_path / "reference", f"a-seed-{seed}", parameters, wall_seconds=9.0, seconds=0.0,
+            calibration=0.5, machine={"device": device},
+        )  # fmt: skip
+    recorded(
+        tmp_path / "reference", "other", wall_seconds=9.0, seconds=0.0, calibration=0.5,
+        machine={"device": "cpu"},
+    )  # fmt: skip
+    found = quoted(tmp_path)
+    assert found["a-seed-0"].source == found["other"].source == "its own record"
+    assert found["a-seed-1"].source == "its own record, made without this GPU"
+    assert found["a-seed-2"].source == "runs of a, made without this GPU"
+    monkeypatch.setattr(quote.speed, "calibration", lambda: 0.25)
+    assert quote.main(["--results", str(tmp_path / "none")]) == 0
+    text = capsys.readouterr().out
+    assert "8 cores, a GPU, " in text
+    assert "make reproduce JOBS=3: " in text
+    assert "JOBS=8" not in text
+
+
 def test_the_calibration_changes_neither_threads_nor_random_numbers():
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     assert 0.01 < quote.speed.calibration() < 60
