@@ -123,15 +123,19 @@ def differentiating(model: nn.Module, x: object) -> Iterator[None]:
 EMPTY = (dict, OrderedDict, set)  # empty ones are copied by hand
 
 
-def private_copy(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module, around: nn.Module | None = None) -> nn.Module:
     """A copy to be called, so that nothing that a call changes is the caller's.
+
+    It is built ``around`` the parameters of an earlier copy, if there is one.
 
     Raises:
         NotImplementedError: an attribute of the model cannot be copied.
     """
     # deepcopy() would spend most of its time on the many empty dicts of hooks
     values = (v for m in model.modules() for v in vars(m).values())
-    memo = {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
+    memo: dict[int, Any] = {id(v): type(v)() for v in values if type(v) in EMPTY and not v}
+    if around is not None:
+        memo |= zip(map(id, model.parameters()), around.parameters(), strict=True)
     try:
         with ComputedToo():
             own = copy.deepcopy(model, dict(memo))

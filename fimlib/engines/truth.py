@@ -31,7 +31,7 @@ class Truth:
 
     Attributes:
         own: The copy; in the network's own type where that computes in nothing else.
-        alone: Another copy, which has not been called; it shares the parameters' memory.
+        alone: Another copy, which has not been called; it has the same parameters.
         x: [k, ...], the inputs.
         outputs: h, [k, T].
         noise: Rounding errors to expect in h, [T].
@@ -53,7 +53,8 @@ class Truth:
             Unconfirmed: the network rounds numbers to a narrower type than its own, or changes its
                 parameters.
         """
-        own, alone = private_copy(model).requires_grad_(), private_copy(model)
+        own = private_copy(model).requires_grad_()
+        alone = private_copy(model, own)
         h = outputs_without_narrowing(own, x)
         check_unchanged(model, own)
         h = h.to(min((h, *own.parameters()), key=bits).dtype)  # forward() may widen its outputs
@@ -61,11 +62,11 @@ class Truth:
             narrow = finite_outputs(
                 private_copy(model).float(), x.float() if x.is_floating_point() else x
             )
-            return cls(own, sharing(alone, own), x, h, noise_of(h, narrow), h)
+            return cls(own, alone, x, h, noise_of(h, narrow), h)
         z, wide = in_double(own, x)
         if wide is None:
             return cls(own.to(h.dtype), alone, x, h, noise_of(h, None), h)
-        return cls(own, sharing(alone, own).double(), z, wide, noise_of(wide, h), h)
+        return cls(own, alone.double(), z, wide, noise_of(wide, h), h)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,13 +78,6 @@ class Truth:
         """A random direction, every parameter in proportion to its size."""
         generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
         return {n: direction(p.detach(), generator) for n, p in self.own.named_parameters()}
-
-
-def sharing(alone: nn.Module, own: nn.Module) -> nn.Module:
-    """Give a copy the parameters of another one, so that both use the same memory."""
-    for mine, others in zip(alone.parameters(), own.parameters(), strict=True):
-        mine.data = others.data
-    return alone
 
 
 def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,7 +102,7 @@ def size_of(parameter: Tensor) -> Tensor:
 def or_initial(sizes: Tensor, parameter: Tensor) -> Tensor:
     """Sizes of a parameter's entries, with that at initialisation where they are 0."""
     initial = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    return torch.where(sizes > 0, sizes, torch.full_like(sizes, initial))
+    return sizes.masked_fill(sizes == 0, initial)
 
 
 def check_unchanged(model: nn.Module, called: nn.Module) -> None:
@@ -202,8 +196,7 @@ def noise_of(h: Tensor, narrow: Tensor | None) -> Tensor:
         return least + most
     error = (narrow.double() - h).abs()
     error = error.nan_to_num(0.0, 0.0, 0.0).amax(0)
-    lost = error >= size / 2
-    least = least + lost * most.clamp_min(2**7 * eps)
+    least = least + (error >= size / 2) * most.clamp_min(2**7 * eps)
     return least + MARGIN * error * (eps / torch.finfo(torch.float32).eps)
 
 
@@ -259,14 +252,14 @@ def step_of(dtype: torch.dtype) -> float:
 @contextmanager
 def shifted(own: nn.Module, v: PerParameter, step: float) -> Iterator[None]:
     """Move the parameters of ``own`` to θ + step · v for a while."""
-    before = {n: own.get_parameter(n).data for n in v}
+    moving = [(p, p.data, v[n]) for n, p in own.named_parameters() if n in v]
     try:
-        for n, old in before.items():
-            own.get_parameter(n).data = torch.add(old, v[n].to(old), alpha=step)
+        for p, old, w in moving:
+            p.data = torch.add(old, w.to(old), alpha=step)
         yield
     finally:
-        for n, old in before.items():
-            own.get_parameter(n).data = old
+        for p, old, _ in moving:
+            p.data = old
 
 
 def outputs_at(truth: Truth, v: PerParameter, step: float) -> Tensor:

@@ -447,6 +447,31 @@ def test_a_single_input_shows_that_others_would_matter(name, batch):
         fimlib.differentiate(net, inputs(batch, 4), order=1)
 
 
+class BetweenExtremes(nn.Module):
+    """It doubles what is neither the least nor the greatest of the batch."""
+
+    def forward(self, x):
+        return torch.where((x > x.amin(0)) & (x < x.amax(0)), 2 * x, x)
+
+
+class KeepsMean(nn.Module):
+    """It subtracts the mean of the first batch, then and later."""
+
+    mean = None
+
+    def forward(self, x):
+        self.mean = x.detach().mean(0) if self.mean is None else self.mean
+        return x - self.mean
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("module", [BetweenExtremes, KeepsMean])
+def test_one_of_the_calls_shows_that_others_matter(module, batch):
+    x = torch.linspace(-1, 1, batch, dtype=torch.float64)[:, None].expand(batch, 4)
+    with pytest.raises(NotImplementedError, match="others of the batch"):
+        fimlib.differentiate(around(module()), x, order=1)
+
+
 class HiddenMean(nn.Module):
     """Subtracts the mean of the batch, behind a weight of 0."""
 
