@@ -31,6 +31,19 @@ def test_the_table_names_every_engine():
     assert set(re.findall(r"^\| `([\w-]+)`", table, flags=re.MULTILINE)) <= set(ENGINES)
 
 
+def test_the_supported_layers_are_layers_and_engines():
+    from torch import nn
+
+    from fimlib.engines.choose import ENGINES
+
+    table = PAGE.read_text().partition("## Supported layers\n")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1:-1] for row in table.splitlines() if row.startswith("| ")][2:]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert {"BatchNorm2d", "Conv2d", "LSTM", "MultiheadAttention"} <= set(names)
+    assert all(hasattr(nn, name) for name in names)
+    assert {row[-1].strip(" `") for row in rows} <= {*ENGINES, "none"}
+
+
 @pytest.mark.parametrize("name", ["plan", "accumulate", "all_reduce", "hutchinson_variance_i2"])
 def test_what_the_page_calls_is_public(name):
     import fimlib
