@@ -223,16 +223,16 @@ def try_softmax(data: Mapping[str, Columns]) -> str:
     return f"""\
 * **Press *one half each*.** Both labels are equally far from the mean, so $\\hat I_1$ does not
   vary: $\\lambda_{{\\max}}(\\mathcal{{M}})$ is {at("lambda-max-m", half):.3g}. The certified bound
-  is {at("certified-m", half):.3g}, too; Corollary 4.2 says {at("corollary-4-2", half):.3g}, Theorem
-  5.2 {at("theorem-5-2-m", half):.3g}.
-* **Compare the two sure places.** With all doubt on one class the certified bound is
-  {loose("certified-m", one)} times the value, Theorem 5.2 {loose("theorem-5-2-m", one)} times. With
-  as much doubt on two Theorem 5.2 is {loose("theorem-5-2-m", two)} times the value, and Corollary
-  4.2 is the tightest bound of all: of the {len(three["at"])} places {beaten} are such.
+  is also {at("certified-m", half):.3g}. Corollary 4.2 gives {at("corollary-4-2", half):.3g},
+  Theorem 5.2 {at("theorem-5-2-m", half):.3g}.
+* **Compare the two confident places.** If the rest is on one class, the certified bound is
+  {loose("certified-m", one)} times the value, Theorem 5.2 {loose("theorem-5-2-m", one)} times. If
+  it is on two classes, Theorem 5.2 is {loose("theorem-5-2-m", two)} times the value, and Corollary
+  4.2 is the tightest bound, as at {beaten} of the {len(three["at"])} softmax vectors.
 * **Choose ten classes and cool down.** At $\\tau = {tau[-1]:.3g}$ Theorem 5.2 is {factor[-1]:.3g}
-  times the value; at $\\tau = {tau[worst]:.3g}$ it is farthest off, {factor[worst]:.3g} times; at
-  $\\tau = {tau[0]:.3g}$ all bounds agree within {max(coldest) / min(coldest) - 1:.2%}. Down to
-  $\\tau = {turn:.3g}$ its first term is the smaller one, below that the second.
+  times the value, and at most {factor[worst]:.3g} times, at $\\tau = {tau[worst]:.3g}$. At
+  $\\tau = {tau[0]:.3g}$ all bounds agree within {max(coldest) / min(coldest) - 1:.2%}. For $\\tau$
+  above {turn:.3g} its first term is the smaller one; below, the second.
 """
 
 
@@ -310,17 +310,17 @@ def try_figure_1(shown: list[Run], runs: list[dict[str, Any]]) -> str:
     first = [run for run in runs if run["experiment"] == kinds[0]]
     least, most = (choose(first, key=last_information) for choose in (min, max))
     return f"""\
-* **Switch the activation** and watch blue and vermilion in the hidden layers. Over all seeds,
+* **Switch the activation** and compare blue and vermilion in the hidden layers. Over all seeds,
   layers and epochs $\\mathcal{{V}}_1$ is the smaller one {less}.
-* **Go to the output layer.** In {exact} of {len(runs)} runs vermilion is gone there: the logits
+* **Go to the output layer.** In {exact} of {len(runs)} runs there is no vermilion line: the logits
   are linear in its parameters, so $\\hat I_2$ is exact. The dash-dotted line is $\\hat I_1$ with a
-  single label; its standard deviation exceeds what it estimates in {noisy.sum()} of {len(noisy)}
+  single label; its standard deviation exceeds the estimated value in {noisy.sum()} of {len(noisy)}
   epochs.
 * **Change the seed**, and with it the weights and the test image ({kinds[0]}). After the last epoch
   $I$ in the first layer is {power(last_information(least))} with seed {least["seed"]}, where the
   largest probability is {least["largest-probability"][-1]:.4f}, and {power(last_information(most))}
-  with seed {most["seed"]}, where it is {most["largest-probability"][-1]:.4f}: information dies out
-  where the network is sure.
+  with seed {most["seed"]}, where it is {most["largest-probability"][-1]:.4f}: information vanishes
+  where the network is confident.
 """
 
 

@@ -180,7 +180,7 @@ def test_what_to_try_tells_the_data(written, data):
     assert first == sorted(first)  # it changes once, from the second term to the first
     folder, _ = written
     softmax = (folder / "explore-softmax.md").read_text()
-    assert f"of the 496 places {len(beaten)} are such" in " ".join(softmax.split())
+    assert f"at {len(beaten)} of the 496 softmax vectors" in " ".join(softmax.split())
     figure_1 = " ".join((folder / "explore-figure-1.md").read_text().split())
     assert re.search(r"\d+ of 315 times with sigmoid, \d+ of 420 times with log-sigmoid", figure_1)
-    assert "In 10 of 10 runs vermilion is gone" in figure_1
+    assert "In 10 of 10 runs there is no vermilion line" in figure_1
