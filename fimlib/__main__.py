@@ -243,7 +243,7 @@ def load_model(name: str, weights: Path | None, *, trust: bool) -> nn.Module:
             f"there is no file {name}; give the path of a saved network, or package.module:build."
         )
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} is a {type(model).__name__}, no torch.nn.Module.")
+        raise UsageError(f"{name} is a {type(model).__name__}, not a torch.nn.Module.")
     if weights is not None:
         state = load_tensors(weights)
         if not isinstance(state, dict):
@@ -288,7 +288,7 @@ def load_pickle(path: Path, *, trust: bool) -> Any:
             "of its module, or set PYTHONPATH; a class of a notebook or script cannot be."
         ) from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{path} is no file of torch.save: {error}") from error
+        raise UsageError(f"{path} was not written by torch.save: {error}") from error
     if isinstance(found, dict):
         raise UsageError(
             f"{path} holds a dict, as of model.state_dict(): weights without a network. Give "

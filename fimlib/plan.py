@@ -1,4 +1,4 @@
-"""Which engine takes a network, and what it costs there."""
+"""Which engine supports a network, and what it costs."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def plan(
     order: int = 2,
     layers: Sequence[str] | str | None = None,
 ) -> Plan:
-    """Say which engine ``differentiate`` takes, why not the ones before it, and what it costs.
+    """Say which engine ``differentiate`` uses, why not the ones before it, and what it costs.
 
-    Nothing is predicted: it is run on x, so take a few inputs.
+    The cost is measured by running it on x, so pass only a few inputs.
 
     Args:
         model: Maps x to the outputs [B, T]; in eval mode.

@@ -109,7 +109,7 @@ def summarise(
     pick: Pick = None,
     forward: Forward | None = None,
 ) -> Summary:
-    r"""How far estimates of I are off, layer by layer; which is better; how many samples it takes.
+    r"""How wrong estimates of I are, layer by layer; which is better; how many samples it takes.
 
     The estimate in question is the usual one: a pass over the m inputs, with N labels for each that
     the model draws. ``Î_j(θᵢ) = (1/m) Σ_x Î_j(θᵢ|x)`` is an estimate of ``(1/m) Σ_x I(θᵢ|x)``, with
