@@ -39,7 +39,7 @@ def losses(values: pd.DataFrame) -> Figure:
     made = values.made.unique()
     with mpl.rc_context(figures.STYLE):
         figure, axes = plt.subplots(
-            1, len(made), figsize=(3.6 * len(made) + 1, 4.2), squeeze=False, layout="constrained"
+            1, len(made), figsize=(3.6 * len(made) + 1, 4.8), squeeze=False, layout="constrained"
         )
         for ax, name in zip(axes[0], made, strict=True):
             own = values[(values.made == name) & (values.quantity == "nll")]
@@ -51,7 +51,7 @@ def losses(values: pd.DataFrame) -> Figure:
             ax.set(xlabel="backward passes", title=title(str(name)), yscale="log")
         axes[0, 0].set_ylabel("loss on the test set")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
