@@ -12,7 +12,6 @@ import pytest
 import test_caller
 import torch
 from strategies import inputs, mlp
-from support import training
 from torch import nn
 
 import fimlib
@@ -310,6 +309,7 @@ def numbers(value):
     return [t for part in value for t in numbers(part)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "calls", [QUICK, pytest.param(THOROUGH, marks=pytest.mark.full)], ids=["quick", "thorough"]
@@ -404,17 +404,8 @@ def estimated(net, batches):
     fimlib.estimate(net, batches, fimlib.Categorical(), passes=2)
 
 
-def trained(net, batches):
-    x = torch.cat(batches).to(net[0].weight)
-    y = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    step = torch.optim.Adam(net.parameters())
-    options = {"batch_size": len(batches[0]), "shuffle": torch.Generator().manual_seed(0)}
-    training.train_epoch(net, step, x, y, **options)
-
-
 # What is done with a batch, and how often it waits once the first batches were checked.
 LOOPS = {
-    "training": (trained, 0),
     "estimate": (estimated, 0),
     "accumulate": (accumulated, 1),
     "accumulate, order 1": (functools.partial(accumulated, quantities=["I", "V1"]), 1),

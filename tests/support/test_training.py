@@ -1,5 +1,6 @@
 """What the notebooks share of networks, their training, and numbers per layer."""
 
+import fake_device
 import pytest
 import torch
 from support import layers, training
@@ -60,3 +61,15 @@ def test_an_epoch_visits_every_example_once_and_learns():
     assert losses[-1] < 0.5 * losses[0]
     assert training.accuracy(net, x, y) > 0.9
     assert not net.training
+
+
+def test_an_epoch_waits_for_a_gpu_once():
+    with fake_device.installed() as device:
+        net = training.mlp([3, 4, 2], "Sigmoid").to(device)
+        x, y = torch.zeros(60, 3, device=device), torch.zeros(60, dtype=torch.long, device=device)
+        step = torch.optim.Adam(net.parameters())
+        with fake_device.waits() as waits:
+            training.train_epoch(
+                net, step, x, y, batch_size=2, shuffle=torch.Generator().manual_seed(0)
+            )
+    assert waits.total() == 1
