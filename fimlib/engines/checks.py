@@ -235,7 +235,7 @@ def check_model(model: nn.Module, x: Tensor) -> None:
     if x.layout != torch.strided:
         raise ValueError(f"the input is {x.layout}: pass a dense tensor, x.to_dense().")
     if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("torch.autocast is on and would round the derivatives: leave it first.")
+        raise ValueError("torch.autocast is on and would round the derivatives: turn it off.")
     check_training(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):

@@ -131,7 +131,8 @@ def advice(s: Findings) -> list[str]:
     known = [n for n in inputs if n is not None]
     if known and math.isfinite(max(known)):
         lines.append(
-            f"Of inputs drawn at random it takes {max(known):,.0f}, with {some_labels(s)} each."
+            f"If inputs are drawn at random, {max(known):,.0f} are enough, "
+            f"with {some_labels(s)} each."
         )
     return [*lines, cheapest(s)]
 
