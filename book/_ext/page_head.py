@@ -1,4 +1,4 @@
-r"""The head of a page: what you will learn, the result, how sure it is, where the code is.
+r"""The head of a page: what you will learn, the result, the evidence, the code.
 
 The directive ``{page-head}`` has two paragraphs, written by hand: what one learns, and the result.
 The other two lines are made when the book is built, from the maps ``paper.yml`` and ``beyond.yml``,
@@ -27,7 +27,7 @@ from support import checks, listings
 from support.claims import DEPENDS, NO, PARTLY, SEVERAL, STATEMENTS, YES
 from support.results import ROOT
 
-LABELS = ("You will learn", "Result", "How sure", "Code")
+LABELS = ("You will learn", "Result", "Evidence", "Code")
 FINDINGS = {c.__name__ for c in checks.FINDINGS}
 COUNTED = {c.__name__ for c in checks.INEQUALITIES + checks.EQUALITIES + checks.BEYOND}
 NOTEBOOK = re.compile(rf"{paper_map.NOTEBOOKS}/([\w-]+)\.ipynb")
@@ -98,7 +98,7 @@ def unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-# How sure.
+# Evidence.
 
 
 def how_sure(book: Path, page: str, own: dict[str, Item], options: Text) -> str:
