@@ -116,6 +116,17 @@ def test_refusals_and_missing_packages_are_lines_too(monkeypatch):
     assert today.shown(row)[0] == "needs `pip install transformers`"
 
 
+def test_the_limit_of_memory_is_no_refusal(monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("torch cannot do it: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(today, "run", fail)
+    row, _ = today.cell("mlp", "signs", True, None)
+    assert (row["status"], row["why"]) == ("skipped", "over 8 GB")
+    small = {"memory_mb": 30.0, "unit_memory_mb": 0.5}
+    assert today.memory(small) == "30 MB"
+
+
 def test_what_is_out_of_reach_is_not_tried_again(capsys):
     asked = []
 
@@ -178,15 +189,15 @@ def made_up():
 def test_the_page_says_what_was_found():
     page = today.page(made_up())
     assert "2 estimates could be compared with the exact $I$, in 14 sums over layers" in page
-    assert 'is 2.5 standard errors off (GPT, `estimate`, `squares="input"`)' in page
+    assert "is 2.5 standard errors off (GPT, `estimate`, per input)" in page
     assert "Measured on 2001-02-03 at commit abc" in page
     lines = [
         [c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line
     ]
-    assert lines[2] == ["**GPT**", "`estimate`", "35.5 ×", "1.5 ×", "0.24", "0.21", "1.2"]
+    assert lines[2] == ["**GPT**", "`estimate`", "35.5 ×", "30 MB, 1.5 ×", "0.24", "0.21", "1.2"]
     assert lines[3][0] == "`Positions(Categorical)`, T = 2,000"
     assert lines[4][0] == "1,234 parameters, B = 4"
-    assert lines[4][2:] == ["2,041 ×", "1.5 ×", "exact", "", ""]
+    assert lines[4][2:] == ["2,041 ×", "30 MB, 1.5 ×", "exact", "", ""]
     assert "make bench TODAY=1" in today.page(None)
 
 
@@ -196,8 +207,8 @@ def test_the_intervals_as_a_table():
         for line in today.intervals(made_up()).splitlines()
     ]
     assert lines[0] == ["network", "vectors", "32 passes", "128 passes"]
-    assert lines[2] == ["trained, p = 0.99", "signs", "94 to 96 %", "96 %"]
-    assert lines[3] == ["trained, p = 0.99", "labels", "0 %", "78 %"]
+    assert lines[2] == ["trained, p = 0.994", "signs", "94 to 96 %", "96 %"]
+    assert lines[3] == ["trained, p = 0.994", "labels", "0 %", "78 %"]
     assert "make bench TODAY=1" in today.intervals(None)
 
 

@@ -25,6 +25,7 @@ FOUND = results.ROOT / "data" / "today.json"
 ROUNDING = 1e-5  # of float32, relative to the sum of a layer
 ENOUGH = 3, 1.0  # later calls, or seconds that they take together
 LIMIT_SECONDS = 20.0  # of the CPU, for a first call
+SMALLEST_STEP = 1.0  # MB, of which multiples are shown
 STEPS = 5  # training steps in turn with each of them
 Exact = Mapping[str, "np.ndarray[Any, Any]"]  # parameter → I
 Values = tuple[object, float | None]  # what a call returns; the error that it states
@@ -68,10 +69,8 @@ def summarised(*network: Any, **options: Any) -> Values:
 EXACT = "exact"
 CALLS = {
     "signs": Call("`estimate`", estimated),
-    "input": Call('`estimate`, `squares="input"`', estimated, {"squares": "input"}),
-    "importance": Call(
-        '`estimate`, `estimator="importance"`', estimated, {"estimator": "importance"}
-    ),
+    "input": Call("`estimate`, per input", estimated, {"squares": "input"}),
+    "importance": Call("`estimate`, importance", estimated, {"estimator": "importance"}),
     EXACT: Call("`accumulate`, $I$", accumulated, {"quantities": ["I"]}),
     "v1": Call("`accumulate`, $I$ and $\\mathcal{V}_1$", accumulated, {"quantities": ["I", "V1"]}),
     "summary": Call("`summarise`", summarised),
@@ -147,6 +146,8 @@ def measured(task: Task, key: str, exact: Exact | None, seen: list[Any], quick: 
     try:
         timed = measure.calls(meter, fresh, step, are_enough, STEPS)
     except (NotImplementedError, TypeError, ValueError) as error:
+        if "allocate" in str(error):
+            raise MemoryError from error
         return {"status": "refused", "why": str(error), **about}
     compared = compare(seen[0], exact) if key in ESTIMATES and exact else {}
     return {"status": "measured", **about, **timed, "stated": stated[0], **compared}
@@ -215,12 +216,18 @@ def shown(row: Row) -> list[str]:
         return [f"refused: {first_words(row['why'])}", "", "", "", ""]
     if row["status"] != "measured":
         return [f"{row['status']}: {first_words(row['why'])}", "", "", "", ""]
-    few = row["memory_mb"] / max(row["unit_memory_mb"], 0.1)
     errors = [f"{row[k]:.2g}" if row.get(k) is not None else "" for k in ("stated", "error")]
     if row["call"] in (EXACT, "v1"):
         errors = ["exact", ""]
     off = f"{row['z']:.1f}" if "z" in row else ""
-    return [f"{tables.digits(row['ratio'])} ×", f"{tables.digits(few)} ×", *errors, off]
+    return [f"{tables.digits(row['ratio'])} ×", memory(row), *errors, off]
+
+
+def memory(row: Row) -> str:
+    """MB, and in units of a training step where that takes enough to be measured."""
+    mb, unit = row["memory_mb"], row["unit_memory_mb"]
+    shown = tables.memory(mb)
+    return f"{shown}, {tables.digits(mb / unit)} ×" if unit >= SMALLEST_STEP else shown
 
 
 def first_words(why: str) -> str:
@@ -265,7 +272,7 @@ def verdict(all_rows: Sequence[Row]) -> str:
 
 def table(found: Mapping[str, Any]) -> str:
     """A line for each call, under the name of its network."""
-    head = ["network", "call", "time", "memory", "error stated", "error", "standard errors"]
+    head = ["network", "call", "time", "memory", "stated", "error", "SE"]
     body = []
     for name, task in architectures.tasks(found["record"]["quick"]).items():
         own = [row for row in found["rows"] if row["network"] == name]
@@ -314,7 +321,7 @@ def intervals(found: Mapping[str, Any] | None) -> str:
             own = [r for r in measured if (r["case"], r["estimator"]) == (case, kind)]
             shares = [[r["share"] for r in own if r["passes"] == k] for k in passes]
             p = own[0]["probability"]
-            body.append([f"{case}, p = {p:.2f}", kind, *map(spread, shares)])
+            body.append([f"{case}, p = {p:.3g}", kind, *map(spread, shares)])
     return tables.table(["network", "vectors", *(f"{k} passes" for k in passes)], body)
 
 
