@@ -52,7 +52,7 @@ ON_A_DEVICE = {
     "population": {"epochs": 1, "measured": [0, 1], "drawn": [0, 1], "repeats": 3}
     | {"test_limit": 60, "hidden": [8, 6]},
     "empirical": {"epochs": 1, "measured": [0, 1], "subset": 40, "repeats": 3, "hidden": [8, 6]},
-    "projections": {"network": "transformer", "training_size": 100, "epochs": 1}
+    "projections": {"network": "residual", "training_size": 100, "epochs": 1}
     | {"measured": [0, 1], "num_inputs": 2, "passes": [2], "repeats": 2, "summary_budget": 0.1},
     "optimisers": {"hidden": [6], "measured": [6], "batch_size": 8, "rates": [1.0], "seeds": [0]}
     | {"dampings": [0.01], "windows": [3], "roots": [[0.01], [1e-4]]},
