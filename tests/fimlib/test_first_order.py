@@ -148,6 +148,13 @@ NETWORKS = {
         ),
         inputs(3, 4),
     ),
+    "a scalar of C++, as in attention": (
+        lambda: Own(
+            lambda m, x: torch.ops.aten.mul.Scalar(m.p, 2.0) * x[:, :3],
+            p=parameter(3),
+        ),
+        inputs(4, 5),
+    ),
     "a parameter alone": (lambda: Own(lambda m, x: m.p.expand(len(x), 3), p=parameter(3)), X),
 }
 # Where a parameter has no place, and autograd is asked at each input alone.

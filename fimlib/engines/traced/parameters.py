@@ -165,8 +165,8 @@ def factor_of(op: Any, i: int) -> Tensor | float | None:
     if name in ("Add", "Sub"):
         return 1.0 if i == 0 else float(op._saved_alpha) * (1 if name == "Add" else -1)
     if name == "Mul":
-        other: Tensor = op._saved_other if i == 0 else op._saved_self
-        return other.detach()
+        other: Tensor | float = op._saved_other if i == 0 else op._saved_self
+        return other.detach() if isinstance(other, Tensor) else other
     return None
 
 
