@@ -132,10 +132,10 @@ def prepare(
     pages = write_pages(main, aside, own or {})
     made = {file: [run] for file, run in pages.items()}
     made |= draw(main, "") | draw(aside, ASIDE) | draw_values(main) | draw_errors(main)
-    of_experiment: dict[str, Run] = {}
-    for run in main.values():  # the first one speaks for all that differ in the seed
-        of_experiment.setdefault(run.record["experiment"], run)
-    for run in of_experiment.values():
+    of_notebook: dict[str, Run] = {}
+    for run in main.values():  # the first one speaks for all that differ in parameters
+        of_notebook.setdefault(passports.notebook_name(run), run)
+    for run in of_notebook.values():
         made |= save_pictures(run)
         excerpts.write(GENERATED, run.folder / "notebook.ipynb", executed=True)
     made |= explorers.write_explorers(main, GENERATED)
