@@ -34,7 +34,7 @@ def row(name: str, run: Run) -> list[str]:
         notebook,
         str(code_cells(runs.NOTEBOOKS / notebook)),
         duration(made["seconds"]),
-        amount(made["memory_mb"]),
+        amount(made["memory_mb"]) if "memory_mb" in made else "–",  # older records have none
         made["started"].partition("T")[0],
         made["machine"]["processor"],
     ]

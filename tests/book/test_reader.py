@@ -16,7 +16,7 @@ from support import checks, claims, listings, report, results
 import fimlib  # noqa: F401  # for names that are resolved
 
 BOOK = results.ROOT / "book"
-LISTS = {"bibliography"}  # pages without text of their own
+LISTS = {"bibliography", "runs"}  # pages without text of their own
 HEAD = re.compile(
     r"^```\{page-head\}\n((?::[^\n]*\n)*)\n?(.*?)\n\n(.*?)\n```$", re.MULTILINE | re.DOTALL
 )

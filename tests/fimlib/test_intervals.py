@@ -15,6 +15,7 @@ from fimlib.families import Positions
 from fimlib.precision import labels_of
 from fimlib.projections import DRAWS, SQUARES
 
+pytestmark = pytest.mark.long
 PASSES = (32, 64)
 FAMILIES = {
     "classes": (fimlib.Categorical(), 5),

@@ -514,7 +514,8 @@ def test_the_book_at_smoke_size(here):
 def test_another_experiment_does_not_demote_the_real_one(here, monkeypatch, tmp_path):
     known = runs.specs()
     extra = runs.Spec("extra", "Extra", runs.NOTEBOOKS / "mnist.ipynb", {}, "extra")
-    monkeypatch.setattr(runs, "specs", lambda smoke=False: known | {"extra": extra})  # noqa: ARG005
+    plans = {"runs": known | {"extra": extra}, "large": {}}
+    monkeypatch.setattr(runs, "specs", lambda section="runs", **_: plans[section])
     make_all(here)
     make(here, "extra", table("extra"), counts=False, experiment="extra", train_limit=600)
     main, aside = book.sources(here)
