@@ -132,12 +132,14 @@ def prepare(
     pages = write_pages(main, aside, own or {})
     made = {file: [run] for file, run in pages.items()}
     made |= draw(main, "") | draw(aside, ASIDE) | draw_values(main) | draw_errors(main)
-    of_notebook: dict[str, Run] = {}
-    for run in main.values():  # the first one speaks for all that differ in parameters
-        of_notebook.setdefault(passports.notebook_name(run), run)
-    for run in of_notebook.values():
-        made |= save_pictures(run)
+    of_experiment: dict[str, Run] = {}
+    for run in main.values():  # the first one speaks for all that differ in the seed
+        of_experiment.setdefault(run.record["experiment"], run)
+    saved: Made = {}
+    for run in of_experiment.values():
+        saved |= save_pictures(run, saved)
         excerpts.write(GENERATED, run.folder / "notebook.ipynb", executed=True)
+    made |= saved
     made |= explorers.write_explorers(main, GENERATED)
     made |= fill_gaps(set(made))
     passports.write_passports(GENERATED, made, {run.folder: file for file, run in pages.items()})
@@ -326,8 +328,14 @@ def draw_errors(main: Mapping[str, Run]) -> Made:
     return {f"{WHICH}.svg": [run for group in groups.values() for run in group.values()]}
 
 
-def save_pictures(run: Run) -> Made:
+def save_pictures(run: Run, made_before: Mapping[str, list[Run]] | None = None) -> Made:
     """Write the picture of every cell that is tagged ``picture:NAME`` to ``NAME.svg``.
+
+    A picture that an earlier run of the same notebook has drawn stays.
+
+    Args:
+        run: The run.
+        made_before: The runs behind the pictures of notebooks that are there.
 
     Raises:
         BookError: the name does not suit a file or is taken, or the cell has not one SVG output.
@@ -339,6 +347,9 @@ def save_pictures(run: Run) -> Made:
             raise BookError(f"{where}: use lower-case letters, digits, - and _ for the name.")
         if len(drawn) != 1:
             raise BookError(f"{where}: the cell has {len(drawn)} SVG outputs; let it show one.")
+        before = (made_before or {}).get(path.name, [])
+        if any(passports.notebook_name(r) == passports.notebook_name(run) for r in before):
+            continue
         if path.exists():
             raise BookError(f"{where}: another picture has this name; choose a new one.")
         results.write_text(path, figures.compact(drawn[0]))

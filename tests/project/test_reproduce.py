@@ -194,6 +194,11 @@ def test_pictures_of_runs_that_count_are_prepared(tmp_path, monkeypatch):
     assert not (tmp_path / "generated/new.svg").exists()
     book.prepare(reference | {"new": extra["new"]}, {})
     assert (tmp_path / "generated/new.svg").read_text() == "<svg/>"
+    # Another experiment with the same notebook has the same pictures, and the first one's stay.
+    folder = run_with(tmp_path / "again", ("picture:new", {figures.SVG: "<svg>2</svg>"})).folder
+    again = results.Run("again", folder, record | {"experiment": "more"})
+    book.prepare(reference | {"new": extra["new"], "again": again}, {})
+    assert (tmp_path / "generated/new.svg").read_text() == "<svg/>"
     with pytest.raises(book.BookError, match="picture:seeds: another picture has this name"):
         book.prepare(reference | {"clash": extra["clash"]}, {})
 
