@@ -309,9 +309,9 @@ def movements(claim: Claim) -> Tensor:
 def check_alone(truth: Truth, scale: Tensor) -> None:
     """Refuse a network whose outputs for one input are not a function of that input alone.
 
-    It is called with all inputs, then with the last alone, those between, and the first alone;
-    under grad and without. These parts meet another copy than the batch, so that traces which a
-    call leaves show. A single input gets an artificial neighbour, since others may follow.
+    It is called with all inputs, and with each alone, under grad and without. The single inputs
+    meet another copy than the batch, so that traces which a call leaves show. If there is only one
+    input, it gets an artificial neighbour, since others may follow.
 
     Raises:
         Unconfirmed: naming the module.
@@ -323,9 +323,10 @@ def check_alone(truth: Truth, scale: Tensor) -> None:
         pair = torch.cat([x, neighbour(truth.own, x)])
         fine = fits(finite_outputs(truth.own, x), h, slack)
         finite_outputs(truth.alone, pair[1:])  # which it may remember
-    for i, j in ((len(x) - 1, len(x)), (1, len(x) - 1), (0, 1)):
-        if fine and i < j:
-            fine = fits(finite_outputs(truth.alone, x[i:j], grad=i == 0), h[i:j], slack[i:j])
+    for i in reversed(range(len(x))):
+        fine = fine and fits(
+            finite_outputs(truth.alone, x[i : i + 1], grad=i % 2 == 0), h[[i]], slack[i]
+        )
     if not (fine and is_alone_elsewhere(truth, pair, 0.0 if len(x) == 1 else 0.5)):
         where = mixing_module(private_copy(truth.own), pair)
         prefix = f"{where}: " if where else ""

@@ -454,6 +454,14 @@ class BetweenExtremes(nn.Module):
         return torch.where((x > x.amin(0)) & (x < x.amax(0)), 2 * x, x)
 
 
+class CountsInBand(nn.Module):
+    """It multiplies rows whose first entry is near -0.86 by their number; others stay alone."""
+
+    def forward(self, x):
+        inside = (x[:, 0] + 0.86).abs() < 0.09
+        return torch.where(inside[:, None], inside.sum() * x, x)
+
+
 class KeepsMean(nn.Module):
     """It subtracts the mean of the first batch, then and later."""
 
@@ -664,6 +672,15 @@ def test_right_networks_are_let_be(seeds):
 @pytest.mark.full
 def test_right_networks_are_let_be_at_length():
     assert len(false_alarms(range(300, 10_300))) <= 1
+
+
+def test_two_inputs_in_the_middle_that_meet_are_found():
+    """Each of the inputs is called alone: these two meet in any batch that holds both."""
+    x = torch.tensor([0.1, 0.2, 0.0, 0.6, 0.9, 0.3, 0.1, 0.2]).double()[:, None].repeat(1, 4)
+    net = around(CountsInBand())
+    assert ((net[0](x)[:, 0] + 0.86).abs() < 0.09).nonzero().flatten().tolist() == [3, 4]
+    with pytest.raises(NotImplementedError, match="others of the batch"):
+        fimlib.differentiate(net, x, order=1)
 
 
 SATURATED = [-6.0, -6.6, -7.2, -8.8]
