@@ -14,15 +14,8 @@ from support.bench import agreement, apart, candidates, measure, networks, table
 from support.bench.candidates import CANDIDATES, Candidate
 from support.bench.measure import Case
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
 TINY = networks.QUICK["mlp"]
-
-
-@pytest.fixture(autouse=True)
-def _torch_as_before():
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
 
 
 def few(plan, keys):

@@ -12,17 +12,10 @@ from support.bench import apart, architectures, coverage, today
 
 from fimlib import estimates
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
 TINY = architectures.tasks(quick=True)
 STANDARD_ERRORS = 5.0
 FAST = {"mlp": today.ESTIMATES, "gpt": ("signs", "input"), "unet": ("importance",)}
-
-
-@pytest.fixture(autouse=True)
-def _torch_as_before():
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
 
 
 # Estimates against exact values.
@@ -125,6 +118,15 @@ def test_the_limit_of_memory_is_no_refusal(monkeypatch):
     assert (row["status"], row["why"]) == ("skipped", "over 8 GB")
     small = {"memory_mb": 30.0, "unit_memory_mb": 0.5}
     assert today.memory(small) == "30 MB"
+
+
+def test_a_crash_is_no_refusal(monkeypatch):
+    def crash(*_):
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(today, "run", crash)
+    row, _ = today.cell("mlp", "signs", True, None)
+    assert today.shown(row)[0] == "failed: TypeError: unsupported operand"
 
 
 def test_what_is_out_of_reach_is_not_tried_again(capsys):

@@ -145,7 +145,7 @@ def measured(task: Task, key: str, exact: Exact | None, seen: list[Any], quick: 
     meter = measure.Meter("cpu", time.process_time)  # other programs do not disturb it much
     try:
         timed = measure.calls(meter, fresh, step, are_enough, STEPS)
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:
         if "allocate" in str(error):
             raise MemoryError from error
         return {"status": "refused", "why": str(error), **about}
