@@ -25,7 +25,7 @@ def device_settings():
 
 
 def run(notebook, **parameters):
-    """Execute the cells with these parameters in the place of the notebook's own."""
+    """Execute the cells with these parameters in the place of the notebook's own; its names."""
     runs.check_parameters(runs.NOTEBOOKS / notebook, parameters)
     namespace = {"__name__": "notebook"}
     with mpl.rc_context(), torch.random.fork_rng(), device_settings():
@@ -34,6 +34,7 @@ def run(notebook, **parameters):
                 exec(cell.source, namespace)
             if "parameters" in cell.metadata.get("tags", []):
                 namespace |= parameters
+    return namespace
 
 
 def execute(notebook, folder, **parameters):
