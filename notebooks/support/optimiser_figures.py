@@ -1,4 +1,4 @@
-"""Optimisers with a diagonal: loss against backward passes, and what each estimator came to."""
+"""Optimisers with a diagonal: loss against backward passes, and a table of all results."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def title(made: str) -> str:
 
 
 def losses_table(group: Mapping[str, Run]) -> str:
-    """What was chosen for every diagonal, and what came of it, for every run."""
+    """The settings chosen for every diagonal, and its results, for every run."""
     if not group:
         return "*These networks have not been trained yet.*\n"
     parts = []
