@@ -34,7 +34,7 @@ from fimlib.engines.functional import (
 from fimlib.engines.model import perturb_weights, private_copy, selected
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.families.base import Family, random_signs
-from fimlib.memory import PROBE_NUMBERS
+from fimlib.memory import PROBE_NUMBERS, raise_if_out_of_memory
 
 BLOCKS = 32  # means of probes that are kept, at most
 OFFSETS = 4  # pairs of every block, for the error bar
@@ -330,9 +330,10 @@ def checked_products(own: nn.Module, x: Tensor, names: list[str], outputs: Tenso
         try:
             if is_derivative(way, own, x, names, outputs.shape[1]):
                 return way
-        except (ValueError, MemoryError, torch.OutOfMemoryError):
+        except ValueError:
             raise
         except Exception as error:  # whatever autograd or torch.func does not know
+            raise_if_out_of_memory(error)
             why = f" {type(error).__name__}: {error}"
     raise NotImplementedError(
         f"autograd does not give second derivatives of {type(own).__name__} (H·v differs from the "

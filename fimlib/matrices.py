@@ -20,6 +20,7 @@ from fimlib.engines.rewrite import rewritten
 from fimlib.families.base import Family, Labels
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.fisher import check_labels, family_of
+from fimlib.memory import raise_if_out_of_memory
 
 
 def fisher_matrix(
@@ -113,6 +114,7 @@ def estimate_i2_matrix(
             try:
                 found: Tensor = hessian(flatten(own, names))
             except RuntimeError as error:
+                raise_if_out_of_memory(error)
                 raise NotImplementedError(
                     f"autograd cannot differentiate {type(model).__name__} twice: {error}"
                 ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,27 @@ KEPT_BYTES = 31 * 2**20  # glibc learns from blocks of less than 32 MiB
 TRACE_NUMBERS = 2**27  # B·T⁴ of ``corollary_4_6``: 1 GiB in float64
 PROBE_NUMBERS = 2**24  # in the means of all probes, of a few inputs: 128 MB
 JACOBIAN_NUMBERS = 2**23  # of J, where V₂ is estimated: 64 MB
+
+
+def out_of_memory(error: Exception) -> MemoryError | torch.OutOfMemoryError | None:
+    """The error to raise if memory is full, else None; torch has no class for the CPU's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return error
+    if not isinstance(error, RuntimeError) or "DefaultCPUAllocator" not in str(error):
+        return None
+    size = re.search(r"allocate (\d+) bytes", str(error))
+    return MemoryError(f"torch needs {int(size[1]) / 2**30:,.1f} GiB more" if size else str(error))
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise the error if memory is full.
+
+    Raises:
+        MemoryError: on the CPU.
+        torch.OutOfMemoryError: on a GPU.
+    """
+    if (full := out_of_memory(error)) is not None:
+        raise full
 
 
 def keep_freed_memory() -> None:

@@ -74,6 +74,7 @@ from fimlib.families.base import Family, check_family, random_signs
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.joint import settings_of
 from fimlib.left_factors import left_factors
+from fimlib.memory import raise_if_out_of_memory
 from fimlib.precision import variance_of
 from fimlib.streaming import Pick, batches, check_finite, check_shape, check_width, named
 
@@ -497,9 +498,10 @@ class Square(ABC):
             self.checked += len(x)
         try:
             found = self.squares(held, x)
-        except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+        except (ValueError, NotImplementedError):
             raise
-        except Exception:  # of any kind, from forward()
+        except Exception as error:  # of any kind, from forward()
+            raise_if_out_of_memory(error)
             check_forward(held, x)
             raise
         if not found:
@@ -620,9 +622,8 @@ def outputs_of(own: nn.Module, x: Tensor) -> Any:
     """
     try:
         return own(x.clone())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # every network may raise its own
+        raise_if_out_of_memory(error)
         raise failed(x, error) from error
 
 

@@ -35,7 +35,14 @@ from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
 from fimlib.families.product import Positions
 from fimlib.joint import Joint
-from fimlib.memory import BATCH_BYTES, BatchSize, LiveBytes, keep_freed_memory
+from fimlib.memory import (
+    BATCH_BYTES,
+    BatchSize,
+    LiveBytes,
+    keep_freed_memory,
+    out_of_memory,
+    raise_if_out_of_memory,
+)
 
 
 def accumulate(
@@ -186,9 +193,10 @@ def accumulate_stream(
                     joint.update_sweep(done)
                     del done  # before the next needs the memory
                     before = before or parts_of(model)
-                except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
+                except NotImplementedError:
                     raise
-                except Exception:  # of any kind, from forward()
+                except Exception as error:  # of any kind, from forward()
+                    raise_if_out_of_memory(error)
                     differentiate(held, part.to(device), **choice)  # with all checks
                     raise
             if not go_on(joint.count):
@@ -466,11 +474,12 @@ def named(place: str) -> Iterator[None]:
         raise NotImplementedError(f"{place}: {told}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        kind = MemoryError if isinstance(error, MemoryError) else torch.OutOfMemoryError
-        raise kind(
-            f"{place}: {short(error)}: take smaller batches, by batch_size= where inputs are a "
-            "tensor, else in your loader."
+    except (MemoryError, RuntimeError) as error:
+        if (full := out_of_memory(error)) is None:
+            raise
+        raise type(full)(
+            f"{place}: {short(full)}: take smaller batches, by batch_size= where inputs are a "
+            "tensor, else in your loader. estimate() needs the least: that of a training step."
         ) from error
 
 

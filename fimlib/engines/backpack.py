@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fimlib.derivatives import Block, Derivatives
 from fimlib.engines.checks import check_no_hooks, check_outputs, failed, short
 from fimlib.engines.model import private_copy, tensors
+from fimlib.memory import raise_if_out_of_memory
 
 
 def differentiate(
@@ -59,6 +60,7 @@ def passes(model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | Non
             try:
                 loss(outputs, outputs.detach() - half).backward()
             except (RuntimeError, AssertionError) as error:
+                raise_if_out_of_memory(error)
                 blamed = [
                     (n, type(m).__name__) for n, m in leaves(model) if str(type(m)) in str(error)
                 ]
@@ -123,6 +125,7 @@ def count_outputs(model: nn.Module, x: Tensor) -> int:
         try:
             outputs = model(x.clone())
         except RuntimeError as error:
+            raise_if_out_of_memory(error)
             raise failed(x, error) from error
     check_outputs(outputs, len(x))
     return int(outputs.shape[1])

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fimlib.derivatives import all_finite
 from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, is_sharded, private_copy
+from fimlib.memory import raise_if_out_of_memory
 
 WITHOUT_FLOAT64 = ("mps",)  # devices; moments and checks need it
 FIRST_AXIS = "the first axis must count the inputs"
@@ -155,9 +156,8 @@ def run_alone(model: nn.Module, x: Tensor) -> None:
     try:
         with torch.enable_grad():
             outputs = own(x.clone())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # every network may raise its own
+        raise_if_out_of_memory(error)
         raise failed(x, error, inside[-1] if inside else "") from error
     check_outputs(outputs, len(x))
 

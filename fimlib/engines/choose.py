@@ -37,6 +37,7 @@ from fimlib.engines.confirm import (
 )
 from fimlib.engines.model import differentiating, selected, tied
 from fimlib.engines.traced import second_order as traced
+from fimlib.memory import raise_if_out_of_memory
 
 Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None], Sweep]
 
@@ -392,9 +393,10 @@ def tried(
 
         most = ENTRIES if name != "functional" else ENTRIES_OF_THE_SLOW
         exact = confirm(model, x[at], batch, at, again, most)
-    except (ValueError, NotImplementedError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ValueError, NotImplementedError, ImportError):
         raise
     except Exception as error:  # a forward pass may hold anything
+        raise_if_out_of_memory(error)
         raise NotImplementedError(
             f"engine {name!r} cannot follow the forward pass of {type(model).__name__}: "
             f"{short(error)}."

@@ -48,6 +48,7 @@ from fimlib.engines.truth import (
     size_of,
     step_of,
 )
+from fimlib.memory import raise_if_out_of_memory
 
 __all__ = [
     "Truth",
@@ -230,7 +231,8 @@ def claim_in_double(model: nn.Module, x: Tensor, again: Again) -> Claim | None:
     wide, z = private_copy(model).double(), x.double() if x.is_floating_point() else x
     try:
         return Claim(Truth.of(wide, z), again(wide, z), ALL)
-    except (RuntimeError, ValueError):
+    except Exception as error:  # of any kind, from numbers of another type
+        raise_if_out_of_memory(error)
         return None
 
 
@@ -580,7 +582,8 @@ def is_second_derivative(truth: Truth, entry: Entry, r: Tensor) -> bool:
         step = factor * eps ** (1 / 3) * entry.size
         try:
             plus, minus = (slope(truth, parameter, entry, sign * step, weights) for sign in (1, -1))
-        except RuntimeError:  # autograd has no derivative: of leaky_relu_(s), for one
+        except RuntimeError as error:  # autograd has no derivative: of leaky_relu_(s), for one
+            raise_if_out_of_memory(error)
             return is_second_difference(truth, parameter, entry, weights, claim, slack)
         quotients[step] = (plus - minus) / (2 * step)
         noise = (8 * eps * (moves + plus.abs() + minus.abs()) + floor) / step
@@ -605,7 +608,8 @@ def slope_noise(truth: Truth, entry: Entry, weights: Tensor) -> Tensor:
     other = replace(truth, own=narrow, x=x)
     try:
         found = slope(other, narrow.get_parameter(entry.name), entry, 0.0, weights.float())
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        raise_if_out_of_memory(error)
         found = torch.zeros_like(exact)
     eps = torch.finfo(truth.dtype).eps / torch.finfo(torch.float32).eps
     return 2**5 * eps * (found - exact).abs().nan_to_num(0.0, 0.0, 0.0)

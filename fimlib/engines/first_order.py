@@ -31,6 +31,7 @@ from fimlib.engines.layerwise import identity
 from fimlib.engines.model import exact_kernels
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
 from fimlib.engines.traced.parameters import factor_of, unfolded
+from fimlib.memory import raise_if_out_of_memory
 
 NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as fit in a cache
 MOST_STEPS = 16  # from a parameter to what is computed of it, and to the network
@@ -517,8 +518,7 @@ def input_by_input(own: nn.Module, x: Tensor, name: str) -> Tensor:
     try:
         return functional.one_by_one(own, x, [name])[name]
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        raise_if_out_of_memory(error)
         raise NeedsTheBatchError(
             f"torch cannot differentiate {type(own).__name__} at one input: {short(error)}."
         ) from error

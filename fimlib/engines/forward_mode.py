@@ -28,6 +28,7 @@ from fimlib._progress import progress
 from fimlib.derivatives import Block, Derivatives
 from fimlib.engines.model import call_with
 from fimlib.engines.rewrite import rewritten
+from fimlib.memory import raise_if_out_of_memory
 
 NUMBERS_AT_A_TIME = 2**22  # that all operations of a forward pass make together
 DIRECTIONS_AT_A_TIME = 512
@@ -201,9 +202,8 @@ def seconds_each(own: nn.Module, x: Tensor, names: list[str]) -> float:
                 curves(own, x, name, directions[:1])  # not timed: torch does some work only once
                 start = perf_counter()
                 curves(own, x, name, directions)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:  # torch.func fails in many ways
+            except Exception as error:  # torch.func fails in many ways
+                raise_if_out_of_memory(error)
                 continue
             return (perf_counter() - start) / count
     return float("inf")

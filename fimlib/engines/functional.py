@@ -21,6 +21,7 @@ from fimlib.engines.forward_mode import Curves
 from fimlib.engines.model import call_with, exact_kernels, private_copy, tensors
 from fimlib.engines.rewrite import exact_activations, exact_lookups, rewritten
 from fimlib.engines.traced.graph import Uncaptured, walk, without_randomness
+from fimlib.memory import raise_if_out_of_memory
 
 NUMBERS_AT_A_TIME = 2**22  # of J that are computed together: 32 MB
 
@@ -51,9 +52,8 @@ def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None,
         try:
             with torch.inference_mode(False), exact_kernels(own):
                 derivs = way(own, x[at], names, outputs[at])
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # torch.func and autograd fail in many ways
+            raise_if_out_of_memory(error)
             raise NotImplementedError(
                 f"torch cannot differentiate {type(own).__name__}: {short(error)}."
             ) from error
@@ -195,8 +195,7 @@ def rows_of(h: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         with quiet():
             return list(pull(eye, batched=True))
     except RuntimeError as error:  # an operation without a batched derivative
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        raise_if_out_of_memory(error)
     rows = zip(*(pull(seed, batched=False) for seed in eye), strict=True)
     return [
         torch.stack([p.new_zeros(p.shape) if g is None else g for g in row])

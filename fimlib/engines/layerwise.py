@@ -25,6 +25,7 @@ from fimlib.engines.activations import Curve
 from fimlib.engines.checks import check_no_hooks
 from fimlib.engines.model import is_same, private_copy
 from fimlib.engines.traced.graph import CapturedError, Uncaptured
+from fimlib.memory import raise_if_out_of_memory
 
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # The curves of torch's own activations, computed out of place.
@@ -365,7 +366,8 @@ def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:
     try:
         alone = torch.cat([own(part.clone()) for own, part in zip(fresh, parts, strict=True)])
     except (RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+        raise_if_out_of_memory(error)
+        if isinstance(error, NotImplementedError):
             raise
         raise NotImplementedError(
             f"module {name!r} ({type(module).__name__}) takes the batch, but not its parts, or "
@@ -415,6 +417,7 @@ def elementwise(
     except CapturedError:
         raise
     except (RuntimeError, AttributeError) as error:  # autograd, or the module, cannot
+        raise_if_out_of_memory(error)
         raise refusal from error
     if not fits:
         raise refusal

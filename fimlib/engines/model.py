@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from fimlib.derivatives import all_finite
+from fimlib.memory import raise_if_out_of_memory
 
 
 def selected(model: nn.Module, layers: Sequence[str] | str | None) -> frozenset[str] | None:
@@ -139,9 +140,8 @@ def private_copy(model: nn.Module, around: nn.Module | None = None) -> nn.Module
     try:
         with ComputedToo():
             own = copy.deepcopy(model, dict(memo))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # every attribute may have its own
+        raise_if_out_of_memory(error)
         holders = (n for n, m in model.named_modules() if not is_copyable(m, dict(memo)))
         name = next(holders, "")
         raise NotImplementedError(
@@ -192,9 +192,8 @@ def finite_outputs(model: nn.Module, x: Tensor, *, grad: bool = False) -> Tensor
     try:
         with torch.set_grad_enabled(grad):
             h = model(x.clone())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # of any kind, from a batch or weights that a module rejects
+    except Exception as error:  # of any kind, from a batch or weights that a module rejects
+        raise_if_out_of_memory(error)
         return None
     return h.detach() if isinstance(h, Tensor) and all_finite(h) else None
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fimlib.engines.model import finite_outputs, private_copy
+from fimlib.memory import raise_if_out_of_memory
 
 PerParameter = dict[str, Tensor]
 
@@ -65,6 +66,11 @@ class Truth:
             return cls(own, alone, x, h, noise_of(h, narrow), h)
         z, wide = in_double(own, x)
         if wide is None:
+            for copied in (own, alone):
+                widen(copied, h.dtype)
+            z, wide = in_double(own, x)
+        if wide is None:
+            own.__class__ = alone.__class__ = type(model)
             return cls(own.to(h.dtype), alone, x, h, noise_of(h, None), h)
         return cls(own, alone.double(), z, wide, noise_of(wide, h), h)
 
@@ -138,9 +144,8 @@ def in_double(own: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     try:
         with seen:
             h = outputs_of(own, z)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # of any kind, from numbers of another type
+    except Exception as error:  # of any kind, from numbers of another type
+        raise_if_out_of_memory(error)
         return z, None
     is_double = h.dtype == torch.float64 and seen.narrowest is None
     return z, h if is_double and bool(torch.isfinite(h).all()) else None
@@ -175,6 +180,39 @@ class Narrowing(TorchFunctionMode):
         if found and any(bits(t) >= self.bits for t in tree_leaves((args, kwargs))):
             self.narrowest = min((t.dtype for t in found), key=lambda d: torch.finfo(d).bits)
         return result
+
+
+class Widened(TorchFunctionMode):
+    """Puts float64 in place of every type that a network of this type may cast to without loss."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits = torch.finfo(dtype).bits
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function with the types replaced."""
+        if func is Tensor.float and self.bits <= 32:
+            func = Tensor.double
+        args, kwargs = tree_map_only(torch.dtype, self.wide, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def wide(self, dtype: torch.dtype) -> torch.dtype:
+        """The type to take in place of this one."""
+        is_wide = dtype.is_floating_point and torch.finfo(dtype).bits >= self.bits
+        return torch.float64 if is_wide else dtype
+
+
+def widen(own: nn.Module, dtype: torch.dtype) -> None:
+    """Let a copy compute in float64 where its forward pass names a type, as many norms do."""
+    kind = type(own)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Widened(dtype):
+            return kind.__call__(self, *args, **kwargs)
+
+    own.__class__ = type(kind.__name__, (kind,), {"__call__": call})  # survives deepcopy()
 
 
 def bits(t: object) -> int:

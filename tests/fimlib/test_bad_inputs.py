@@ -7,7 +7,7 @@ import torch
 from strategies import inputs, mlp
 from torch import nn
 
-from fimlib import Bernoulli, Categorical, Gaussian, GaussianHead, accumulate, estimate
+from fimlib import Bernoulli, Categorical, Gaussian, GaussianHead, accumulate, differentiate, estimate
 from fimlib.families import Heads, Positions
 
 WORDS, LENGTH = 7, 5
@@ -183,6 +183,53 @@ def test_out_of_memory_says_what_to_make_smaller(error, call):
         CALLS[call](small, inputs_of_two, Categorical(), **options)
     with pytest.raises(error, match=r"^batch 2.*in your loader"):
         CALLS[call](small, [X[:2], X[:5]], Categorical(), batch_size=5)
+
+
+def too_much():
+    """Ask torch for more memory than any machine has: on the CPU it raises a plain RuntimeError."""
+    return torch.empty(2**52, device="cpu")
+
+
+class HungryBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        too_much()
+
+
+class Full(nn.Module):
+    """Fills the memory in the backward pass, or in the forward pass of 3 inputs or more."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.net, self.where = network(), where
+
+    def forward(self, x):
+        if len(x) > 2 and self.where == "forward":
+            too_much()
+        h = self.net(x)
+        return HungryBackward.apply(h) if self.where == "backward" else h
+
+
+FULL = r"torch needs [\d,]+\.\d GiB more"
+
+
+@each_call
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_full_memory_of_the_cpu_is_told_from_other_errors(where, call):
+    with pytest.raises(MemoryError, match=rf"^batch 1.*{FULL}: take smaller .* estimate\(\) needs"):
+        CALLS[call](Full(where), X, Categorical(), batch_size=6)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("engine", ["auto", "traced", "functional"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_full_memory_is_no_reason_for_another_engine(engine, order, where):
+    with pytest.raises(MemoryError, match=FULL):
+        differentiate(Full(where), X, engine=engine, order=order)
 
 
 @pytest.mark.parametrize("passes", [-1, 0, 1, 1.5, True, "3"])

@@ -17,6 +17,7 @@ import fimlib
 from fimlib.derivatives import Sweep
 from fimlib.engines import choose
 from fimlib.engines.confirm import Unconfirmed, confirm
+from fimlib.engines.truth import Truth
 
 # Right derivatives that are changed.
 
@@ -522,6 +523,72 @@ def test_float32_inside_a_float64_network_is_seen():
     assert "computes in torch.float32" in refused(Single, "auto, order 1")
     net, x = around(Single(), torch.float32), inputs(5, 4).float()
     fimlib.differentiate(net, x, order=1)  # there it is the network's own
+
+
+class CastNorm(nn.Module):
+    """Normalises in the type that it names, as the norms of language models do."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.weight, self.dtype = nn.Parameter(torch.ones(3)), dtype
+
+    def forward(self, x):
+        z = x.to(self.dtype)
+        size = z.square().mean(-1, keepdim=True, dtype=self.dtype) + 1e-6
+        return self.weight * (z * torch.rsqrt(size)).type(x.dtype)
+
+
+class CutCastNorm(CastNorm):
+    def forward(self, x):
+        return super().forward(x) * x.float().square().mean().detach().type_as(x)
+
+
+def steep(norm, dtype=torch.float32):
+    """A network so curved that difference quotients in float32 are too coarse for a check."""
+    net = around(norm, dtype)
+    with torch.no_grad():
+        net[0].weight *= 30
+        net[0].bias *= 3
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_names_float32_is_compared_in_float64(dtype):
+    net, x = steep(CastNorm(), dtype), inputs(5, 4).to(dtype)
+    found = Truth.of(net, x)
+    exact = copy.deepcopy(net).double()
+    exact[1].dtype = torch.float64
+    assert found.dtype == torch.float64
+    assert torch.allclose(found.outputs, exact(x.double()), rtol=1e-12)
+    assert torch.equal(found.own(found.x), found.alone(found.x))
+    assert type(net) is nn.Sequential
+    if dtype == torch.float32:
+        fimlib.differentiate(net, x, order=1)
+
+
+def test_a_cut_behind_a_norm_that_names_float32_is_named():
+    net, x = steep(CutCastNorm()), inputs(5, 4).float()
+    with pytest.raises(NotImplementedError, match=r"'1' \(CutCastNorm\)"):
+        fimlib.differentiate(net, x[:1], order=1)
+
+
+class OnlyFloat32(nn.Module):
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise TypeError("float32, please")
+        return torch.sin(x) * (torch.cos(x).detach() if self.cut else 1)
+
+    def __init__(self, *, cut):
+        super().__init__()
+        self.cut = cut
+
+
+def test_the_module_is_named_in_a_network_that_takes_float32_alone():
+    x = inputs(5, 4).float()
+    assert Truth.of(around(OnlyFloat32(cut=False), torch.float32), x).dtype == torch.float32
+    fimlib.differentiate(around(OnlyFloat32(cut=False), torch.float32), x, order=1)
+    with pytest.raises(NotImplementedError, match=r"'1' \(OnlyFloat32\)"):
+        fimlib.differentiate(around(OnlyFloat32(cut=True), torch.float32), x, order=1)
 
 
 MODES = ["zeros", "circular", "reflect", "replicate"]

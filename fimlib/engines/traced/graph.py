@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fimlib.engines.checks import check_outputs, failed
 from fimlib.engines.model import kept_random_state, private_copy, tensors
 from fimlib.engines.rewrite import Activation, rewritten
+from fimlib.memory import raise_if_out_of_memory
 
 Edge = tuple[Node, int]  # a tensor, as autograd knows it: the node that made it, which output
 
@@ -308,7 +309,8 @@ def without_randomness(run: Callable[[], Tensor], x: Tensor) -> Tensor:
         try:
             outputs = run()
         except RuntimeError as error:
-            if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+            raise_if_out_of_memory(error)
+            if isinstance(error, NotImplementedError):
                 raise
             raise failed(x, error) from error
         if not all(map(torch.equal, before, states())):

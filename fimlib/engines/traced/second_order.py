@@ -41,6 +41,7 @@ from fimlib.engines.traced.linearised import (
     units_alone,
 )
 from fimlib.engines.traced.parameters import Place, places
+from fimlib.memory import raise_if_out_of_memory
 
 # Of rows or tangents carried together, and of their results: as much as a cache holds. More
 # inputs than that go in pieces.
@@ -250,6 +251,7 @@ def second_derivative(t: Trace, node: Node, s: Edge) -> Tensor | None:
             (found,) = torch.autograd.grad(first, end, weight, retain_graph=True, allow_unused=True)
             second = second if found is None else found
     except RuntimeError as error:
+        raise_if_out_of_memory(error)
         raise t.refusal(node, f"autograd cannot differentiate it twice ({error}).") from error
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
         raise ValueError(f"{t.made[node]} has no finite derivative at this input.")
