@@ -180,18 +180,11 @@ def differentiate_checked(
     Raises:
         NotImplementedError: no engine supports the network; with the cause and a remedy.
     """
-    with differentiating(model, x):
-        check_model(model, x)
-        check_plain(model)
-        names = candidates(model, engine, order)
-        try:
-            chosen = choose(names, model, x.detach(), order, wanted, unasked=engine == "auto")
-        except ForwardError:
-            check_forward(model, x.detach())
-            raise
-        if isinstance(chosen, dict):
-            check_forward(model, x.detach())
+    names = candidates(model, engine, order)
+    chosen = attempted(names, model, x, order, wanted, unasked=engine == "auto")
     if isinstance(chosen, dict):
+        with differentiating(model, x):
+            check_forward(model, x.detach())
         reason = cause(chosen)
         if isinstance(reason, ImportError):
             raise reason
@@ -201,6 +194,26 @@ def differentiate_checked(
     if not all_finite(chosen.batch.outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
     return chosen
+
+
+def attempted(
+    names: Sequence[str],
+    model: nn.Module,
+    x: Tensor,
+    order: int,
+    wanted: frozenset[str] | None,
+    *,
+    unasked: bool,
+) -> Chosen | dict[str, Exception]:
+    """Confirmed derivatives by the first of these engines that supports the network, or why not."""
+    with differentiating(model, x):
+        try:
+            check_model(model, x)
+            check_plain(model)
+            return choose(names, model, x.detach(), order, wanted, unasked=unasked)
+        except ForwardError:
+            check_forward(model, x.detach())
+            raise
 
 
 def differentiate(
@@ -494,8 +507,7 @@ def works(model: nn.Module, x: Tensor, trial: Remedy) -> bool:
     _, engine, order, wanted = trial
     names = candidates(model, engine, order)
     try:
-        with differentiating(model, x):
-            chosen = choose(names, model, x.detach(), order, wanted, unasked=engine == "auto")
+        chosen = attempted(names, model, x, order, wanted, unasked=engine == "auto")
     except (ValueError, NotImplementedError):
         return False
     return isinstance(chosen, Chosen)

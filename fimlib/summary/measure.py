@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimlib._checks import check_num_samples
 from fimlib._progress import progress
 from fimlib.derivatives import Derivatives
 from fimlib.engines.checks import check_module
-from fimlib.engines.choose import differentiate
+from fimlib.engines.choose import Chosen, attempted, candidates, differentiate
+from fimlib.engines.confirm import inputs_to_check
 from fimlib.engines.held import Forward, Held
 from fimlib.engines.model import selected
 from fimlib.families.base import Family, check_family
@@ -134,8 +136,9 @@ def summarise(
         engine: Where the derivatives come from; see ``differentiate``.
         num_probes: ≥ 3, to estimate V₂ where it is not known exactly; 128 is a fair number. See
             ``hutchinson_variance_i2``. None: leave Î₂ out there.
-        budget: Seconds that it may take. The batch that is under way is finished; inputs that are
-            left then are left out, as the result says, which takes one more batch of a stream.
+        budget: Seconds that it may take. S is given up where the first few inputs take half of it.
+            The batch that is under way is finished; inputs that are left then are left out, as the
+            result says, which takes one more batch of a stream.
         pick: Which part of every batch is x; see ``accumulate``.
         forward: From the model and a batch of any kind to the outputs; see ``accumulate``.
 
@@ -169,7 +172,7 @@ def summarise(
     model = check_module(model)
     count = len(inputs) if isinstance(inputs, Tensor) else None
     clock = Clock(budget, count)
-    first, stream = _peek(batches(model, inputs, family, pick, forward))
+    first, stream = _peek(model, batches(model, inputs, family, pick, forward))
     found, order = _engine(*first, engine, layers, clock)
     num_outputs = found.outputs.shape[1]
     is_estimate = order == 1 and num_probes is not None
@@ -283,8 +286,10 @@ def has_classes(family: Family) -> bool:
 # What goes in.
 
 
-def _peek(stream: Iterator[Batch]) -> tuple[tuple[nn.Module, Tensor], Iterator[Batch]]:
-    """One input, on the model's device, with its network; and all batches."""
+def _peek(
+    model: nn.Module, stream: Iterator[Batch]
+) -> tuple[tuple[nn.Module, Tensor], Iterator[Batch]]:
+    """The inputs to try, on the model's device, with their network; and all batches."""
     first = next(stream, None)
     if first is None:
         raise ValueError(
@@ -295,8 +300,11 @@ def _peek(stream: Iterator[Batch]) -> tuple[tuple[nn.Module, Tensor], Iterator[B
     with named("batch 1"):
         check_shape(x, None)
         check_finite(x[:1])
+    few = x[: inputs_to_check(model)]
+    with named(f"batch 1 (inputs 0 to {len(few) - 1})"):
+        check_finite(few)
     device = next((p.device for p in network.parameters()), None)
-    return (network, x[:1].to(device)), itertools.chain([first], stream)
+    return (network, few.to(device)), itertools.chain([first], stream)
 
 
 def _goes_on(stream: Iterator[Batch]) -> bool:
@@ -311,23 +319,51 @@ def _engine(
     model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | str | None, clock: Clock
 ) -> tuple[Derivatives, int]:
     """By the engine that takes the network; and whether S is affordable (2) or J alone (1)."""
-    for name in ("layerwise", "traced") if engine == "auto" else (engine,):
-        try:
-            return differentiate(model, x, engine=name, layers=layers), 2
-        except NotImplementedError:
-            pass  # of the second order only, or the last line says why
     wanted = selected(model, layers)
     count = sum(p.numel() for n, p in model.named_parameters() if wanted is None or n in wanted)
-    if engine == "auto" and count <= FEW_PARAMETERS:
-        start = time.monotonic()
+
+    def twice(names: Sequence[str], x: Tensor, seconds: float) -> Derivatives | None:
+        deadline = Deadline(seconds)
         try:
-            found = differentiate(model, x, engine="functional", layers=layers)
-        except NotImplementedError:
-            pass
-        else:
-            if (time.monotonic() - start) * (clock.count or 1) < clock.left:
-                return found, 2
-    return differentiate(model, x, engine=engine, order=1, layers=layers), 1
+            with deadline:
+                found = attempted(names, model, x, 2, wanted, unasked=False)
+        except (ValueError, TimeoutError):
+            if not deadline.is_over:
+                raise
+            return None
+        return found.batch.derivatives() if isinstance(found, Chosen) else None
+
+    names = ("layerwise", "traced") if engine == "auto" else candidates(model, engine, 2)
+    if (found := twice(names, x, clock.left / 2)) is not None:
+        return found, 2
+    if engine == "auto" and count <= FEW_PARAMETERS:
+        seconds = clock.left / (clock.count or 1)
+        if (found := twice(("functional",), x[:1], seconds)) is not None:
+            return found, 2
+    return differentiate(model, x[:1], engine=engine, order=1, layers=layers), 1
+
+
+class Deadline(TorchDispatchMode):
+    """Ends the work inside it, by a TimeoutError, once it has taken so many seconds.
+
+    Attributes:
+        is_over: Whether it was ended.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.end, self.is_over = time.monotonic() + seconds, False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: else torch imports its compiler at the first use, which takes two seconds."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self.end:
+            self.is_over = True
+            raise TimeoutError("the time is over")
+        return func(*args, **(kwargs or {}))
 
 
 def _method(num_outputs: int, family: Family) -> str | None:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -443,6 +444,51 @@ def test_ctrl_c_ends_it_as_it_ends_accumulate():
     for function in (fimlib.accumulate, fimlib.summarise):
         with pytest.raises(KeyboardInterrupt):
             function(mlp(), interrupted(), FAMILIES["categorical"])
+
+
+class Slow(torch.autograd.Function):
+    """Its second derivative takes a second; of nothing else."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.sin(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SlowSlope.apply(ctx.saved_tensors[0]) * grad
+
+
+class SlowSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.cos(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(1)
+        return -torch.sin(ctx.saved_tensors[0]) * grad
+
+
+class Sluggish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 40), nn.Linear(40, 2)  # 243 parameters
+
+    def forward(self, x):
+        return self.outer(Slow.apply(self.inner(x)))
+
+
+@pytest.mark.parametrize("engine", ["auto", "functional"])
+def test_second_derivatives_are_given_up_within_the_budget(engine):
+    net, x = Sluggish().double(), inputs(20)
+    start = time.monotonic()
+    found = fimlib.summarise(net, x, FAMILIES["categorical"], engine=engine, budget=4.0)
+    assert time.monotonic() - start < 10
+    assert not found.has_i2
+    assert found.num_inputs > 0
+    assert torch.is_grad_enabled()
 
 
 def test_second_derivatives_that_take_too_long_are_left_out(monkeypatch):
