@@ -64,7 +64,6 @@ from fimlib.matrices import (
     fisher_matrix as fisher_matrix,
 )
 from fimlib.precision import (
-    Comparison as Comparison,
     compare_estimators as compare_estimators,
     num_samples_needed as num_samples_needed,
 )
@@ -102,6 +101,9 @@ from fimlib.empirical import (
     data_fisher_variance as data_fisher_variance,
     kl_gradient as kl_gradient,
 )
+
+# Which formula somebody's diagonal follows.
+from fimlib.audit import identify as identify
 
 # All of it in one table.
 from fimlib.summary import (

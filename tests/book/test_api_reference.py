@@ -142,7 +142,16 @@ def stubs():
             stated.append(
                 f":::{{prf:{kind.lower()}}}\n:label: {anchor}\n:number: {value}\ntrue\n:::"
             )
-    linked = {"section", "appendix", "engines", "report", "notes", "proofs", "benchmark"}
+    linked = {
+        "section",
+        "appendix",
+        "engines",
+        "report",
+        "notes",
+        "proofs",
+        "benchmark",
+        "shortcuts",
+    }
     pages = {p.stem: f"# {p.stem}\n" for p in BOOK.glob("*.md") if p.stem.split("-")[0] in linked}
     library = results.ROOT / "fimlib"
     sources = [p for p in listings.paths() if p.is_relative_to(library)]

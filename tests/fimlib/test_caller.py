@@ -87,6 +87,15 @@ CALLS = {
             m, x, FAMILY, num_probes=3, generator=torch.Generator().manual_seed(0)
         )
     ],
+    "identify": [
+        lambda m, x, _, size=size: fimlib.identify(
+            {n: torch.ones_like(p) for n, p in m.named_parameters()},
+            m,
+            [(part,) for part in x.split(size)],
+            FAMILY,
+        )
+        for size in (9, 2)
+    ],
     "plan": [lambda m, x, _, c=c: fimlib.plan(m, x, **c) for c in choices()[:3]],
     "summarise": [
         lambda m, x, _: fimlib.summarise(m, x, FAMILY, num_probes=3),

@@ -111,7 +111,7 @@ def test_refusals_and_missing_packages_are_lines_too(monkeypatch):
 
 def test_the_limit_of_memory_is_no_refusal(monkeypatch):
     def fail(*_):
-        raise NotImplementedError("torch cannot do it: you tried to allocate 9 bytes")
+        raise MemoryError("batch 1: torch needs 9.0 GiB more")
 
     monkeypatch.setattr(today, "run", fail)
     row, _ = today.cell("mlp", "signs", True, None)
