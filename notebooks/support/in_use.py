@@ -41,7 +41,8 @@ def plus(a: Diagonal, b: Diagonal) -> Diagonal:
 
 def log_p(net: nn.Module, x: Tensor) -> Tensor:
     """Log-probabilities of the classes, for one input [C]."""
-    return net(x[None]).log_softmax(-1)[0]
+    logs: Tensor = net(x[None]).log_softmax(-1)[0]
+    return logs
 
 
 def examples(batches: Batches) -> list[tuple[Tensor, Tensor]]:
@@ -51,7 +52,7 @@ def examples(batches: Batches) -> list[tuple[Tensor, Tensor]]:
 
 def drawn(logits: Tensor) -> Tensor:
     """Labels of the model."""
-    return torch.distributions.Categorical(logits=logits).sample()
+    return torch.multinomial(logits.softmax(-1), 1)[..., 0]
 
 
 # One square for every example.
@@ -85,6 +86,17 @@ def sampled(net: nn.Module, batches: Batches) -> Diagonal:
 def data_labels(net: nn.Module, batches: Batches) -> Diagonal:
     """(∂ log p(y))² with the labels of the data."""
     return mean(square(gradient(net, log_p(net, x)[y])) for x, y in examples(batches))
+
+
+def weighted(net: nn.Module, batches: Batches) -> Diagonal:
+    """The same, times p(y|x) of the observed label."""
+
+    def of(x: Tensor, y: Tensor) -> Diagonal:
+        value = log_p(net, x)[y]
+        weight = value.exp().detach()
+        return {n: weight * t for n, t in square(gradient(net, value)).items()}
+
+    return mean(of(x, y) for x, y in examples(batches))
 
 
 def likeliest(net: nn.Module, batches: Batches) -> Diagonal:
@@ -214,6 +226,7 @@ WAYS: dict[Way, tuple[str, str]] = {
     exact: ("exact", ""),
     sampled: ("sampled", ""),
     data_labels: ("data", ""),
+    weighted: ("weighted", ""),
     batch_mean: ("batch", ""),
     sampled_batch: ("sampled batch", ""),
     whole: ("whole", ""),

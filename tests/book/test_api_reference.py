@@ -150,7 +150,7 @@ def stubs():
         "notes",
         "proofs",
         "benchmark",
-        "shortcuts",
+        "audit",
     }
     pages = {p.stem: f"# {p.stem}\n" for p in BOOK.glob("*.md") if p.stem.split("-")[0] in linked}
     library = results.ROOT / "fimlib"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fimlib
-from fimlib.audit import identify
+from fimlib.audit import identify, judge
 from fimlib.families import Positions
 
 FAMILY = fimlib.Categorical()
@@ -335,6 +335,7 @@ RIGHT = in_use.exact(NET, DATA)
         ([1.0], DATA, TypeError, "diagonal is a list: pass a dict"),
         (lambda *_: [1.0], DATA, TypeError, "the function returned a list"),
         (RIGHT, [(DATA[0][0], DATA[0][1] + 9)], ValueError, "batch 1: "),
+        (RIGHT, [DATA[0], (DATA[0][0], DATA[0][1][:2])], ValueError, "batch 2: "),
     ],
 )
 def test_bad_input(diagonal, data, error, message):
@@ -346,3 +347,12 @@ def test_a_result_of_zeros_is_none_of_them():
     zeros = {n: torch.zeros_like(t) for n, t in RIGHT.items()}
     found = identify(zeros, NET, DATA, FAMILY)
     assert (found.formula, found.ratio) == ("unknown", 0.0)
+
+
+def test_large_networks_take_layers(monkeypatch):
+    monkeypatch.setattr(judge, "MOST_PARAMETERS", 100)
+    with pytest.raises(ValueError, match="each of the 194 parameters: take a few layers="):
+        identify(RIGHT, NET, DATA, FAMILY)
+    assert identify(RIGHT, NET, DATA, FAMILY, layers=["4"]).formula == "exact"
+    with pytest.raises(ValueError, match="the model has no parameters"):
+        identify({}, nn.Tanh(), DATA, FAMILY)
