@@ -28,6 +28,11 @@ def power(z: Tensor, degree: int) -> Tensor:
     return z if degree == 1 else power(z.square(), degree // 2)
 
 
+def flat(D: Tensor) -> Tensor:
+    """J or S with a parameter's numbers in a row, [B, T, K]; a scalar is one of them."""
+    return D.reshape(*D.shape[:2], -1)
+
+
 @dataclass(frozen=True)
 class Block:
     """J and S of parameters that share their left factors.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fimlib._checks import check_dtype, check_estimator, check_integer
-from fimlib.derivatives import Derivatives, Sweep
+from fimlib.derivatives import Derivatives, Sweep, flat
 from fimlib.families.base import (
     QUANTITIES,
     Family,
@@ -614,8 +614,8 @@ def joint_covariance(
         raise ValueError(f"parameters must be a list of different names, got {parameters!r}.")
     h = family.natural(derivs.outputs)
     derivs = family.natural_derivatives(derivs)
-    J = torch.cat([derivs.jacobian(name).double().flatten(2) for name in parameters], dim=2)
-    S = torch.cat([derivs.second(name).double().flatten(2) for name in parameters], dim=2)
+    J = torch.cat([flat(derivs.jacobian(name).double()) for name in parameters], dim=2)
+    S = torch.cat([flat(derivs.second(name).double()) for name in parameters], dim=2)
     I = family.information(h, J)
     centred = I - I.mean(0)
     input_term = centred.T @ centred / len(h)
@@ -652,7 +652,7 @@ def columns_of_factor(family: Family, sweep: Sweep) -> Iterator[tuple[int, LeftF
         J = derivs.blocks[0].J
         if sweep.combined is None:  # else the engine has carried LᵀJ back
             L = factor(derivs.outputs).to(J)
-            J = torch.bmm(L.mT, J.flatten(2)).view(len(J), -1, *J.shape[2:])
+            J = torch.bmm(L.mT, flat(J)).view(len(J), -1, *J.shape[2:])
         return {"I": J.square().sum(1)}
 
     return left_factors(sweep.combined(factor) if sweep.combined else sweep, of_piece)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fimlib.derivatives import flat
 from fimlib.engines.checks import check_model, check_module
 from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import confirm_hessian
@@ -104,8 +105,8 @@ def estimate_i2_matrix(
     def at_outputs(outputs: Tensor) -> Tensor:
         return (family.link(outputs.double(), at) * residual).sum() / len(x)
 
-    def residual_output(model: nn.Module, flat: Tensor) -> Tensor:
-        return at_outputs(functional(model, names, flat, x))
+    def residual_output(model: nn.Module, vector: Tensor) -> Tensor:
+        return at_outputs(functional(model, names, vector, x))
 
     def curvature(model: nn.Module) -> Tensor:
         own = private_copy(model)
@@ -139,7 +140,7 @@ def jacobian(
     derivs = differentiate_checked(model, x, "auto", 1, frozenset(names)).batch.derivatives()
     natural = family.natural_derivatives(derivs)
     family.natural(derivs.outputs)
-    J = torch.cat([natural.jacobian(name).flatten(2) for name in names], dim=2)
+    J = torch.cat([flat(natural.jacobian(name)) for name in names], dim=2)
     return derivs.outputs, J.double()
 
 
@@ -158,10 +159,10 @@ def flatten(model: nn.Module, names: Sequence[str]) -> Tensor:
     return torch.cat([model.get_parameter(name).detach().flatten() for name in names])
 
 
-def functional(model: nn.Module, names: Sequence[str], flat: Tensor, x: Tensor) -> Tensor:
-    """The outputs with the named parameters taken from the vector ``flat``."""
+def functional(model: nn.Module, names: Sequence[str], vector: Tensor, x: Tensor) -> Tensor:
+    """The outputs with the named parameters taken from the vector ``vector``."""
     known = dict(model.named_parameters())
-    pieces = torch.split(flat, [known[name].numel() for name in names])
+    pieces = torch.split(vector, [known[name].numel() for name in names])
     values = {n: p.view_as(known[n]) for n, p in zip(names, pieces, strict=True)}
     result: Tensor = call_with(model, values, x)
     return result

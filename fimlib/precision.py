@@ -15,7 +15,7 @@ from scipy import special
 from torch import Tensor
 
 from fimlib._checks import check_estimator
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Block, Derivatives, flat
 from fimlib.diagonal import Diagonal
 from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
@@ -179,11 +179,11 @@ def sharper(
     gram: dict[str, Tensor] = {}
     squared_norm: dict[str, Tensor] = {}
     for block in family.natural_derivatives(derivs).blocks:
-        first = family.project(h, block.J).square().flatten(2)
+        first = flat(family.project(h, block.J).square())
         I = torch.einsum("bk,bki->bi", p, first)
         errors = first - I[:, None]
         if estimator == 2:
-            errors = family.project(h, block.second).flatten(2)
+            errors = flat(family.project(h, block.second))
         inputs = [z for z in block.inputs.values() if z is not None]
         right = h.new_full((len(h),), len(block.inputs) - len(inputs))
         right = right + sum(z.double().pow(4).sum(1) for z in inputs)

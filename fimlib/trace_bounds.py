@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fimlib._checks import check_num_samples
 from fimlib.bounds import eigenvalues_for
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Block, Derivatives, flat
 from fimlib.families.base import Family
 from fimlib.intervals import Bounds, Interval
 from fimlib.memory import TRACE_NUMBERS
@@ -199,13 +199,13 @@ def squared_singular_values(derivs: Derivatives, family: Family) -> tuple[Tensor
     a, b, weight = symmetric_pairs(num_outputs, derivs.outputs.device)
 
     def outer(block: Block) -> Tensor:
-        J = block.J.double().flatten(2)
+        J = flat(block.J.double())
         return weight[:, None] * J[:, a] * J[:, b]
 
     grams = (
-        gram(derivs, lambda block: block.J.double().flatten(2), degree=1),
+        gram(derivs, lambda block: flat(block.J.double()), degree=1),
         gram(derivs, outer, degree=2),
-        gram(derivs, lambda block: block.second.double().flatten(2), degree=2),
+        gram(derivs, lambda block: flat(block.second.double()), degree=2),
     )
     first, middle, last = (torch.linalg.eigvalsh(G).clamp_min(0).flip(-1) for G in grams)
     return first, middle, last

@@ -166,14 +166,14 @@ def of_batch(
             rows["weighted"] = r * labels.mean(family.mean(h))[:, None].sqrt()
     drawn = [family.draw_residual(h, generator) for _ in range(DRAWS)]
     R = torch.stack([*drawn, *rows.values()], 2)
-    kinds, squares, sums = [], [], []
+    kinds, squares, totals = [], [], []
     for at in slices(count, max(1, JACOBIAN_NUMBERS // (R.shape[2] * num_entries(sweep)))):
         derivs = family.natural_derivatives(sweep.sweep(at))
         others = forms(family, h[at], rows.get("data", h)[at], size, has_labels="data" in rows)
         kinds = [*rows, *others]
-        squares.append(flat(derivs, partial(all_squares, R[at], others), 2, names))
-        sums.append(flat(derivs, partial(products, R[at]), 1, names))
-    square, total = torch.stack(squares).sum(0), torch.stack(sums).sum(0)
+        squares.append(sums(derivs, partial(all_squares, R[at], others), 2, names))
+        totals.append(sums(derivs, partial(products, R[at]), 1, names))
+    square, total = torch.stack(squares).sum(0), torch.stack(totals).sum(0)
     own = dict(zip(kinds, square[DRAWS:], strict=True))
     found = OfBatch(
         count, outputs, outputs // size, {**own, "sampled": own["exact"]},
@@ -182,7 +182,7 @@ def of_batch(
     if "data" in rows:
         last = family.natural_derivatives(sweep.sweep(slice(count - 1, count)))
         found.gradient = total[DRAWS + list(rows).index("data")]
-        found.last = flat(last, partial(products, rows["data"][-1:, :, None]), 1, names)[0].square()
+        found.last = sums(last, partial(products, rows["data"][-1:, :, None]), 1, names)[0].square()
         found.num_labels = num_labels(family, y, count * outputs // size)
     return found
 
@@ -226,12 +226,12 @@ def num_entries(sweep: Sweep) -> int:
     return sum(block.J[0, 0].numel() for block in few.blocks)
 
 
-def flat(
+def sums(
     derivs: Derivatives, form: Callable[[Block], Tensor], degree: int, names: Sequence[str]
 ) -> Tensor:
     """The sum over the inputs of several contractions at once, [A, P]."""
     means = derivs.contract(form, degree).mean_over_inputs()
-    return len(derivs.outputs) * torch.cat([means[n].flatten(1) for n in names], 1)
+    return len(derivs.outputs) * torch.cat([means[n].reshape(len(means[n]), -1) for n in names], 1)
 
 
 def has_classes(family: Family) -> bool:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fimlib.derivatives import Block, Derivatives, Sweep, all_finite, power
+from fimlib.derivatives import Block, Derivatives, Sweep, all_finite, flat, power
 from fimlib.engines.blame import mixing_module, wrong_module
 from fimlib.engines.held import other_input
 from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
@@ -418,7 +418,7 @@ def along(claim: Claim) -> Iterator[tuple[PerParameter, Tensor, Tensor]]:
 
 def contractions(block: Block, v: PerParameter) -> Iterator[tuple[str, list[Tensor]]]:
     """Over the entries of every parameter of a block, Σ_i J_i v_i and Σ_i (J_i v_i)²: [k, T]."""
-    J = block.J.flatten(2) if block.J.ndim > 2 else block.J[..., None]
+    J = flat(block.J)
     rights = [z for z in block.inputs.values() if z is not None]
     dtype = holding_squares([J, *(v[n] for n in block.inputs), *rights])
     for name, z in block.inputs.items():
@@ -683,11 +683,6 @@ def position(block: Block, name: str, b: int, is_large: bool, generator: torch.G
     parts = [w if is_large and bool(w.any()) else torch.ones_like(w) for w in (lefts, rights)]
     k, j = (int(torch.multinomial(w / w.sum(), 1, generator=generator)) for w in parts)
     return k * len(rights) + j
-
-
-def flat(D: Tensor) -> Tensor:
-    """Left factors with their numbers in a row: [k, T, K]."""
-    return D.reshape(*D.shape[:2], -1)
 
 
 def entry_at(claim: Claim, block: Block, name: str, i: int, b: int) -> Entry:
