@@ -141,8 +141,8 @@ test-book: $(ENV) ## open every page of the book in Chromium and see that it is 
 mutants: $(ENV) ## change fimlib's formulas one by one and see the tests notice (an hour)
 	@"$(PY)" tests/tools/mutants.py
 
-bench: $(ENV) ## measure the cost beside other libraries, in about an hour (NETWORKS="mlp lenet": a part; TODAY=1: networks of today; QUICK=1: try it out)
-	@"$(PY)" -m support.bench $(if $(QUICK),--quick) $(if $(TODAY),--today) $(if $(NETWORKS),--networks $(NETWORKS))
+bench: $(ENV) ## measure the cost beside other libraries, in about an hour (NETWORKS="mlp lenet": a part; TODAY=1: networks of today; TORTURE=1: hard ones; QUICK=1: try it out)
+	@"$(PY)" -m $(if $(TORTURE),support.torture,support.bench) $(if $(QUICK),--quick) $(if $(TODAY),--today) $(if $(NETWORKS),--networks $(NETWORKS))
 
 gpu-check: $(ENV) ## compare results of CPU and GPU where there is a GPU
 	@"$(PY)" -m support.gpu_check

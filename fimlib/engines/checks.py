@@ -185,7 +185,8 @@ def check_outputs(outputs: Any, size: int, *, numbers: bool = True) -> None:
     if torch.isneginf(outputs).any():
         raise ForwardError(
             "some outputs are -inf: the weights are too large, or logits are masked by -inf; mask "
-            "them by -1e4, of which a softmax makes 0, too."
+            "them by -1e4, of which a softmax makes 0, too, or in accumulate, estimate and "
+            "summarise pass forward=lambda model, x: model(x).clamp_min(-1e4)."
         )
     raise ForwardError(
         "the outputs hold NaN or infinite values: the weights are too large, or forward() has "

@@ -6,12 +6,17 @@ needs no autograd. A network whose outputs for one input are no function of that
 
 from __future__ import annotations
 
-import copy
+import io
+import json
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +25,14 @@ from torch.nn import functional
 
 import fimlib
 from support import results
-from support.bench import candidates
+from support.bench import candidates, tables
 from support.bench.networks import Network
 
 FOUND = results.ROOT / "data" / "torture.json"
 TOLERANCE = 1e-5  # relative, of a tensor's norm
 STEP = 1e-3  # of a difference quotient of fourth order, in units of the parameter's size
 INPUTS = 4
+PACKAGES = ("torch", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
 Diagonal = dict[str, Tensor]
 CLASSES = fimlib.Categorical()
 
@@ -63,27 +69,31 @@ def outputs_alone(model: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([model(one[None].clone()) for one in x])
 
 
-def is_function_of_each(model: nn.Module, x: Tensor) -> bool:
+def is_function_of_each(trap: Trap) -> bool:
     """Whether an input's outputs are the same alone, in the batch, and once more."""
+    model, x = problem(trap)
     with torch.no_grad():
         whole, again = (model(x.clone()) for _ in range(2))
-    alone = outputs_alone(model, x)
-    return torch.equal(whole, again) and torch.allclose(whole, alone, rtol=1e-9, atol=1e-12)
+    try:
+        alone = outputs_alone(model, x)
+    except ValueError:  # of batch norm, which takes no single input
+        return False
+    return all(torch.allclose(whole, h, rtol=1e-9, atol=1e-12) for h in (again, alone))
 
 
-def right(model: nn.Module, x: Tensor, family: fimlib.Family) -> Diagonal | None:
+def right(trap: Trap) -> Diagonal | None:
     """The mean of I over the inputs; None where it does not exist."""
-    if not is_function_of_each(copy.deepcopy(model), x):
+    if not is_function_of_each(trap):
         return None
-    own = copy.deepcopy(model)
-    h = outputs_alone(own, x)
+    model, x = problem(trap)
+    h = outputs_alone(model, x).nan_to_num(neginf=-1e9)  # p = 0 in either case
     found = {}
-    for name, parameter in own.named_parameters():
-        flat = parameter.data.view(-1)
-        size = max(float(flat.square().mean().sqrt()), 0.1)
-        columns = [slope(own, x, flat, i, STEP * size) for i in range(len(flat))]
+    for name, parameter in model.named_parameters():
+        numbers = parameter.data.view(-1)
+        size = max(float(numbers.square().mean().sqrt()), 0.1)
+        columns = [slope(model, x, numbers, i, STEP * size) for i in range(len(numbers))]
         J = torch.stack(columns, 2)  # [B, T, numel]
-        found[name] = family.information(h, J).mean(0).view(parameter.shape)
+        found[name] = CLASSES.information(h, J).mean(0).view(parameter.shape)
     return found
 
 
@@ -95,7 +105,8 @@ def slope(model: nn.Module, x: Tensor, flat: Tensor, i: int, step: float) -> Ten
         flat[i] = before + k * step
         at[k] = outputs_alone(model, x)
     flat[i] = before
-    return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+    found = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+    return found.masked_fill(at[1].isinf(), 0.0)  # of a class that cannot occur
 
 
 # The answers.
@@ -153,14 +164,12 @@ def answer(trap: Trap, library: str, expected: Diagonal | None) -> dict[str, Any
     "no value" is a number where none exists; a refusal is any exception.
     """
     model, x = problem(trap)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        width = outputs_alone(copy.deepcopy(model), x).shape[1]
-        network = Network(trap.what, tuple(x.shape[1:]), trap.make, width)
+    width = problem(trap)[0](x.clone()).shape[1]
+    network = Network(trap.what, tuple(x.shape[1:]), trap.make, width)
+    with quietly():
         start = time.perf_counter()
         try:
-            with torch.enable_grad():
-                found = LIBRARIES[library](model, x, network)
+            found = LIBRARIES[library](model, x, network)
         except ImportError:
             raise
         except Exception as error:  # of any kind, from any library
@@ -171,15 +180,34 @@ def answer(trap: Trap, library: str, expected: Diagonal | None) -> dict[str, Any
         return {"answer": "no value", "seconds": seconds}
     off = distance(found, expected)
     verdict = "right" if off <= TOLERANCE else "wrong"
-    return {"answer": verdict, "seconds": seconds, "distance": off}
+    told = off if math.isfinite(off) else None  # which JSON knows
+    return {"answer": verdict, "seconds": seconds, "distance": told}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """In float64, which some libraries take from torch's default; what they print is left out."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def distance(found: Diagonal, expected: Diagonal) -> float:
     """The largest over the tensors, ‖found − expected‖ / ‖expected‖; infinite for NaN."""
-    most = max(float(t.norm()) for t in expected.values())
+    most = max(float(t.norm()) for t in expected.values()) or 1.0
     worst = 0.0
     for name, t in expected.items():
-        off = float((found[name].detach().double() - t).norm()) / max(float(t.norm()), 1e-9 * most)
+        own = found.get(name, torch.zeros_like(t)).detach().double()
+        off = float((own - t).norm()) / max(float(t.norm()), 1e-9 * most)
         worst = max(worst, off if math.isfinite(off) else math.inf)
     return worst
 
@@ -254,7 +282,11 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Twice the derivative."""
-        return 4 * ctx.saved_tensors[0] * grad
+        found: Tensor = 4 * ctx.saved_tensors[0] * grad
+        return found
+
+
+doubled: Any = Doubled.apply
 
 
 class Counts(nn.Module):
@@ -294,7 +326,8 @@ def experts(m: Any, x: Tensor, hard: bool) -> Tensor:
     gate = m.gate(x).softmax(1)
     if hard:
         gate = gate * (gate == gate.amax(1, keepdim=True))
-    return gate[:, :1] * m.a(x) + gate[:, 1:] * torch.tanh(m.b(x))
+    h: Tensor = gate[:, :1] * m.a(x) + gate[:, 1:] * torch.tanh(m.b(x))
+    return h
 
 
 def attend(m: Any, x: Tensor, mask: bool = False) -> Tensor:
@@ -392,9 +425,9 @@ def masked_logits(value: float) -> nn.Sequential:
 
 def dead() -> nn.Sequential:
     """All ReLUs are off."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
-    net[0].bias.data.fill_(-9.0)
-    return net
+    first = nn.Linear(3, 4)
+    first.bias.data.fill_(-9.0)
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3))
 
 
 def weight_normed() -> nn.Module:
@@ -427,66 +460,113 @@ def traps() -> Iterator[Trap]:
     for mode in ("circular", "reflect", "replicate"):
         yield image(
             f"convolution with {mode} padding",
-            lambda mode=mode: nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode), 72,
+            partial(nn.Conv2d, 2, 2, 3, padding=1, padding_mode=mode),
+            72,
             "a pixel enters at several places",
-        )  # fmt: skip
+        )
     yield image(
         "grouped, strided, dilated convolution",
-        lambda: nn.Conv2d(2, 4, 2, stride=2, dilation=2, groups=2), 16, "index arithmetic",
-    )  # fmt: skip
+        lambda: nn.Conv2d(2, 4, 2, stride=2, dilation=2, groups=2),
+        16,
+        "index arithmetic",
+    )
     yield image("transposed convolution", lambda: nn.ConvTranspose2d(2, 1, 2, 2), 144, "the same")
     yield image("pixel unshuffle", lambda: nn.PixelUnshuffle(2), 72, "a permutation")
     yield image("channel shuffle", lambda: nn.ChannelShuffle(2), 72, "a permutation")
     yield image("unfold", lambda: nn.Unfold(2, stride=2), 72, "patches as columns")
     yield Trap(
-        "Images", "U-Net",
-        lambda: By(unet, first=nn.Conv2d(1, 2, 3, padding=1), down=nn.Conv2d(2, 2, 1),
-                   out=nn.Conv2d(4, 3, 1)),
-        pictures, "a skip, and an upsampling",
-    )  # fmt: skip
+        "Images",
+        "U-Net",
+        lambda: By(
+            unet,
+            first=nn.Conv2d(1, 2, 3, padding=1),
+            down=nn.Conv2d(2, 2, 1),
+            out=nn.Conv2d(4, 3, 1),
+        ),
+        pictures,
+        "a skip, and an upsampling",
+    )
     yield Trap(
-        "Images", "squeeze and excitation",
+        "Images",
+        "squeeze and excitation",
         lambda: By(squeeze, conv=nn.Conv2d(1, 2, 3, 2), gate=nn.Linear(2, 2), out=nn.Linear(8, 3)),
-        pictures, "products of activations",
-    )  # fmt: skip
+        pictures,
+        "products of activations",
+    )
     group = "Branches and shared weights"
 
     def dense(what: str, make: Callable[[], nn.Module], hard: str, **more: Any) -> Trap:
         return Trap(group, what, make, vectors, hard, **more)
 
-    yield dense("parallel branches", lambda: By(lambda m, x: m.a(x) + torch.tanh(m.b(x)), **pair()),
-                "a sum")  # fmt: skip
+    yield dense(
+        "parallel branches", lambda: By(lambda m, x: m.a(x) + torch.tanh(m.b(x)), **pair()), "a sum"
+    )
     yield dense(
         "concatenation",
-        lambda: By(lambda m, x: m.c(torch.cat([m.a(x).tanh(), m.b(x)], 1)), **pair(c=nn.Linear(6, 3))),
+        lambda: By(
+            lambda m, x: m.c(torch.cat([m.a(x).tanh(), m.b(x)], 1)), **pair(c=nn.Linear(6, 3))
+        ),
         "two sources",
-    )  # fmt: skip
-    yield dense("a layer used twice", lambda: By(lambda m, x: m.a(m.a(x).tanh()), a=nn.Linear(3, 3)),
-                "its derivatives add before they are squared")  # fmt: skip
-    yield dense("a weight and its transpose",
-                lambda: By(tied_transpose, w=nn.Parameter(torch.randn(3, 4))), "the same")  # fmt: skip
+    )
+    yield dense(
+        "a layer used twice",
+        lambda: By(lambda m, x: m.a(m.a(x).tanh()), a=nn.Linear(3, 3)),
+        "its derivatives add before they are squared",
+    )
+    yield dense(
+        "a weight and its transpose",
+        lambda: By(tied_transpose, w=nn.Parameter(torch.randn(3, 4))),
+        "the same",
+    )
     yield dense("weight norm", weight_normed, "a computed weight")
     yield dense("spectral norm", spectral_normed, "a computed weight")
     yield dense("a pruned layer", pruned, "a masked weight")
     yield dense(
         "LoRA",
-        lambda: By(lora, base=nn.Linear(3, 4), A=nn.Parameter(torch.randn(3, 1)),
-                   B=nn.Parameter(torch.randn(1, 4)), out=nn.Linear(4, 3)),
+        lambda: By(
+            lora,
+            base=nn.Linear(3, 4),
+            A=nn.Parameter(torch.randn(3, 1)),
+            B=nn.Parameter(torch.randn(1, 4)),
+            out=nn.Linear(4, 3),
+        ),
         "parameters outside of layers",
-    )  # fmt: skip
-    yield dense("weights from another layer", lambda: By(hyper, makes=nn.Linear(3, 9)),
-                "a weight of each input's own")  # fmt: skip
-    yield dense("experts, mixed", lambda: By(lambda m, x: experts(m, x, False),
-                **pair(gate=nn.Linear(3, 2))), "products")  # fmt: skip
-    yield dense("experts, one chosen", lambda: By(lambda m, x: experts(m, x, True),
-                **pair(gate=nn.Linear(3, 2))), "a choice for every input")  # fmt: skip
+    )
+    yield dense(
+        "weights from another layer",
+        lambda: By(hyper, makes=nn.Linear(3, 9)),
+        "a weight of each input's own",
+    )
+    yield dense(
+        "experts, mixed",
+        lambda: By(lambda m, x: experts(m, x, False), **pair(gate=nn.Linear(3, 2))),
+        "products",
+    )
+    yield dense(
+        "experts, one chosen",
+        lambda: By(lambda m, x: experts(m, x, True), **pair(gate=nn.Linear(3, 2))),
+        "a choice for every input",
+    )
     yield dense("gated linear unit", lambda: around(nn.GLU(), 8, 4), "half gates the other half")
-    yield dense("a scalar parameter", lambda: By(lambda m, x: m.scale * m.a(x).tanh(), a=nn.Linear(3, 3),
-                scale=nn.Parameter(torch.tensor(0.7))), "broadcast over everything")  # fmt: skip
-    yield dense("in-place operations, also on the input", lambda: By(in_place, **pair()),
-                "what a layer kept is overwritten")  # fmt: skip
-    yield dense("in-place activation first", lambda: nn.Sequential(nn.ReLU(True), nn.Linear(3, 3)),
-                "the caller's input")  # fmt: skip
+    yield dense(
+        "a scalar parameter",
+        lambda: By(
+            lambda m, x: m.scale * m.a(x).tanh(),
+            a=nn.Linear(3, 3),
+            scale=nn.Parameter(torch.tensor(0.7)),
+        ),
+        "broadcast over everything",
+    )
+    yield dense(
+        "in-place operations, also on the input",
+        lambda: By(in_place, **pair()),
+        "what a layer kept is overwritten",
+    )
+    yield dense(
+        "in-place activation first",
+        lambda: nn.Sequential(nn.ReLU(True), nn.Linear(3, 3)),
+        "the caller's input",
+    )
     yield dense("a layer that is never used", lambda: By(lambda m, x: m.a(x), **pair()), "I = 0")
     yield dense("a frozen first layer", frozen, "no gradient is kept")
     yield dense(
@@ -498,12 +578,22 @@ def traps() -> Iterator[Trap]:
         "layer norm of one number", lambda: around(nn.LayerNorm((1,)), 1), "I = 0 before it"
     )
     yield dense("group norm", lambda: around(nn.GroupNorm(2, 4)), "the same")
-    yield Trap(group, "instance norm", lambda: images(nn.InstanceNorm2d(2, affine=True), 72), pictures,
-               "the same")  # fmt: skip
+    yield Trap(
+        group,
+        "instance norm",
+        lambda: images(nn.InstanceNorm2d(2, affine=True), 72),
+        pictures,
+        "the same",
+    )
     yield dense("batch norm in eval mode", lambda: around(nn.BatchNorm1d(4)), "a linear layer then")
     yield dense("root mean square norm", lambda: around(nn.RMSNorm(4)), "the same")
-    yield dense("batch norm in training mode", lambda: around(nn.BatchNorm1d(4)), MIXED,
-                refused=True, training=True)  # fmt: skip
+    yield dense(
+        "batch norm in training mode",
+        lambda: around(nn.BatchNorm1d(4)),
+        MIXED,
+        refused=True,
+        training=True,
+    )
     group = "Sequences"
 
     def text(what: str, make: Callable[[], nn.Module], hard: str) -> Trap:
@@ -512,51 +602,117 @@ def traps() -> Iterator[Trap]:
     def series(what: str, make: Callable[[], nn.Module], hard: str) -> Trap:
         return Trap(group, what, make, rows, hard)
 
-    table = {"table": lambda **more: nn.Embedding(7, 3, **more)}["table"]
-    yield text("embedding", lambda: By(lambda m, x: m.out(m.t(x).mean(1)), t=table(), out=nn.Linear(3, 3)),
-               "a row for each word")  # fmt: skip
-    yield text("embedding with a padding index", lambda: By(lambda m, x: m.t(x).sum(1),
-               t=table(padding_idx=1)), "autograd gives that row no gradient")  # fmt: skip
-    yield text("sparse embedding", lambda: By(lambda m, x: m.t(x).sum(1), t=table(sparse=True)),
-               "sparse gradients")  # fmt: skip
+    table = partial(nn.Embedding, 7, 3)
+    yield text(
+        "embedding",
+        lambda: By(lambda m, x: m.out(m.t(x).mean(1)), t=table(), out=nn.Linear(3, 3)),
+        "a row for each word",
+    )
+    yield text(
+        "embedding with a padding index",
+        lambda: By(lambda m, x: m.t(x).sum(1), t=table(padding_idx=1)),
+        "autograd gives that row no gradient",
+    )
+    yield text(
+        "sparse embedding",
+        lambda: By(lambda m, x: m.t(x).sum(1), t=table(sparse=True)),
+        "sparse gradients",
+    )
     yield text(
         "embedding bag",
         lambda: By(lambda m, x: m.t(x).tanh(), t=nn.EmbeddingBag(7, 3)),
         "a mean of rows",
     )
-    yield text("tied embedding", lambda: By(lambda m, x: m.t(x).mean(1).tanh() @ m.t.weight.T, t=table()),
-               "the table is the last layer, too")  # fmt: skip
-    yield series("LSTM", lambda: By(lambda m, x: m.out(m.r(x)[0][:, -1]), r=nn.LSTM(3, 3, batch_first=True),
-                 out=nn.Linear(3, 3)), "weights at every step")  # fmt: skip
-    yield series("GRU in both directions", lambda: By(lambda m, x: m.r(x)[0].mean(1),
-                 r=nn.GRU(3, 2, batch_first=True, bidirectional=True)), "the same")  # fmt: skip
+    yield text(
+        "tied embedding",
+        lambda: By(lambda m, x: m.t(x).mean(1).tanh() @ m.t.weight.T, t=table()),
+        "the table is the last layer, too",
+    )
+    yield series(
+        "LSTM",
+        lambda: By(
+            lambda m, x: m.out(m.r(x)[0][:, -1]),
+            r=nn.LSTM(3, 3, batch_first=True),
+            out=nn.Linear(3, 3),
+        ),
+        "weights at every step",
+    )
+    yield series(
+        "GRU in both directions",
+        lambda: By(
+            lambda m, x: m.r(x)[0].mean(1), r=nn.GRU(3, 2, batch_first=True, bidirectional=True)
+        ),
+        "the same",
+    )
     yield series(
         "attention", lambda: By(attend, attention=attention(), out=nn.Linear(3, 3)), "products"
     )
-    yield series("attention with padding", lambda: By(lambda m, x: attend(m, x, True), attention=attention(),
-                 out=nn.Linear(3, 3)), "a mask")  # fmt: skip
-    yield series("class token and places", lambda: By(class_token, token=nn.Parameter(torch.randn(1, 1, 3)),
-                 places=nn.Parameter(torch.randn(5, 3)), attention=attention(), out=nn.Linear(3, 3)),
-                 "broadcast parameters, a slice")  # fmt: skip
-    yield series("a state with a learned decay", lambda: By(scan, rate=nn.Parameter(torch.randn(3)),
-                 into=nn.Linear(3, 3), out=nn.Linear(3, 3)), "a loop")  # fmt: skip
-    yield series("Fourier layer", lambda: By(lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=1)
-                 * m.filter[:, None], n=5, dim=1).mean(1) @ m.w, filter=nn.Parameter(torch.randn(3)),
-                 w=nn.Parameter(torch.randn(3, 3))), "complex numbers in between")  # fmt: skip
-    yield series("graph convolution", lambda: By(lambda m, x: m.out((m.links @ m.a(x)).tanh().mean(1)),
-                 **pair(out=nn.Linear(3, 3), links=torch.eye(5).roll(1, 0) / 2)), "a fixed matrix")  # fmt: skip
-    yield series("running sums", lambda: By(lambda m, x: m.a(x).cumsum(1).tanh().mean(1), a=nn.Linear(3, 3)),
-                 "every step sees those before")  # fmt: skip
+    yield series(
+        "attention with padding",
+        lambda: By(lambda m, x: attend(m, x, True), attention=attention(), out=nn.Linear(3, 3)),
+        "a mask",
+    )
+    yield series(
+        "class token and places",
+        lambda: By(
+            class_token,
+            token=nn.Parameter(torch.randn(1, 1, 3)),
+            places=nn.Parameter(torch.randn(5, 3)),
+            attention=attention(),
+            out=nn.Linear(3, 3),
+        ),
+        "broadcast parameters, a slice",
+    )
+    yield series(
+        "a state with a learned decay",
+        lambda: By(
+            scan, rate=nn.Parameter(torch.randn(3)), into=nn.Linear(3, 3), out=nn.Linear(3, 3)
+        ),
+        "a loop",
+    )
+    yield series(
+        "Fourier layer",
+        lambda: By(
+            lambda m, x: (
+                torch.fft.irfft(torch.fft.rfft(x, dim=1) * m.filter[:, None], n=5, dim=1).mean(1)
+                @ m.w
+            ),
+            filter=nn.Parameter(torch.randn(3)),
+            w=nn.Parameter(torch.randn(3, 3)),
+        ),
+        "complex numbers in between",
+    )
+    yield series(
+        "graph convolution",
+        lambda: By(
+            lambda m, x: m.out((m.links @ m.a(x)).tanh().mean(1)),
+            **pair(out=nn.Linear(3, 3), links=torch.eye(5).roll(1, 0) / 2),
+        ),
+        "a fixed matrix",
+    )
+    yield series(
+        "running sums",
+        lambda: By(lambda m, x: m.a(x).cumsum(1).tanh().mean(1), a=nn.Linear(3, 3)),
+        "every step sees those before",
+    )
     group = "Outputs"
     yield dense("logits × 10", lambda: scaled_logits(10), "large numbers")
     yield dense("logits × 1e8", lambda: scaled_logits(1e8), "the network is sure, I = 0")
     yield dense("a class masked by −1e9", lambda: masked_logits(-1e9), "p = 0")
-    yield dense("a class masked by −∞", lambda: masked_logits(-math.inf), "p = 0, and −∞ · 0")
+    yield dense(
+        "a class masked by −∞",
+        lambda: masked_logits(-math.inf),
+        "−∞ · 0 is NaN; the refusal says what to write in its place",
+        refused=True,
+    )
     yield dense("1,000 classes", lambda: nn.Linear(3, 1000), "as many passes")
     yield dense("two classes", lambda: nn.Linear(3, 2), "the least number")
     yield dense("dead ReLUs", dead, "I = 0 before them")
-    yield dense("log-softmax as the last layer", lambda: nn.Sequential(nn.Linear(3, 3), nn.LogSoftmax(1)),
-                "a shift by each input's own number")  # fmt: skip
+    yield dense(
+        "log-softmax as the last layer",
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.LogSoftmax(1)),
+        "a shift by each input's own number",
+    )
     group = "No answer"
 
     def refused(what: str, module: Callable[[], nn.Module], hard: str, **more: Any) -> Trap:
@@ -566,20 +722,94 @@ def traps() -> Iterator[Trap]:
         "straight-through estimator", lambda: By(lambda _, s: s + (s.sign() - s).detach()), CUT
     )
     yield refused("a detached factor", lambda: By(lambda _, s: s * s.sigmoid().detach()), CUT)
-    yield refused("a number read by item()", lambda: By(lambda _, s: torch.cat(
-        [row / (1 + row.abs().max().item()) for row in s.split(1)])), CUT)  # fmt: skip
-    yield refused("a wrong backward()", lambda: By(lambda _, s: Doubled.apply(s)), CUT)
+    yield refused(
+        "a number read by item()",
+        lambda: By(
+            lambda _, s: torch.cat([row / (1 + row.abs().max().item()) for row in s.split(1)])
+        ),
+        CUT,
+    )
+    yield refused("a wrong backward()", lambda: By(lambda _, s: doubled(s)), CUT)
     yield refused("minus the batch's mean", lambda: By(lambda _, s: s - s.mean(0)), MIXED)
     yield refused("times the batch's largest number", lambda: By(lambda _, s: s * s.max()), MIXED)
     yield refused("a function that counts its calls", Counts, MIXED)
     yield refused("dropout in training mode", nn.Dropout, MIXED, training=True)
     yield refused("dropout by hand", lambda: By(lambda _, s: functional.dropout(s, 0.5)), MIXED)
-    yield refused("bfloat16 in between", lambda: By(lambda _, s: s.bfloat16().tanh().to(s)),
-                  "rounded to three digits")  # fmt: skip
+    yield refused(
+        "bfloat16 in between",
+        lambda: By(lambda _, s: s.bfloat16().tanh().to(s)),
+        "rounded to three digits",
+    )
 
 
-def measured(library: str) -> Iterator[dict[str, Any]]:
-    """A row for each network."""
+# The page.
+
+
+def measure() -> dict[str, Any]:
+    """What each library says of each network."""
+    started = time.time()
+    torch.set_num_threads(1)
+    rows = []
     for trap in traps():
-        expected = right(*problem(trap), CLASSES)
-        yield {"network": trap.what, "library": library, **answer(trap, library, expected)}
+        expected = right(trap)
+        said = {library: answer(trap, library, expected) for library in LIBRARIES}
+        rows.append({"network": trap.what, "has_value": expected is not None, "answers": said})
+        print(f"{trap.what}: {', '.join(map(shown, said.values()))}", flush=True)
+    made = results.record({}, {}, started, torch.device("cpu"))
+    versions = {package: results.version(package) for package in PACKAGES}
+    kept = ("started", "seconds", "commit")
+    return {"record": {k: made[k] for k in kept} | {"versions": versions}, "rows": rows}
+
+
+def shown(said: Mapping[str, Any]) -> str:
+    """A cell: right, wrong and by how much, refused, or a number where there is none."""
+    if said["answer"] == "wrong":
+        off = said["distance"]
+        if off is None:
+            return "**NaN**"
+        return "**wrong**, far off" if off > 10 else f"**wrong**, {off:.0%}".replace("%", " %")
+    return "**a number**" if said["answer"] == "no value" else str(said["answer"])
+
+
+def page(found: Mapping[str, Any] | None) -> str:
+    """The counts, and a table for every group."""
+    if found is None:
+        return "Nothing was tried yet: `make bench TORTURE=1` does it in a minute.\n"
+    made = {row["network"]: row for row in found["rows"]}
+    head = ["network", "what is hard", *LIBRARIES]
+    groups: dict[str, list[list[str]]] = {}
+    for trap in traps():
+        said = made[trap.what]["answers"]
+        cells = [trap.what, trap.hard, *(shown(said[library]) for library in LIBRARIES)]
+        groups.setdefault(trap.group, []).append(cells)
+    parts = [counts(found["rows"])]
+    for group, body in groups.items():
+        parts += [f"## {group}\n", tables.table(head, body)]
+    versions = ", ".join(f"{k} {v}" for k, v in found["record"]["versions"].items())
+    return "\n".join([*parts, f"Measured with {versions}.\n"])
+
+
+def counts(rows: list[dict[str, Any]]) -> str:
+    """How often each library was right, wrong, and refused."""
+    body = []
+    for library in LIBRARIES:
+        said = [row["answers"][library]["answer"] for row in rows]
+        kinds = [said.count(kind) for kind in ("right", "refused", "wrong", "no value")]
+        seconds = [
+            row["answers"][library]["seconds"]
+            for row in rows
+            if all(row["answers"][other]["answer"] == "right" for other in LIBRARIES)
+        ]
+        time_of = f"{1e3 * statistics.median(seconds):.0f} ms" if seconds else ""
+        body.append([library, *map(str, kinds), time_of])
+    head = ["library", "right", "refused", "wrong", "a number where none exists", "median time"]
+    return tables.table(head, body)
+
+
+def read(path: Path = FOUND) -> dict[str, Any] | None:
+    """What ``make bench TORTURE=1`` found last."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    results.write_text(FOUND, json.dumps(measure(), indent=1, ensure_ascii=False) + "\n")

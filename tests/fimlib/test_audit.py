@@ -13,6 +13,7 @@ import fimlib
 from fimlib.audit import identify, judge
 from fimlib.families import Positions
 
+pytestmark = pytest.mark.long
 FAMILY = fimlib.Categorical()
 
 

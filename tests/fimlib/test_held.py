@@ -328,8 +328,12 @@ def test_masked_logits(function):
     with pytest.raises(ValueError, match="-inf.*mask them by -1e4"):
         function(net, [{"x": X}], Categorical(), forward=of(-torch.inf))
     masked = function(net, [{"x": X}], Categorical(), forward=of(-1e4))
+    clamp = lambda m, b: of(-torch.inf)(m, b).clamp_min(-1e4)  # noqa: E731
+    clamped = function(net, [{"x": X}], Categorical(), forward=clamp)
     kept = function(net, [{"x": X}], Categorical(), forward=lambda m, b: m(b["x"])[:, ~cannot])
-    values = [f.value if function is estimate else f.fisher_information() for f in (masked, kept)]
+    found = (masked, kept, clamped)
+    values = [f.value if function is estimate else f.fisher_information() for f in found]
+    assert all(torch.allclose(values[0][n], values[2][n]) for n in values[0])
     if function is accumulate:
         assert all(torch.allclose(values[0][n], values[1][n]) for n in values[1])
     assert not values[0]["2.weight"][cannot].any()
