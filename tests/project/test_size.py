@@ -8,9 +8,9 @@ from support import results
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
     "engines": 6352,
-    "core": 7010,
-    "rest": 2950,
-    "support and extensions": 14_000,
+    "core": 7100,
+    "rest": 2960,
+    "support and extensions": 14_850,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
 REST |= {"_files", "_signals", "_tables", "_version", "memory", "plan", "streaming"}
