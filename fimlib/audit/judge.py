@@ -410,6 +410,8 @@ class Case:
         """The random formula, if chance explains how far the results are from its expectation."""
         mean, draws = self.seen(self.totals.means[key]), self.seen(self.totals.draws[key])
         errors = (draws - mean).square().sum(1)
+        if not errors.all():  # there is no chance where I = 0
+            return None
         spread = self.sums(draws - mean).square().mean(0).sqrt()
         whole = (draws - mean).sum(1).square().mean().sqrt()
         found: list[Match] = []

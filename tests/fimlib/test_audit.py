@@ -344,6 +344,20 @@ def test_bad_input(diagonal, data, error, message):
         identify(diagonal, NET, data, FAMILY)
 
 
+def test_a_network_without_information():
+    """All classes have the same logit, so that no label says anything."""
+
+    class Constant(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).expand(-1, 3)
+
+    net, x = Constant(2, 1), torch.randn(4, 2)
+    ones = {n: torch.ones_like(p) for n, p in net.named_parameters()}
+    found = identify(ones, net, [(x,)], FAMILY)
+    assert (found.formula, found.ratio) == ("unknown", torch.inf)
+    assert str(found).startswith("It is none of the formulas.")
+
+
 def test_a_result_of_zeros_is_none_of_them():
     zeros = {n: torch.zeros_like(t) for n, t in RIGHT.items()}
     found = identify(zeros, NET, DATA, FAMILY)
