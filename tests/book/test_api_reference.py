@@ -206,7 +206,7 @@ def test_an_entry_has_arguments_results_errors_an_example_and_links(html):
     line = inspect.getsourcelines(fimlib.variance_i1)[1]
     for target in (
         "paper-map.html#equation-eq-24", "paper-map.html#lemma-a-1",
-        "api-derivatives.html#fimlib.Derivatives", "api-families.html#fimlib.Family",
+        "api-derivatives.html#fimlib.Derivatives", "api-derivatives.html#fimlib.Family",
         f"_generated/source/fimlib-fisher.html#source-fimlib-fisher-{line}",
     ):  # fmt: skip
         assert f'href="{target}"' in entry, target
