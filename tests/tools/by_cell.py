@@ -10,7 +10,17 @@ import torch
 from support import results, runs, training
 
 # Runs that test_notebooks makes in this way, at smoke size.
-SMOKE = ("statements", "bounds", "joint", "shortcuts", "recipes", "beyond", "paths", "audit")
+SMOKE = (
+    "statements",
+    "bounds",
+    "joint",
+    "shortcuts",
+    "recipes",
+    "beyond",
+    "paths",
+    "audit",
+    "exercises",
+)
 
 
 @contextmanager
