@@ -133,6 +133,7 @@ def started(folder, size):
         process.communicate()
 
 
+@pytest.mark.full  # test_checkpoint and test_interruptions kill runs, too
 def test_a_killed_run_goes_on_and_has_the_same_values(tiny, tmp_path, capsys):
     with started(tmp_path, SIZE) as process:
         assert any("epoch  1/2" in line for line in process.stdout)

@@ -595,6 +595,7 @@ def test_a_full_disk_ends_with_a_message(tmp_path, small_disk):
     assert results.load(small_disk) == {}
 
 
+@pytest.mark.full  # the same error as of a full disk, which is tried above
 def test_a_file_that_may_not_grow_ends_with_a_message(tmp_path):
     """A quota, where no small disk can be mounted."""
     text = tried(notebook(tmp_path, FILLS), tmp_path / "results", 9000)
