@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ WIDEST = 4.0  # standard deviations that chance may explain
 NOTHING = 1e-10  # the share of a tensor that rounding may have made
 MOST_LABELS = 1e4  # per input, that anybody draws
 MOST_PARAMETERS = 2**21  # for which all draws are kept, in about 3 GB
+WIDTH = 79  # of a line
 LARGEST_SHARE = 0.1  # of the entries, whose overlap is stated
 
 
@@ -102,15 +104,16 @@ class Identified:
         lines += [f"The same here: {FORMULAS[key].text}." for key in self.also]
         lines += [
             f"ΣResult / ΣI is {self.ratio:.4g}; ‖result − I‖ / ‖I‖ is "
-            f"{self.distance_to_fisher:.2g}; rank correlation with I {self.rank_correlation:.3f};",
+            f"{self.distance_to_fisher:.2g}; the rank correlation with I is "
+            f"{self.rank_correlation:.3f}; "
             f"{self.overlap:.0%} of the largest tenth of I's entries are among its own.",
             self.remedy,
-            "",
         ]
         nearest = sorted(self.distances.items(), key=lambda pair: pair[1])[:5]
         rows = [("nearest formulas, at their best factor", "distance")]
         rows += [(FORMULAS[key].text, f"{distance:.2g}") for key, distance in nearest]
-        return "\n".join([*lines, *aligned(rows)])
+        wrapped = [part for line in lines for part in textwrap.wrap(line, WIDTH)]
+        return "\n".join([*wrapped, "", *aligned(rows)])
 
     def _how(self) -> str:
         factor = "" if self.factor_text == "" else f", times {self.factor:.4g}"
