@@ -129,7 +129,7 @@ test: lint ## lint, types, tests and doctests
 	@echo "pytest …"
 	@"$(PY)" -m pytest $(TWO) -m "not full" --durations=25
 
-test-fast: $(ENV) ## the library's own tests, but for the longest (two minutes on two cores)
+test-fast: $(ENV) ## the library's own tests, but for the longest (three minutes on two cores)
 	@"$(PY)" -m pytest $(TWO) -m "not full and not long" tests/fimlib fimlib
 
 test-full: lint ## the same with the long loops

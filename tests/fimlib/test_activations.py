@@ -89,6 +89,7 @@ def unconfirmed(monkeypatch):
 LONG = pytest.param("gelu", marks=pytest.mark.long)  # whose erfc takes long in so many digits
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unconfirmed")
 @pytest.mark.parametrize("name", [LONG if name == "gelu" else name for name in DEFINITIONS])
 def test_far_from_0_all_digits_are_there(name):

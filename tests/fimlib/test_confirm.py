@@ -431,6 +431,7 @@ def test_a_wrong_second_derivative_leaves_the_first(call):
         assert torch.allclose(derivs.jacobian(name)[0], J, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["auto", "traced", "functional"])
 def test_a_median_over_the_batch_is_seen_whatever_the_weights(engine):
     for seed in range(20):

@@ -412,6 +412,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_batch_waits_for_the_device_once_at_most(loop, device):
     work, most = LOOPS[loop]

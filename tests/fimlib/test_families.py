@@ -39,6 +39,7 @@ def test_moments_are_derivatives_of_the_log_partition(family):
 CLOSED_FORMS = [Categorical(), Bernoulli(), Poisson(), Gaussian(SIGMA), Gaussian()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", [Family, Independent], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("closed", CLOSED_FORMS, ids=lambda f: type(f).__name__)
 def test_a_family_of_two_methods_agrees_with_the_closed_forms(closed, base):

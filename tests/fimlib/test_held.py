@@ -90,6 +90,7 @@ def test_the_exact_information_of_a_language_model(language):
         assert str(a) == str(b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("squares", ["batch", "input"])
 @pytest.mark.parametrize("estimator", ["signs", "importance"])
 def test_estimates_of_a_language_model(language, squares, estimator):

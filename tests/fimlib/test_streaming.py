@@ -633,6 +633,7 @@ def peak(action):
     return live_bytes(action)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["layerwise", "traced"])
 def test_memory_does_not_grow_with_the_data(engine):
     net = mlp([20, 30, 10], nn.Tanh)
@@ -656,6 +657,7 @@ def test_memory_does_not_grow_with_the_data(engine):
     accumulate(net, watched(10), Categorical(), batch_size=4, engine=engine)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", [1, 2])
 def test_no_batch_waits_for_the_garbage_collector(order):
     again, x = differentiator(CNN, order=order), IMAGES.repeat(2, 1, 1, 1)

@@ -251,6 +251,7 @@ def first_order_only(monkeypatch):
     return lambda: monkeypatch.setattr(module, "_engine", functional)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [7, 50])
 def test_an_estimate_of_v2_says_so_and_its_error_covers_the_truth(count, first_order_only):
     """Where S is known, too; at all inputs, or at 32 of 50."""
@@ -480,6 +481,7 @@ class Sluggish(nn.Module):
         return self.outer(Slow.apply(self.inner(x)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["auto", "functional"])
 def test_second_derivatives_are_given_up_within_the_budget(engine):
     net, x = Sluggish().double(), inputs(20)
