@@ -246,7 +246,7 @@ def compare_estimators(
     v1, v2, signs = (variance_of(e, derivs, family).layer_means() for e in (1, 2, "signs"))
     c12 = covariance_i1_i2(derivs, family).layer_means()
     important = None
-    if all(isinstance(one, Categorical) for one in labels_of(family)):
+    if has_classes(family):
         important = variance_of("importance", derivs, family).layer_means()
 
     def compared(layer: str) -> Comparison:
@@ -271,6 +271,11 @@ def compare_estimators(
 def labels_of(family: Family) -> list[Family]:
     """The family itself, or those of which it is a product."""
     return family.families if isinstance(family, Product) else [family]
+
+
+def has_classes(family: Family) -> bool:
+    """Whether all labels are classes, which can be drawn by importance."""
+    return all(isinstance(one, Categorical) for one in labels_of(family))
 
 
 def number_needed(

@@ -21,13 +21,14 @@ from fimlib.families.base import Family
 from fimlib.families.categorical import Categorical
 from fimlib.families.product import Positions, Product
 from fimlib.memory import JACOBIAN_NUMBERS
+from fimlib.precision import has_classes
 
 __all__ = ["Formula"]
 
 Form = Callable[[Tensor], Tensor]
 
 DRAWS = 32  # of every random formula
-BETAS = (0.9, 0.95, 0.99, 0.999)  # of Adam's second moment
+ADAM = {f"Adam {beta}": beta for beta in (0.9, 0.95, 0.99, 0.999)}  # β₂ of the second moment
 
 
 class Formula(NamedTuple):
@@ -110,18 +111,18 @@ FORMULAS = {
         f"Add to the sum in the loop; it is overwritten. {SAMPLE}, and {PER_EXAMPLE}.",
     ),
 } | {
-    f"Adam {beta}": Formula(
+    key: Formula(
         f"Adam's second moment with β₂ = {beta}, at these weights",
         f"It is a running mean of squared batch gradients. {SAMPLE}, and {PER_EXAMPLE}.",
     )
-    for beta in BETAS
+    for key, beta in ADAM.items()
 }
 UNKNOWN = Formula(
     "none of the formulas", "Compare with accumulate(..., quantities=['I']).fisher_information()."
 )
 RANDOM = ("sampled", "sampled batch")
 PER_BATCH = {"batch", "sampled batch", "word"}  # means over the batches, not over the inputs
-ONCE = {"whole", "last", "last batch", *(f"Adam {beta}" for beta in BETAS)}  # no means
+ONCE = {"whole", "last", "last batch", *ADAM}  # no means
 
 
 # One batch.
@@ -234,12 +235,6 @@ def sums(
     return len(derivs.outputs) * torch.cat([means[n].reshape(len(means[n]), -1) for n in names], 1)
 
 
-def has_classes(family: Family) -> bool:
-    """Whether all labels are classes."""
-    families = family.families if isinstance(family, Product) else [family]
-    return all(isinstance(one, Categorical) for one in families)
-
-
 def of_classes(family: Family, h: Tensor) -> dict[str, Tensor]:
     """The rows r of formulas that are about classes, [B, T] each."""
 
@@ -315,10 +310,9 @@ class Totals:
             return
         self._gradient = g if self._gradient is None else self._gradient + g
         self.means |= {"last": batch.last, "last batch": shares["batch"]}
-        for beta in BETAS:
+        for key, beta in ADAM.items():
             new = (1 - beta) * shares["batch"]
-            before = self.means.get(f"Adam {beta}")
-            self.means[f"Adam {beta}"] = new if before is None else beta * before + new
+            self.means[key] = beta * self.means[key] + new if key in self.means else new
 
     def settle(self) -> None:
         """Turn sums into means, and leave out what is another formula by another name here.
@@ -333,9 +327,8 @@ class Totals:
             for key in of.keys() - ONCE:
                 of[key] = of[key] / (count if key in PER_BATCH else self.inputs)
         self.low = {key: t.double() / count for key, t in self.low.items()}
-        for beta in BETAS:
-            if (key := f"Adam {beta}") in self.means:
-                self.means[key] /= 1 - beta**count
+        for key in ADAM.keys() & self.means.keys():
+            self.means[key] /= 1 - ADAM[key] ** count
         if self._gradient is not None:
             self.means["whole"] = (self._gradient / self.inputs).square()
         doubled = ONCE - {"last"} if count == 1 else set()
@@ -361,8 +354,8 @@ class Totals:
             known["of the gradient summed over all inputs"] = float(m) ** 2
         elif key == "last batch":
             known["of the gradient summed over the batch"] = b**2
-        elif key.startswith("Adam"):
-            known["without the correction for its start"] = 1 - float(key.split()[1]) ** n
+        elif key in ADAM:
+            known["without the correction for its start"] = 1 - ADAM[key] ** n
         elif key != "last":
             known |= {
                 "summed over the inputs": m,

@@ -27,16 +27,16 @@ __all__ = ["Identified", "identify"]
 PerParameter = Mapping[str, Tensor]
 Compute = Callable[[nn.Module, list[Any]], PerParameter]
 
-EXACT = 1e-3  # relative distance up to which a formula without chance is the one
+EXACT = 1e-3  # relative distance up to which a deterministic formula matches
 ROUNDED = 2.0**-7  # of a number in bfloat16
-SAME, ROUNDING = 30.0, 1e-6  # formulas whose distances differ by no more are equal here
+SAME, ROUNDING = 30.0, 1e-6  # a formula this much farther than the nearest is another one
 CALLS = 8  # of a function whose results differ
 WIDEST = 4.0  # standard deviations that chance may explain
-NOTHING = 1e-10  # the share of a tensor that rounding may have made
-MOST_LABELS = 1e4  # per input, that anybody draws
+NOTHING = 1e-10  # a tensor with a smaller share of the norm may be rounding noise
+MOST_LABELS = 1e4  # per input; nobody draws more
 MOST_PARAMETERS = 2**21  # for which all draws are kept, in about 3 GB
 WIDTH = 79  # of a line
-LARGEST_SHARE = 0.1  # of the entries, whose overlap is stated
+LARGEST_SHARE = 0.1  # of the entries; their overlap with I's is stated
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def identify(
     labels: Callable[[Any], Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Identified:
-    r"""Which formula a diagonal follows that somebody's code computed, and how far it is from I.
+    r"""Which formula the diagonal of some code follows, and how far it is from I.
 
-    Formulas without chance match if they agree to a thousandth, at any factor. Of random ones a
-    few dozen draws show what chance explains. A result that is none of them is "unknown".
+    A deterministic formula matches if it agrees to a thousandth, up to a factor. For a random one,
+    a few dozen draws show how far off chance can be. Anything else is "unknown".
 
     Args:
         diagonal: Parameter → its tensor; or a function that makes it of a copy of the model and the
@@ -184,14 +184,13 @@ def identify(
     generator = generator or torch.Generator(first.device).manual_seed(0)  # not the caller's
     differentiate = differentiator(model, order=1, layers=layers)
     totals = Totals()
-    for number, batch in enumerate(data, start=1):
-        y = labels(batch) if labels else labels_in(batch)
-        pick = 0 if forward is None and y is not None and not labels else None
+    ys = list(map(labels or labels_in, data))
+    pick = 0 if labels is None and forward is None and None not in map(labels_in, data) else None
+    stream = batches(model, data, family, pick, forward)
+    for y, (number, network, x) in zip(ys, stream, strict=True):
         with named(f"batch {number}"):
-            ((_, network, x),) = batches(model, [batch], family, pick, forward)
-            totals.add(
-                of_batch(differentiate(x.to(first.device), network), family, y, names, generator)
-            )
+            sweep = differentiate(x.to(first.device), network)
+            totals.add(of_batch(sweep, family, y, names, generator))
     totals.settle()
     shapes = {n: model.get_parameter(n).shape for n in names}
     return Case(results, totals, shapes).judged(is_random)

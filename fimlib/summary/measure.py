@@ -20,20 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimlib._checks import check_num_samples
 from fimlib._progress import progress
-from fimlib.derivatives import Derivatives
+from fimlib.derivatives import Sweep
 from fimlib.engines.checks import check_module
-from fimlib.engines.choose import Chosen, attempted, candidates, differentiate
+from fimlib.engines.choose import Chosen, attempted, candidates, differentiate_checked
 from fimlib.engines.confirm import inputs_to_check
 from fimlib.engines.held import Forward, Held
 from fimlib.engines.model import selected
 from fimlib.families.base import Family, check_family
-from fimlib.families.categorical import Categorical
 from fimlib.families.gaussian import Gaussian, GaussianHead
 from fimlib.families.product import Product
 from fimlib.hutchinson import blocks_of, hutchinson_variance_i2
 from fimlib.joint import Joint
 from fimlib.memory import JACOBIAN_NUMBERS
-from fimlib.precision import labels_of, number_needed, ratio
+from fimlib.precision import has_classes, number_needed, ratio
 from fimlib.streaming import (
     Batch,
     Pick,
@@ -278,11 +277,6 @@ class Clock:
         return not self.is_over
 
 
-def has_classes(family: Family) -> bool:
-    """Whether all labels are classes, which can be drawn by importance."""
-    return all(isinstance(one, Categorical) for one in labels_of(family))
-
-
 # What goes in.
 
 
@@ -317,12 +311,12 @@ def _goes_on(stream: Iterator[Batch]) -> bool:
 
 def _engine(
     model: nn.Module, x: Tensor, engine: str, layers: Sequence[str] | str | None, clock: Clock
-) -> tuple[Derivatives, int]:
+) -> tuple[Sweep, int]:
     """By the engine that takes the network; and whether S is affordable (2) or J alone (1)."""
     wanted = selected(model, layers)
     count = sum(p.numel() for n, p in model.named_parameters() if wanted is None or n in wanted)
 
-    def twice(names: Sequence[str], x: Tensor, seconds: float) -> Derivatives | None:
+    def twice(names: Sequence[str], x: Tensor, seconds: float) -> Sweep | None:
         deadline = Deadline(seconds)
         try:
             with deadline:
@@ -331,7 +325,7 @@ def _engine(
             if not deadline.is_over:
                 raise
             return None
-        return found.batch.derivatives() if isinstance(found, Chosen) else None
+        return found.batch if isinstance(found, Chosen) else None
 
     names = ("layerwise", "traced") if engine == "auto" else candidates(model, engine, 2)
     if (found := twice(names, x, clock.left / 2)) is not None:
@@ -340,7 +334,7 @@ def _engine(
         seconds = clock.left / (clock.count or 1)
         if (found := twice(("functional",), x[:1], seconds)) is not None:
             return found, 2
-    return differentiate(model, x[:1], engine=engine, order=1, layers=layers), 1
+    return differentiate_checked(model, x[:1], engine, 1, wanted).batch, 1
 
 
 class Deadline(TorchDispatchMode):
