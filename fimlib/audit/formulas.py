@@ -367,13 +367,16 @@ class Totals:
         return [(value, text) for text, value in known.items()]
 
     def factors(self, key: str) -> list[tuple[float, str]]:
-        """The same, and what the loss may add to it."""
+        """The same, and what the loss may add to it; simple reasons come before double ones."""
         T, L = self.outputs, self.positions
         more = {"": 1.0, "halved": 0.5, "doubled": 2.0, "divided by the outputs": 1 / T}
         if L > 1:
             more |= {"divided by the positions": 1 / L}
             more |= {"of gradients averaged over the positions": 1 / L**2}
-        return [
-            (value * more[other], ", ".join(filter(None, (text, other))))
+        found = [
+            (value * more[other], list(filter(None, (text, other))))
             for other, (value, text) in itertools.product(more, self.simple_factors(key))
+        ]
+        return [
+            (value, ", ".join(parts)) for value, parts in sorted(found, key=lambda f: len(f[1]))
         ]

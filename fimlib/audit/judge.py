@@ -47,7 +47,7 @@ class Identified:
         formula: A key of ``fimlib.audit.formulas.FORMULAS``, or "unknown".
         text: What it computes.
         factor: By which the result is larger than the formula.
-        factor_text: Where that comes from; "" for 1, "unknown" if no reason is known.
+        factor_text: The simplest reason for it; "" for 1, "unknown" if no reason is known.
         distance: ‖result − factor·formula‖ / ‖result‖; of "unknown", the smallest of all.
         z: For a random formula, how many standard deviations the sum of all entries is off; else
             None.
@@ -390,7 +390,7 @@ class Case:
         factor = float((self.result * mean).sum() / norm) if norm > 0 else 1.0
         factor = factor if factor > 0 else 1.0
         known = self.totals.factors(key)
-        near = min(known, key=lambda pair: abs(pair[0] - factor))
+        near = min(known, key=lambda pair: round(abs(pair[0] / factor - 1), 6))
         plain, other, free = (
             Match(key, value, text, self.worst(value * mean))
             for value, text in (known[0], near, (factor, "unknown"))

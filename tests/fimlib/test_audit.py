@@ -16,6 +16,7 @@ from fimlib.families import Positions
 
 pytestmark = pytest.mark.long
 FAMILY = fimlib.Categorical()
+WAYS_PLAIN = in_use.WAYS.keys() - {in_use.in_bfloat16, in_use.one_mean_for_each_tensor}
 
 
 class Attention(nn.Module):
@@ -90,6 +91,45 @@ def test_every_formula_in_use_is_told_from_the_others(network, way):
     assert found.remedy in words
 
 
+INPUTS, BATCHES, SIZE, OUTPUTS = 24, 6, 4, 5  # m, n, b and T
+REASONS = {
+    "data": {
+        "": 1, "summed over the inputs": INPUTS, "divided by the inputs twice": 1 / INPUTS,
+        "divided by the batches in place of the inputs": INPUTS / BATCHES,
+        "divided by the inputs less one": INPUTS / (INPUTS - 1),
+        "divided by the batch size as well": 1 / SIZE, "halved": 0.5, "doubled": 2,
+        "divided by the outputs": 1 / OUTPUTS, "summed over the inputs, halved": INPUTS / 2,
+    },
+    "batch": {
+        "summed over the batches": BATCHES, "times the batch size": SIZE,
+        "of gradients summed over the batch": SIZE**2,
+        "summed over the batches, of gradients summed over each": BATCHES * SIZE**2,
+        "divided by the inputs in place of the batches": BATCHES / INPUTS,
+        "divided by the batches less one": BATCHES / (BATCHES - 1),
+    },
+    "whole": {"of the gradient summed over all inputs": INPUTS**2},
+    "last batch": {"of the gradient summed over the batch": SIZE**2},
+    "Adam 0.95": {"without the correction for its start": 1 - 0.95**BATCHES},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", REASONS)
+def test_a_factor_has_its_reason(formula):
+    net, data = problem("perceptron", count=INPUTS, size=SIZE, classes=OUTPUTS)
+    [way] = (w for w in WAYS_PLAIN if in_use.WAYS[w] == (formula, ""))
+    result = way(net, data)
+    for reason, factor in REASONS[formula].items():
+        scaled = {n: factor * t for n, t in result.items()}
+        found = identify(scaled, net, data, FAMILY)
+        assert (found.formula, found.factor_text) == (formula, reason)
+        assert found.factor == pytest.approx(factor)
+
+
+def flipped(net, data):
+    """Random, with the right sum over every tensor, and the right spread of it."""
+    return {n: t.flatten().flip(0).view_as(t) for n, t in in_use.sampled(net, data).items()}
+
+
 def dropped(net, data):
     """With dropout before the last layer."""
     own = copy.deepcopy(net)
@@ -135,7 +175,7 @@ def half_and_half(net, data):
     return found | {n: last[n] for n in names}
 
 
-UNKNOWN = [dropped, absolute, elsewhere, of_the_weights, smoothed, half_and_half]
+UNKNOWN = [flipped, dropped, absolute, elsewhere, of_the_weights, smoothed, half_and_half]
 
 
 @functools.cache
@@ -190,7 +230,7 @@ def test_what_is_none_of_them_is_unknown(way):
         net, data = problem(network)
         found = identify(way, net, data, FAMILY)
         assert found.formula == "unknown"
-        assert found.is_random == (way in (dropped, elsewhere))
+        assert found.is_random == (way in (flipped, dropped, elsewhere))
         assert found.remedy in " ".join(str(found).split())
         assert found.distance == min(found.distances.values()) > 1e-3
 
@@ -302,6 +342,7 @@ def test_one_label_is_told_from_many():
     assert found.is_certain
     alone = identify(many(net, data), net, data, FAMILY)
     assert not alone.is_certain
+    assert (alone.z > 0) == (alone.ratio > 1)
     assert "It may be" in str(alone)
 
 
@@ -319,6 +360,17 @@ def test_what_it_does_to_decisions():
     found = identify(turned, net, data, FAMILY)
     assert found.formula == "unknown"
     assert (found.rank_correlation, found.overlap) == (pytest.approx(-1), 0.0)
+
+
+def test_the_overlap_is_of_the_largest():
+    a = torch.arange(20.0)
+    b = a.clone()
+    b[19] = 10.5
+    assert (judge.overlap(a, a), judge.overlap(a, b)) == (1.0, 0.5)
+
+
+def test_ranks_of_equal_numbers_are_their_mean():
+    assert judge.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
 
 
 def test_the_callers_things_stay():

@@ -208,8 +208,21 @@ class HungryBackward(torch.autograd.Function):
         too_much()
 
 
+class HungrySecond(torch.autograd.Function):
+    """A sine, whose second derivative takes all memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return HungryBackward.apply(ctx.saved_tensors[0].cos()) * grad
+
+
 class Full(nn.Module):
-    """Fills the memory in the backward pass, or in the forward pass of 3 inputs or more."""
+    """Fills the memory in a backward pass, or in the forward pass of 3 inputs or more."""
 
     def __init__(self, where):
         super().__init__()
@@ -219,10 +232,11 @@ class Full(nn.Module):
         if len(x) > 2 and self.where == "forward":
             too_much()
         h = self.net(x)
-        return HungryBackward.apply(h) if self.where == "backward" else h
+        passes = {"backward": HungryBackward, "second": HungrySecond}
+        return passes[self.where].apply(h) if self.where in passes else h
 
 
-FULL = r"torch needs [\d,]+\.\d GiB more"
+FULL = r"torch needs 16,777,216\.0 GiB more"  # 2⁵² numbers of 4 bytes
 
 
 @each_call
@@ -238,6 +252,13 @@ def test_full_memory_of_the_cpu_is_told_from_other_errors(where, call):
 def test_full_memory_is_no_reason_for_another_engine(engine, order, where):
     with pytest.raises(MemoryError, match=FULL):
         differentiate(Full(where), X, engine=engine, order=order)
+
+
+@pytest.mark.parametrize("engine", ["auto", "functional"])
+def test_full_memory_in_the_second_derivatives(engine):
+    differentiate(Full("second"), X, order=1)
+    with pytest.raises(MemoryError, match=FULL):
+        differentiate(Full("second"), X, engine=engine)
 
 
 @pytest.mark.parametrize("passes", [-1, 0, 1, 1.5, True, "3"])

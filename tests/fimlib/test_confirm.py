@@ -16,6 +16,7 @@ from torch.nn import functional
 import fimlib
 from fimlib.derivatives import Sweep
 from fimlib.engines import choose
+from fimlib.engines.blame import wrong_module
 from fimlib.engines.confirm import Unconfirmed, confirm
 from fimlib.engines.truth import Truth
 
@@ -565,6 +566,26 @@ def test_a_norm_that_names_float32_is_compared_in_float64(dtype):
     assert type(net) is nn.Sequential
     if dtype == torch.float32:
         fimlib.differentiate(net, x, order=1)
+
+
+def test_float_is_a_cast_like_others():
+    x = inputs(5, 4).float()
+    assert Truth.of(around(Single(), torch.float32), x).dtype == torch.float64
+
+
+def test_a_norm_that_names_float32_is_not_to_blame():
+    net, x = steep(CastNorm()), inputs(5, 4).float()
+    found = Truth.of(net, x)
+    assert wrong_module(found.own, found.x, 1) is None
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_nobody_is_to_blame_in_a_right_network_of_float32(offset):
+    torch.manual_seed(1)
+    layers = [nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 200)]
+    net, x = nn.Sequential(*layers), torch.randn(8, 64)
+    net[3].bias.data += offset
+    assert wrong_module(net, x, 1) is None
 
 
 def test_a_cut_behind_a_norm_that_names_float32_is_named():
