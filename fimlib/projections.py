@@ -76,7 +76,7 @@ from fimlib.joint import settings_of
 from fimlib.left_factors import left_factors
 from fimlib.memory import raise_if_out_of_memory
 from fimlib.precision import variance_of
-from fimlib.streaming import Pick, batches, check_finite, check_shape, check_width, named
+from fimlib.streaming import Batches, Pick, check_finite, check_shape, check_width, named
 
 __all__ = ["estimate", "variance_importance", "variance_signs"]
 
@@ -196,7 +196,7 @@ def estimate(
             "inputs is an iterator, which can be used only once, and every pass goes through all "
             "of them: pass a list, a DataLoader or a tensor."
         )
-    source = Source(model, inputs, family, pick, forward, draw, seed)
+    source = Source(Batches(model, inputs, family, pick, forward), draw, seed)
     square = (SquaredBatches if one_of("squares", squares, SQUARES) == "batch" else SquaredInputs)(
         model, layers, source
     )
@@ -351,17 +351,14 @@ class Source:
     """Batches with random rows, the same for every equal (seed, pass, batch).
 
     Attributes:
+        stream: The batches.
         place: The pass and the batch, from 0 and 1.
         num_inputs: m, once a pass is through.
         width: T, after the first batch.
         digest: A checksum of the inputs, once they were all seen.
     """
 
-    model: nn.Module
-    inputs: Iterable[Any]
-    family: Family
-    pick: Pick
-    forward: Forward | None
+    stream: Batches
     draw: Draw
     seed: int
     place: tuple[int, int] = (0, 1)
@@ -374,8 +371,8 @@ class Source:
         total = {n: torch.zeros(s, dtype=torch.float64, device=d) for n, s, d in square.shapes}
         shape, count = None, 0
         digest = DataDigest() if self.digest is None else None
-        device = next(self.model.parameters()).device
-        for at, held, x in batches(self.model, self.inputs, self.family, self.pick, self.forward):
+        device = next(self.stream.model.parameters()).device
+        for at, held, x in self.stream:
             self.place = (number, at)
             with named(f"batch {at}"):
                 shape = check_shape(x, shape)
@@ -402,15 +399,15 @@ class Source:
     @property
     def waits(self) -> bool:
         """Whether every batch is checked for NaN at once; a GPU with random signs need not wait."""
-        is_on_cpu = next(self.model.parameters()).device.type == "cpu"
+        is_on_cpu = next(self.stream.model.parameters()).device.type == "cpu"
         return is_on_cpu or self.draw is not DRAWS["signs"]  # drawing classes waits anyway
 
     def look_through(self) -> Tensor:
         """Take a checksum of all inputs; and the sums of the outputs and of their squares, [2]."""
         digest, found = DataDigest(), torch.zeros(2, dtype=torch.float64)
-        own = private_copy(self.model)
+        own = private_copy(self.stream.model)
         device = next(own.parameters()).device
-        for at, held, x in batches(self.model, self.inputs, self.family, self.pick, self.forward):
+        for at, held, x in self.stream:
             digest.add(tensors_of(held, x))
             x = x.float() if x.dtype in HALF else x
             network = held.around(own) if isinstance(held, Held) else own
@@ -423,15 +420,16 @@ class Source:
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Random rows w of every input at the outputs, [B, 1, T], float64."""
-        self.width = check_width(outputs, self.family, self.width)
-        h = (self.family.natural if self.waits else self.family.natural_unseen)(outputs)
+        family = self.stream.family
+        self.width = check_width(outputs, family, self.width)
+        h = (family.natural if self.waits else family.natural_unseen)(outputs)
         generator = torch.Generator(h.device)
         generator.manual_seed(random.Random(f"{self.seed}{process()}/{self.place}").getrandbits(63))
-        w = self.draw(self.family, h, generator)
-        if not self.family.is_natural:
+        w = self.draw(family, h, generator)
+        if not family.is_natural:
             with torch.enable_grad():
                 z = h.clone().requires_grad_()
-                (w,) = torch.autograd.grad(self.family.link(z, at=h), z, w)
+                (w,) = torch.autograd.grad(family.link(z, at=h), z, w)
         return w[:, None]
 
 
@@ -482,7 +480,7 @@ class Square(ABC):
             _, h = functional.private(held, some)
             _, whole = functional.private(held, x)
             movement = movement_of(held, some, h)
-        warn_of_probabilities(self.source.family, h, self.model)
+        warn_of_probabilities(self.source.stream.family, h, self.model)
         wanted = None if self.wanted is None else frozenset(f"network.{n}" for n in self.wanted)
         check_whole(whole[at], h, movement / SHARE)
         try:

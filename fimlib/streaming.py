@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from fimlib.engines.checks import (
 )
 from fimlib.engines.choose import differentiate, differentiator
 from fimlib.engines.confirm import inputs_to_check
-from fimlib.engines.held import Forward, hold
+from fimlib.engines.held import Forward, Held, hold
 from fimlib.engines.model import differentiating, finite_outputs, private_copy
 from fimlib.families.base import Family
 from fimlib.families.probabilities import warn_of_probabilities
@@ -130,7 +131,7 @@ def accumulate(
         (3, 4.666666666667)
     """
     model = check_module(model)
-    stream = batches(model, inputs, family, pick, forward)
+    stream = Batches(model, inputs, family, pick, forward)
     joint = Joint(family, quantities=quantities, bounds=bounds, dtype=dtype)
     is_whole = isinstance(inputs, Tensor)
     done = accumulate_stream(model, stream, joint, batch_size, layers, engine, is_whole=is_whole)
@@ -281,39 +282,75 @@ def first_size(model: nn.Module, batch: Tensor, joint: Joint, order: int) -> Bat
 Pick = Callable[[Any], Tensor] | int | str | None
 
 
-def batches(
-    model: nn.Module,
-    inputs: Tensor | Iterable[Any],
-    family: Family,
-    pick: Pick = None,
-    forward: Forward | None = None,
-) -> Iterator[Batch]:
+@dataclass
+class Batches:
     """The number of each batch, from 1, with a network and the inputs x to differentiate it at.
 
-    With ``forward``, or several labels for one input, the network holds the batch, and x are
-    positions in it.
+    With ``forward``, several labels for one input, or masked classes, the network holds the batch,
+    and x are positions in it.
+
+    Attributes:
+        is_masked: Whether some outputs for the first inputs are −∞, and the family has a meaning
+            for them; None before the first batch.
 
     Raises:
         TypeError: a data set, or a batch that holds no tensor x.
         ValueError: what is x is in doubt, or not where ``pick`` says; or as ``hold``.
     """
-    if forward is None and not isinstance(family, Positions):
-        for number, x in inputs_of(model, inputs, pick):
-            yield number, model, x
-        return
-    if forward is not None and pick is not None:
-        raise ValueError("forward is given the whole batch: leave pick out.")
 
-    def flattened(network: nn.Module, batch: Any) -> Tensor:
-        outputs = forward(network, batch) if forward else network(batch)
-        if isinstance(outputs, Tensor) and isinstance(family, Positions):
-            return family.flatten(outputs)
-        return outputs
+    model: nn.Module
+    inputs: Tensor | Iterable[Any]
+    family: Family
+    pick: Pick = None
+    forward: Forward | None = None
+    is_masked: bool | None = None
 
-    for number, batch in whole_batches(inputs) if forward else inputs_of(model, inputs, pick):
-        with named(f"batch {number}"):
-            held = hold(model, flattened, batch)
-        yield number, held, held.positions
+    def __iter__(self) -> Iterator[Batch]:
+        if self.forward is not None and self.pick is not None:
+            raise ValueError("forward is given the whole batch: leave pick out.")
+        is_held = self.forward is not None or isinstance(self.family, Positions)
+        for number, batch in self.whole():
+            network, x = self.model, batch
+            with named(f"batch {number}"):
+                if is_held or self.is_masked:
+                    network, x = self.hold(batch)
+                if self.is_masked is None:
+                    self.is_masked = self.has_masks(network, x)
+                    if self.is_masked:
+                        network, x = self.hold(batch)
+            yield number, network, x
+
+    def whole(self) -> Iterator[tuple[int, Any]]:
+        """Every batch, or its x, counted from 1."""
+        if self.forward is not None:
+            return whole_batches(self.inputs)
+        return inputs_of(self.model, self.inputs, self.pick)
+
+    def hold(self, batch: Any) -> tuple[Held, Tensor]:
+        """The network that holds a batch, and positions in it."""
+        held = hold(self.model, self.outputs, batch)
+        return held, held.positions
+
+    def outputs(self, network: nn.Module, batch: Any) -> Tensor:
+        """[b, T], of a part of a batch."""
+        h = self.forward(network, batch) if self.forward else network(batch)
+        if isinstance(h, Tensor) and isinstance(self.family, Positions):
+            h = self.family.flatten(h)
+        return self.family.unmasked(h) if self.is_masked else h
+
+    def has_masks(self, network: nn.Module, x: Tensor) -> bool:
+        """Whether outputs of −∞ are to be replaced; a few inputs tell."""
+        if type(self.family).unmasked is Family.unmasked:
+            return False
+        try:
+            few = x[: inputs_to_check(network)]
+            check_finite(few)
+            few = few.to(next(network.parameters()).device)
+            own = private_copy(network)
+            with differentiating(own, few), torch.no_grad():
+                return bool(torch.isneginf(own(few.clone())).any())
+        except Exception:  # of any kind: the first batch will tell why
+            return False
 
 
 def whole_batches(inputs: Tensor | Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -20,7 +20,7 @@ from fimlib.engines.choose import differentiator
 from fimlib.engines.held import Forward
 from fimlib.engines.model import kept_random_state, selected
 from fimlib.families.base import Family, check_family
-from fimlib.streaming import batches, named
+from fimlib.streaming import Batches, named
 
 __all__ = ["Identified", "identify"]
 
@@ -186,7 +186,7 @@ def identify(
     totals = Totals()
     ys = list(map(labels or labels_in, data))
     pick = 0 if labels is None and forward is None and None not in map(labels_in, data) else None
-    stream = batches(model, data, family, pick, forward)
+    stream = Batches(model, data, family, pick, forward)
     for y, (number, network, x) in zip(ys, stream, strict=True):
         with named(f"batch {number}"):
             sweep = differentiate(x.to(first.device), network)

@@ -184,9 +184,9 @@ def check_outputs(outputs: Any, size: int, *, numbers: bool = True) -> None:
         return
     if torch.isneginf(outputs).any():
         raise ForwardError(
-            "some outputs are -inf: the weights are too large, or logits are masked by -inf; mask "
-            "them by -1e4, of which a softmax makes 0, too, or in accumulate, estimate and "
-            "summarise pass forward=lambda model, x: model(x).clamp_min(-1e4)."
+            "some outputs are -inf: the weights are too large, or logits are masked by -inf, which "
+            "accumulate, estimate and summarise take for Categorical if the first inputs have "
+            "them; else mask them by -1e4, of which a softmax makes 0, too."
         )
     raise ForwardError(
         "the outputs hold NaN or infinite values: the weights are too large, or forward() has "

@@ -146,6 +146,10 @@ class Family(ABC):
         """Whether the outputs are the natural parameters."""
         return type(self).link is Family.link
 
+    def unmasked(self, h: Tensor) -> Tensor:
+        """Outputs of −∞ as numbers, where the family has a meaning for them: [B, T] → [B, T]."""
+        return h
+
     def natural_derivatives(self, derivs: Derivatives) -> Derivatives:
         """J and S of the natural parameters from those of the outputs; these stay as they are.
 

@@ -6,6 +6,7 @@ all results are float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from fimlib.families.base import (
     weighted_variance,
 )
 
+MASKED = -1e4  # exp(MASKED) is 0, and sums with it keep their digits
+
 
 class Categorical(Family):
     """Classification: h = logits, t(y) = one-hot, σ = softmax(h) (Section 5.2, Appendix D).
@@ -32,12 +35,24 @@ class Categorical(Family):
     log p(k|x) for D = J. A sample of N labels enters only by its C class counts. ``observed``
     takes classes, integers [B] or [B, N]; rows that look one-hot are refused.
 
+    A logit of −∞ masks a class, which then has σ = J = S = 0: where a function takes the data and
+    the family, as ``accumulate`` does. Elsewhere mask by −10⁴.
+
     Class weights and label smoothing change the loss of a training, and not p(y|x): I stays as it
     is, at given weights of the network.
     """
 
     min_outputs = 2
     shift_invariant = True
+
+    def unmasked(self, h: Tensor) -> Tensor:
+        """Logits of −∞, of classes that cannot occur, as −10⁴: σ = 0, J = S = 0.
+
+        NaN where no other logit of the row is larger than −9000, so that σ would not be 0.
+        """
+        is_possible = h.detach().amax(-1, keepdim=True) > 0.9 * MASKED
+        fill = torch.where(is_possible, MASKED, math.nan).to(h)
+        return torch.where(torch.isneginf(h), fill, h)
 
     def log_partition(self, h: Tensor) -> Tensor:  # noqa: D102
         return torch.logsumexp(h.double(), dim=1)

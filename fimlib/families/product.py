@@ -46,6 +46,10 @@ class Product(Family):
         """Whether the outputs are the natural parameters of every label."""
         return all(family.is_natural for family in self.families)
 
+    def unmasked(self, h: Tensor) -> Tensor:
+        """Those of every label."""
+        return self.rows(lambda family, h: family.unmasked(h), h)
+
     def log_partition(self, h: Tensor) -> Tensor:
         """Σ_p F_p."""
         return self.each(lambda family, h: family.log_partition(h), h).sum(1)

@@ -35,9 +35,9 @@ from fimlib.memory import JACOBIAN_NUMBERS
 from fimlib.precision import has_classes, number_needed, ratio
 from fimlib.streaming import (
     Batch,
+    Batches,
     Pick,
     accumulate_stream,
-    batches,
     check_finite,
     check_shape,
     named,
@@ -171,7 +171,7 @@ def summarise(
     model = check_module(model)
     count = len(inputs) if isinstance(inputs, Tensor) else None
     clock = Clock(budget, count)
-    first, stream = _peek(model, batches(model, inputs, family, pick, forward))
+    first, stream = _peek(iter(Batches(model, inputs, family, pick, forward)))
     found, order = _engine(*first, engine, layers, clock)
     num_outputs = found.outputs.shape[1]
     is_estimate = order == 1 and num_probes is not None
@@ -281,7 +281,7 @@ class Clock:
 
 
 def _peek(
-    model: nn.Module, stream: Iterator[Batch]
+    stream: Iterator[Batch],
 ) -> tuple[tuple[nn.Module, Tensor], Iterator[Batch]]:
     """The inputs to try, on the model's device, with their network; and all batches."""
     first = next(stream, None)
@@ -294,7 +294,7 @@ def _peek(
     with named("batch 1"):
         check_shape(x, None)
         check_finite(x[:1])
-    few = x[: inputs_to_check(model)]
+    few = x[: inputs_to_check(network)]
     with named(f"batch 1 (inputs 0 to {len(few) - 1})"):
         check_finite(few)
     device = next((p.device for p in network.parameters()), None)

@@ -699,12 +699,7 @@ def traps() -> Iterator[Trap]:
     yield dense("logits × 10", lambda: scaled_logits(10), "large numbers")
     yield dense("logits × 1e8", lambda: scaled_logits(1e8), "the network is sure, I = 0")
     yield dense("a class masked by −1e9", lambda: masked_logits(-1e9), "p = 0")
-    yield dense(
-        "a class masked by −∞",
-        lambda: masked_logits(-math.inf),
-        "−∞ · 0 is NaN; the refusal says what to write in its place",
-        refused=True,
-    )
+    yield dense("a class masked by −∞", lambda: masked_logits(-math.inf), "−∞ · 0 is NaN")
     yield dense("1,000 classes", lambda: nn.Linear(3, 1000), "as many passes")
     yield dense("two classes", lambda: nn.Linear(3, 2), "the least number")
     yield dense("dead ReLUs", dead, "I = 0 before them")

@@ -16,6 +16,7 @@ import fimlib
 from fimlib import estimates, projections
 from fimlib.families.categorical import residual_of
 from fimlib.projections import DRAWS, MOST_PASSES, passes_to_take
+from fimlib.streaming import Batches
 
 COVARIANCE = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 0.7]])
 FAMILIES = {
@@ -408,7 +409,7 @@ class Waits(TorchDispatchMode):
 def waits_of_a_pass(num_batches):
     """Of the second pass, whose batches need no check; the inputs are on the CPU."""
     net, x, family = problem("Categorical")
-    source = projections.Source(net, [x] * num_batches, family, None, None, DRAWS["signs"], 0)
+    source = projections.Source(Batches(net, [x] * num_batches, family), DRAWS["signs"], 0)
     square = projections.SquaredBatches(net, None, source)
     first = source.run(0, square)[0]
     with Waits() as waits:

@@ -10,7 +10,7 @@ from strategies import inputs, mlp
 from torch import nn
 
 import fimlib
-from fimlib import Categorical, accumulate, estimate
+from fimlib import Categorical, Gaussian, accumulate, estimate, summarise
 from fimlib.engines.held import hold
 from fimlib.engines.truth import Truth
 from fimlib.families import Bernoulli, Heads, Positions
@@ -322,22 +322,98 @@ def test_a_held_batch_follows_its_network_to_float64():
     assert (wide.batch["x"].dtype, wide.batch["ids"].dtype) == (torch.float64, torch.int64)
 
 
-@pytest.mark.parametrize("function", [accumulate, estimate])
-def test_masked_logits(function):
-    net, cannot = mlp([3, 4, 5], nn.Tanh), torch.tensor([False, False, True, False, True])
-    of = lambda value: lambda m, b: m(b["x"]).masked_fill(cannot, value)  # noqa: E731
-    with pytest.raises(ValueError, match="-inf.*mask them by -1e4"):
-        function(net, [{"x": X}], Categorical(), forward=of(-torch.inf))
-    masked = function(net, [{"x": X}], Categorical(), forward=of(-1e4))
-    clamp = lambda m, b: of(-torch.inf)(m, b).clamp_min(-1e4)  # noqa: E731
-    clamped = function(net, [{"x": X}], Categorical(), forward=clamp)
-    kept = function(net, [{"x": X}], Categorical(), forward=lambda m, b: m(b["x"])[:, ~cannot])
-    found = (masked, kept, clamped)
-    values = [f.value if function is estimate else f.fisher_information() for f in found]
-    assert all(torch.allclose(values[0][n], values[2][n]) for n in values[0])
-    if function is accumulate:
-        assert all(torch.allclose(values[0][n], values[1][n]) for n in values[1])
-    assert not values[0]["2.weight"][cannot].any()
+CANNOT = torch.tensor([False, False, True, False, True])
+
+
+class Masked(nn.Module):
+    """A network with five classes, some of which cannot occur."""
+
+    def __init__(self, how, value=-torch.inf):
+        super().__init__()
+        self.body, self.how, self.value = mlp([3, 4, 5], nn.Tanh), how, value
+
+    def forward(self, x):
+        h = self.body(x)
+        if self.how == "by a sum":
+            return h + torch.zeros(5, dtype=h.dtype).masked_fill(CANNOT, self.value)
+        if self.how == "by the input":
+            return h.masked_fill(torch.arange(5) == 1 + (x[:, :1] > 0), self.value)
+        if self.how == "at one position of two":
+            h = h[:, None] * torch.tensor([1.0, 2.0])[:, None]
+            return h.masked_fill(CANNOT & torch.tensor([[True], [False]]), self.value)
+        if self.how == "in one head of two":
+            return torch.cat([h.masked_fill(CANNOT, self.value), x[:, :1] * h[:, :1]], 1)
+        return h.masked_fill(CANNOT, self.value)
+
+
+FAMILIES = {
+    "at one position of two": Positions(Categorical(), 5),
+    "in one head of two": Heads({"class": (Categorical(), 5), "size": (Gaussian(), 1)}),
+}
+MASKS = ["by a number", "by a sum", "by the input", *FAMILIES]
+
+
+def moments(model, family):
+    joint = accumulate(model, X, family)
+    found = {"I": joint.fisher_information(), "C12": joint.label_covariance()}
+    found |= {"V1": joint.variance_i1(num_inputs=2), "V2": joint.variance_i2(num_inputs=2)}
+    found["estimate"] = estimate(model, X, family, passes=3).value
+    s = summarise(model, X, family)
+    return found | {"summarise": {one.layer: torch.tensor(one.mean_fisher) for one in s.layers}}
+
+
+@pytest.mark.parametrize("how", MASKS)
+def test_a_class_masked_by_infinity_cannot_occur(how):
+    family, net = FAMILIES.get(how, Categorical()), Masked(how)
+    finite = Masked(how, -1e5)
+    finite.load_state_dict(net.state_dict())
+    found, right = (moments(m, family) for m in (net, finite))
+    for quantity, values in right.items():
+        for name, value in values.items():
+            torch.testing.assert_close(found[quantity][name], value, msg=f"{quantity} of {name}")
+    if how == "by a number":
+        assert not found["I"]["body.2.weight"][CANNOT].any()
+
+
+def test_masked_classes_of_a_batch_with_several_tensors():
+    net = mlp([3, 4, 5], nn.Tanh)
+    masked = lambda m, b: m(b["x"]).masked_fill(CANNOT, -torch.inf)  # noqa: E731
+    kept = lambda m, b: m(b["x"])[:, ~CANNOT]  # noqa: E731
+    found, right = (
+        accumulate(net, [{"x": X}], Categorical(), forward=f).fisher_information()
+        for f in (masked, kept)
+    )
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("function", [accumulate, estimate, summarise])
+@pytest.mark.parametrize(
+    ("model", "batches", "family", "message"),
+    [
+        (lambda x: x.new_full((1, 5), -torch.inf) + 0 * x[:, :1], [X], Categorical(), "NaN"),
+        (lambda x: x[:, :1] - torch.tensor([1e4, torch.inf]), [X], Categorical(), "NaN"),
+        (
+            lambda x: torch.where(x > 90, -torch.inf, x),
+            [X, X + 100],
+            Categorical(),
+            "batch 2.*-inf",
+        ),
+        (lambda x: x.masked_fill(CANNOT[2:], -torch.inf), [X], Gaussian(), "-inf"),
+        (lambda x: x.masked_fill(CANNOT[2:], torch.inf), [X], Categorical(), "NaN or infinite"),
+    ],
+    ids=["no class can occur", "no other logit is larger", "later", "no classes", "plus infinity"],
+)
+def test_infinite_outputs_without_a_meaning(function, model, batches, family, message):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()).double())
+
+        def forward(self, x):
+            return model(self.w * x)
+
+    with pytest.raises(ValueError, match=message):
+        function(Net(), batches, family)
 
 
 @pytest.mark.parametrize("function", [accumulate, estimate])
