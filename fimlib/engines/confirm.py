@@ -645,9 +645,9 @@ def slope(
         h = truth.own(truth.x[entry.b : entry.b + 1].clone())[0]
         if not h.requires_grad:
             return weights.new_zeros((), dtype=torch.float64)
-        y = (h * weights).sum()
-        (found,) = torch.autograd.grad(y, parameter, materialize_grads=True)
-    return found.reshape(-1)[entry.index].double()
+        most = weights.abs().amax()  # the backward pass of matrix_exp() rounds large gradients
+        (found,) = torch.autograd.grad(h @ (weights / most), parameter, materialize_grads=True)
+    return found.reshape(-1)[entry.index].double() * most.double()
 
 
 def entries(claim: Claim, most: int, among: Sequence[int]) -> Iterator[Entry]:

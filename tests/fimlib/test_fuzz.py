@@ -12,6 +12,7 @@ from strategies import inputs, mlp
 from torch import nn
 
 import fimlib
+from fimlib.engines.truth import Unconfirmed
 
 pytestmark = pytest.mark.long
 
@@ -41,6 +42,34 @@ def test_random_networks(seeds):
 @pytest.mark.parametrize("seeds", some(44, 880), ids=str)
 def test_networks_whose_graph_lies_or_that_mix_their_inputs(seeds):
     check(fuzz.fuzz(seeds, traps=True))
+
+
+def false_alarms(seeds):
+    """Networks without a derivative, the check says, where it is autograd's."""
+    found = []
+    for seed in seeds:
+        case = random_networks.draw(seed)
+        try:
+            fimlib.differentiate(case.model, case.x)
+        except NotImplementedError as refusal:
+            mixes = "depend on the others" in str(refusal)  # as it may, if there is one alone
+            if mixes or not isinstance(refusal.__cause__, Unconfirmed):
+                continue
+            truth = fuzz.truth_of(case.model, case.x)
+            if set(truth.judges) == {"autograd"}:
+                found.append(f"{seed}: {refusal}")
+    return found
+
+
+@pytest.mark.full
+def test_the_check_lets_right_networks_be():
+    assert len(false_alarms(range(20_000, 30_000))) <= 1
+
+
+@pytest.mark.parametrize("seed", [20_964])
+def test_the_check_lets_these_networks_be(seed):
+    """A rotation by matrix_exp() before a norm, which it does not change."""
+    assert not false_alarms([seed])
 
 
 @pytest.mark.parametrize("traps", [False, True])

@@ -8,8 +8,8 @@ from support import results
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
     "engines": 6352,
-    "core": 7100,
-    "rest": 2960,
+    "core": 7130,
+    "rest": 2990,
     "support and extensions": 14_850,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
