@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
 from support import results
@@ -32,7 +33,14 @@ FOUND = results.ROOT / "data" / "torture.json"
 TOLERANCE = 1e-5  # relative, of a tensor's norm
 STEP = 1e-3  # of a difference quotient of fourth order, in units of the parameter's size
 INPUTS = 4
-PACKAGES = ("torch", "backpack-for-pytorch", "nngeometry", "curvlinops-for-pytorch")
+PACKAGES = (
+    "torch",
+    "backpack-for-pytorch",
+    "nngeometry",
+    "curvlinops-for-pytorch",
+    "laplace-torch",
+)
+LAPLACE = "laplace-torch"
 Diagonal = dict[str, Tensor]
 CLASSES = fimlib.Categorical()
 
@@ -130,6 +138,17 @@ def dense_curvlinops(model: nn.Module, x: Tensor, _: Network) -> Diagonal:
     return candidates.split(model, (operator @ identity).diagonal())
 
 
+def laplace_diagonal(model: nn.Module, x: Tensor, _: Network) -> Diagonal:
+    """The precision that laplace-torch adds to the prior's, over the number of inputs."""
+    from laplace import Laplace
+
+    data = TensorDataset(x, torch.zeros(len(x), dtype=torch.long))
+    model.requires_grad_()  # it reports what is trained
+    fitted = Laplace(model, "classification", subset_of_weights="all", hessian_structure="diag")
+    fitted.fit(DataLoader(data, batch_size=len(x)))
+    return candidates.split(model, fitted.H / len(x))
+
+
 def of(prepare: candidates.Prepare) -> Callable[[nn.Module, Tensor, Network], Diagonal]:
     """A candidate of the benchmark."""
 
@@ -146,7 +165,18 @@ LIBRARIES: Mapping[str, Callable[[nn.Module, Tensor, Network], Diagonal]] = {
     "BackPACK": of(candidates.backpack_fisher(monte_carlo=False)),
     "nngeometry": of(candidates.nngeometry_fisher(monte_carlo=False)),
     "curvlinops": dense_curvlinops,
+    LAPLACE: laplace_diagonal,
 }
+
+
+def installed() -> list[str]:
+    """The libraries that can be asked; laplace-torch is installed by hand."""
+    try:
+        import laplace  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # of torchvision beside another torch
+        print(f"{LAPLACE} is left out: {error}", flush=True)
+        return [library for library in LIBRARIES if library != LAPLACE]
+    return list(LIBRARIES)
 
 
 def problem(trap: Trap) -> tuple[nn.Module, Tensor]:
@@ -744,14 +774,15 @@ def measure() -> dict[str, Any]:
     """What each library says of each network."""
     started = time.time()
     torch.set_num_threads(1)
-    rows = []
+    rows, libraries = [], installed()
     for trap in traps():
         expected = right(trap)
-        said = {library: answer(trap, library, expected) for library in LIBRARIES}
+        said = {library: answer(trap, library, expected) for library in libraries}
         rows.append({"network": trap.what, "has_value": expected is not None, "answers": said})
         print(f"{trap.what}: {', '.join(map(shown, said.values()))}", flush=True)
     made = results.record({}, {}, started, torch.device("cpu"))
-    versions = {package: results.version(package) for package in PACKAGES}
+    packages = [p for p in PACKAGES if p != LAPLACE or LAPLACE in libraries]
+    versions = {package: results.version(package) for package in packages}
     kept = ("started", "seconds", "commit")
     return {"record": {k: made[k] for k in kept} | {"versions": versions}, "rows": rows}
 
@@ -771,11 +802,12 @@ def page(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "Nothing was tried yet: `make bench TORTURE=1` does it in a minute.\n"
     made = {row["network"]: row for row in found["rows"]}
-    head = ["network", "what is hard", *LIBRARIES]
+    libraries = list(found["rows"][0]["answers"])
+    head = ["network", "what is hard", *libraries]
     groups: dict[str, list[list[str]]] = {}
     for trap in traps():
         said = made[trap.what]["answers"]
-        cells = [trap.what, trap.hard, *(shown(said[library]) for library in LIBRARIES)]
+        cells = [trap.what, trap.hard, *(shown(said[library]) for library in libraries)]
         groups.setdefault(trap.group, []).append(cells)
     parts = [counts(found["rows"])]
     for group, body in groups.items():
@@ -786,14 +818,14 @@ def page(found: Mapping[str, Any] | None) -> str:
 
 def counts(rows: list[dict[str, Any]]) -> str:
     """How often each library was right, wrong, and refused."""
-    body = []
-    for library in LIBRARIES:
+    body, libraries = [], list(rows[0]["answers"])
+    for library in libraries:
         said = [row["answers"][library]["answer"] for row in rows]
         kinds = [said.count(kind) for kind in ("right", "refused", "wrong", "no value")]
         seconds = [
             row["answers"][library]["seconds"]
             for row in rows
-            if all(row["answers"][other]["answer"] == "right" for other in LIBRARIES)
+            if all(row["answers"][other]["answer"] == "right" for other in libraries)
         ]
         time_of = f"{1e3 * statistics.median(seconds):.0f} ms" if seconds else ""
         body.append([library, *map(str, kinds), time_of])
