@@ -1,6 +1,7 @@
 """Networks on which a diagonal easily goes wrong: fimlib is right, or refuses where it must."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_the_page_shows_what_was_found():
     assert [row["network"] for row in found["rows"]] == list(TRAPS)
     page = torture.page(found)
     ours = [row["answers"]["fimlib"]["answer"] for row in found["rows"]]
-    assert f"| fimlib     | {ours.count('right')} " in page
+    assert re.search(rf"\| fimlib +\| {ours.count('right')} ", page)
     assert not {"wrong", "no value"} & set(ours)
     assert "**wrong**, 31 %" in page
     assert torture.page(None).startswith("Nothing was tried yet")
