@@ -227,11 +227,7 @@ def add_common(p: argparse.ArgumentParser) -> None:
 
 
 def load_model(name: str, weights: Path | None, *, trust: bool) -> nn.Module:
-    """The network, in eval mode.
-
-    Raises:
-        UsageError: it cannot be had; the message says why.
-    """
+    """The network, in eval mode."""
     if Path(name).exists():
         if weights is not None:
             raise UsageError("--weights belongs to package.module:build; a file has its weights.")
@@ -309,11 +305,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def load_inputs(path: Path, model: nn.Module) -> Tensor:
-    """The inputs [m, ...], floating-point ones in the network's dtype, on its device.
-
-    Raises:
-        UsageError: the file holds no single array of numbers.
-    """
+    """The inputs [m, ...], floating-point ones in the network's dtype, on its device."""
     if path.suffix in (".npy", ".npz"):
         try:
             with path.open("rb") as file:

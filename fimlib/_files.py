@@ -18,11 +18,7 @@ FORMAT = "fimlib estimate, format 1"
 
 
 def safetensors() -> ModuleType:
-    """The package.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """The package."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -38,12 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def check_path(path: str | Path) -> Path:
-    """The path, if a file can be written there; before anything is computed.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ValueError: there is no such folder, or it cannot be written.
-    """
+    """The path, if a file can be written there; before anything is computed."""
     safetensors()
     found = Path(path)
     try:
@@ -65,12 +56,7 @@ def part_of(path: Path) -> Path:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        ImportError, ValueError: as ``check_path``.
-        OSError: it could not be written, as on a full disk.
-    """
+    """Write a file, whole or not at all."""
     package = safetensors()
     target = check_path(path)
     part = part_of(target)
@@ -93,12 +79,7 @@ def umask() -> int:
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, on the CPU, and its notes.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ValueError: there is no such file, or it is not one of ``write``.
-    """
+    """The tensors of a file, on the CPU, and its notes."""
     package = safetensors()
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}.")

@@ -71,11 +71,7 @@ def all_reduce(joint: Found, group: dist.ProcessGroup | None = None) -> Found:
 
 
 def together(one: Any, other: Any) -> Any:
-    """Both in one; the first may be changed.
-
-    Raises:
-        ValueError: they do not fit.
-    """
+    """Both in one; the first may be changed."""
     if type(one) is not type(other):
         raise ValueError("an estimate and an accumulator cannot be merged.")
     if isinstance(one, Joint):

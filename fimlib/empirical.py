@@ -143,7 +143,7 @@ def kl_gradient(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     Args:
         derivs: J and the outputs at B inputs.
-        labels: q(y|x) at these inputs, as ``family.observed`` or ``family.expected`` gives it.
+        labels: q(y|x), as in ``data_fisher``.
 
     Returns:
         [B, *shape] per parameter, in nat/θ.

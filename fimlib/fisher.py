@@ -153,8 +153,7 @@ def estimate_i2(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     Args:
         derivs: J, S and the outputs at B inputs.
-        labels: N labels for each of them, as ``family.sample(derivs.outputs, N)`` draws them, or
-            ``family.observed(derivs.outputs, y)`` makes them of labels y.
+        labels: N labels for each of them, as in ``estimate_i1``.
 
     Returns:
         [B, *shape] per parameter, in nat/θ².
@@ -181,8 +180,7 @@ def sample_variance_i1(derivs: Derivatives, labels: Labels) -> Diagonal:
 
     Args:
         derivs: J, S and the outputs at B inputs.
-        labels: N labels for each of them, as ``family.sample(derivs.outputs, N)`` draws them, or
-            ``family.observed(derivs.outputs, y)`` makes them of labels y.
+        labels: N labels for each of them, as in ``estimate_i1``.
 
     Returns:
         [B, *shape] per parameter, in nat²/θ⁴.

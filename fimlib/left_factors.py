@@ -169,10 +169,8 @@ def left_factors(
 ) -> Iterator[tuple[int, LeftFactors | Totals]]:
     """Left factors of several quantities for each block of a batch, in any order.
 
-    Args:
-        sweep: The batch.
-        of_piece: From the derivatives of one block at some inputs, and these, to [b, *K] for every
-            quantity.
+    ``of_piece`` maps the derivatives of one block at some inputs, and these, to [b, *K] for every
+    quantity.
     """
     found: dict[int, list[LeftFactors]] = defaultdict(list)
     totals: dict[int, dict[int | None, Totals]] = defaultdict(dict)
@@ -198,14 +196,7 @@ def largest_of(t: Tensor, *, signed: bool) -> Tensor:
 def sums_of_products(low: Tensor, high: Tensor, z: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the inputs of ``low · (z·shrink)²`` and of ``high · (z·shrink)⁴``.
 
-    Args:
-        low: [B, k].
-        high: [B, m]; m may be 0.
-        z: [B, n].
-        shrink: [n].
-
-    Returns:
-        [k, n] and [m, n], of the dtype of ``low``.
+    [B, k], [B, m], where m may be 0, [B, n] and [n] → [k, n] and [m, n], of the dtype of ``low``.
     """
     lows, highs = (left.new_zeros(left.shape[1], z.shape[1]) for left in (low, high))
     rows = ROWS if z.device.type == "cpu" else max(1, len(z))

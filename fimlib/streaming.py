@@ -1,8 +1,4 @@
-r"""A data set of any size in bounded memory (Section 4.1).
-
-Theorem 4.7 needs averages over the inputs only. So a data set goes through batch by batch, and only
-a ``Joint`` stays.
-"""
+r"""A data set of any size in bounded memory (Section 4.1): of every batch, only averages stay."""
 
 from __future__ import annotations
 
@@ -209,9 +205,6 @@ def check_rounding(outputs: Tensor, exact: Tensor, family: Family) -> None:
     """Refuse outputs that are rounded so much that the family has another mean.
 
     Large outputs may agree to all their digits where a softmax of them does not.
-
-    Raises:
-        ValueError: the means differ from those in float64.
     """
     if outputs.dtype == exact.dtype:  # float64, or a network that insists on its type
         return
@@ -292,10 +285,6 @@ class Batches:
     Attributes:
         is_masked: Whether some outputs for the first inputs are −∞, and the family has a meaning
             for them; None before the first batch.
-
-    Raises:
-        TypeError: a data set, or a batch that holds no tensor x.
-        ValueError: what is x is in doubt, or not where ``pick`` says; or as ``hold``.
     """
 
     model: nn.Module

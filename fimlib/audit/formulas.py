@@ -315,11 +315,7 @@ class Totals:
             self.means[key] = beta * self.means[key] + new if key in self.means else new
 
     def settle(self) -> None:
-        """Turn sums into means, and leave out what is another formula by another name here.
-
-        Raises:
-            ValueError: there are no batches.
-        """
+        """Turn sums into means, and leave out what is another formula by another name here."""
         if not self.sizes:
             raise ValueError("there are no batches: pass a DataLoader, or [(x, y)].")
         count = len(self.sizes)

@@ -268,14 +268,7 @@ def labels_in(batch: Any) -> Any:
 
 
 class Match(NamedTuple):
-    """A formula that explains the result.
-
-    Attributes:
-        key: The formula.
-        factor, text: As in ``Identified``.
-        distance: To the result.
-        z, num_samples: Of a random formula.
-    """
+    """A formula that explains the result, with the numbers of ``Identified``."""
 
     key: str
     factor: float
@@ -292,13 +285,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A result beside all formulas.
-
-    Attributes:
-        results: [R, P], of R calls.
-        totals: The formulas.
-        shapes: Of the parameters.
-    """
+    """The results of R calls, [R, P], beside all formulas."""
 
     results: Tensor
     totals: Totals

@@ -388,19 +388,11 @@ class Family(ABC):
         raise ValueError(NO_CLASSES.format(type(self).__name__))
 
     def variance2_importance(self, h: Tensor, S: Tensor) -> Tensor:  # noqa: ARG002
-        """Of Î₂ on such a class; see ``Categorical``.
-
-        Raises:
-            ValueError: the labels are no classes.
-        """
+        """Of Î₂ on such a class; as ``variance_importance``."""
         raise ValueError(NO_CLASSES.format(type(self).__name__))
 
     def draw_important(self, h: Tensor, generator: torch.Generator | None) -> Tensor:  # noqa: ARG002
-        """Random vectors w of classes that are drawn by importance; see ``Categorical``.
-
-        Raises:
-            ValueError: the labels are no classes.
-        """
+        """Random vectors w of classes that are drawn by importance; as ``variance_importance``."""
         raise ValueError(NO_CLASSES.format(type(self).__name__))
 
     def draw_signs(self, h: Tensor, generator: torch.Generator | None) -> Tensor:

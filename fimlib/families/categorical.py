@@ -1,8 +1,4 @@
-r"""Labels that are one of T classes: the softmax (Sections 5 and 5.2, Appendix D).
-
-Shapes, as in ``fimlib.families.base``: h is [B, T], a derivative array J or S is [B, T, ...], and
-all results are float64.
-"""
+r"""Labels that are one of T classes: the softmax (Sections 5 and 5.2, Appendix D)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-r"""Gaussian output families: a known covariance (Section 5.1), and a predicted spread.
-
-Shapes, as in ``fimlib.families.base``: h is [B, T], a derivative array J or S is [B, T, ...], and
-all results are float64.
-"""
+r"""Gaussian output families: a known covariance (Section 5.1), and a predicted spread."""
 
 from __future__ import annotations
 
@@ -137,11 +133,7 @@ class GaussianHead(Family):
     min_outputs = 2
 
     def natural(self, h: Tensor) -> Tensor:
-        """As for every family; T must be even, and s and 1/s finite to the fourth power.
-
-        Raises:
-            ValueError: also if the outputs are no pairs, or a |ρ| exceeds 175.
-        """
+        """As for every family; T must be even, and |ρ| ≤ 175, for powers of s up to the fourth."""
         h = super().natural(h)
         if h.shape[1] % 2:
             raise ValueError(

@@ -1,8 +1,4 @@
-r"""T independent labels, one for each output, by their cumulants (Section 1).
-
-Shapes, as in ``fimlib.families.base``: h is [B, T], a derivative array J or S is [B, T, ...], and
-all results are float64.
-"""
+r"""T independent labels, one for each output, by their cumulants (Section 1)."""
 
 from __future__ import annotations
 
@@ -170,11 +166,7 @@ class Poisson(Independent):
     """T independent counts y: h = logarithms of the rates μ, t(y) = y; all cumulants are μ."""
 
     def natural(self, h: Tensor) -> Tensor:
-        """As for every family; the rates must be such that float64 can count up to them.
-
-        Raises:
-            ValueError: also if a rate exceeds 2⁵³.
-        """
+        """As for every family; the rates must not exceed 2⁵³, up to which float64 can count."""
         h = super().natural(h)
         if (h.exp() > 2**53).any():
             raise ValueError(

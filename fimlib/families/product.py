@@ -177,11 +177,7 @@ class Positions(Product):
         return [self.family]
 
     def flatten(self, outputs: Tensor) -> Tensor:
-        """From the network's outputs to [B, T].
-
-        Raises:
-            ValueError: ``class_dim`` is no axis of length ``size``.
-        """
+        """From the network's outputs, ``size`` of them along ``class_dim``, to [B, T]."""
         if outputs.ndim < 3:
             return outputs
         axis = self.class_dim % outputs.ndim
@@ -193,11 +189,7 @@ class Positions(Product):
         return outputs.movedim(axis, -1).flatten(1)
 
     def natural(self, h: Tensor) -> Tensor:
-        """As for every family; and T must be a multiple of ``size``.
-
-        Raises:
-            ValueError: also if it is not, or the family refuses the outputs of a position.
-        """
+        """As for every family; and T must be a multiple of ``size``."""
         h = super().natural(h)
         if h.shape[1] % self.size:
             raise ValueError(
@@ -283,11 +275,7 @@ class Heads(Product):
         self.min_outputs = sum(size for _, size in self.heads.values())
 
     def natural(self, h: Tensor) -> Tensor:
-        """As for every family, and for every head; T must be the sum of their outputs.
-
-        Raises:
-            ValueError: also if it is not.
-        """
+        """As for every family, and for every head; T must be the sum of their outputs."""
         h = super().natural(h)
         if h.shape[1] != self.min_outputs:
             raise ValueError(

@@ -126,9 +126,6 @@ def lambda_min_centred(family: Family, h: Tensor) -> Tensor:
 
     On 1^⊥ the inverse of 𝓘 = diag σ − σσᵀ is P diag(1/σ) P. Its top eigenvalue keeps the digits
     that the second smallest eigenvalue of 𝓘 loses to rounding.
-
-    Raises:
-        ValueError: the family sees a common shift, or h does not fit it.
     """
     h = family.natural(h)
     if not family.shift_invariant:

@@ -19,10 +19,6 @@ def multistart(family: Family, h: Tensor, *, max_steps: int = 200) -> Tensor:
     ``M(u,u,w,w) ≥ M(u,u,u,u)`` the value never falls. The best direction is polished by Newton
     steps. Deterministic, but not a proof of optimality.
 
-    Raises:
-        ValueError: R T³ > 10⁹ for R directions, as for 158 classes: a step would be that many
-            operations, for up to 200 steps (128 classes: a minute).
-
     Memory: B × R × T × T; for many classes use the certified bound.
     """
     u = torch.nn.functional.normalize(family.directions(h), dim=-1)
@@ -85,10 +81,6 @@ def minimize(family: Family, h: Tensor, *, num_starts: int = 20, seed: int = 0) 
 
     A single start often ends in a local maximum that is not the largest; the value is then too
     small for an upper bound.
-
-    Raises:
-        ValueError: num_starts < 1, or T > 64 (the tensor has T⁴ numbers).
-        ImportError: pytorch-minimize is not installed.
     """
     try:
         import torchmin

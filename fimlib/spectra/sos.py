@@ -24,10 +24,6 @@ def sum_of_squares(family: Family, h: Tensor) -> Tensor:
     tight to the solver's precision (about 1e-8 of the certified bound): exact for up to four
     classes, since nonnegative quartic forms in three variables are sums of squares (Hilbert), and
     in practice beyond.
-
-    Raises:
-        ValueError: T > 16 (the program has about T⁴/24 unknowns).
-        ImportError: cvxpy or its solver Clarabel is not installed.
     """
     if h.shape[1] > MAX_OUTPUTS:
         raise ValueError(
