@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fimlib._checks import check_integer, check_num_samples
-from fimlib.derivatives import Block, Derivatives
+from fimlib.derivatives import Block, Derivatives, flat, slices
 from fimlib.diagonal import Diagonal, Term
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate_checked
@@ -128,27 +128,16 @@ def hutchinson_variance_i2(
         J = {name: derivs.jacobian(name) for name in names}
         products = checked_products(own, x, names, outputs)
         parts = []
-        for rows in rows_at_a_time(len(x), num_blocks * sum(J[name][0].numel() for name in names)):
+        of_one = num_blocks * sum(J[name][0].numel() for name in names)
+        for rows in slices(len(x), max(1, PROBE_NUMBERS // max(1, of_one))):
             means = block_means(products, own, x[rows], names, size, num_blocks, generator)
             here = {name: J[name][rows] for name in names}
             parts.append(summary(pairs(family, outputs[rows], h[rows], here, means), n))
     return joined(parts, size * num_blocks)
 
 
-def rows_at_a_time(batch: int, numbers_of_one: int) -> tuple[Tensor, ...]:
-    """Positions of the inputs, in parts that memory can hold."""
-    parts: tuple[Tensor, ...] = torch.arange(batch, device="cpu").split(
-        max(1, PROBE_NUMBERS // max(1, numbers_of_one))
-    )
-    return parts
-
-
 def blocks_of(num_probes: int) -> tuple[int, int]:
-    """Probes per block, and how many blocks.
-
-    Raises:
-        ValueError: fewer than 3 probes: there is no error bar.
-    """
+    """Probes per block, and how many blocks."""
     why = "two independent probes make an unbiased estimate, three one with an error bar."
     num_probes = check_integer(num_probes, "num_probes", 3, remedy=why)
     size = -(-num_probes // BLOCKS)
@@ -230,7 +219,7 @@ def summary(found: dict[str, tuple[Tensor, Tensor]], n: int) -> tuple[Part, Part
     inside: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, (r, k) in found.items():
         parameters[name] = estimate(r / n, k / n)
-        inside.setdefault(name.rpartition(".")[0], []).append((numbers(r), numbers(k)))
+        inside.setdefault(name.rpartition(".")[0], []).append((flat(r), flat(k)))
     for layer, both in inside.items():
         r, k = (torch.cat(parts, 2).mean(2) / n for parts in zip(*both, strict=True))
         layers[layer] = estimate(r, k)
@@ -320,11 +309,7 @@ def twice_backward(own: nn.Module, x: Tensor, names: list[str], v: PerParameter)
 
 
 def checked_products(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Products:
-    """The first of two ways whose H v is the derivative of J along v.
-
-    Raises:
-        NotImplementedError: none can, or none is.
-    """
+    """The first of two ways whose H v is the derivative of J along v."""
     why = ""
     for way in (forward_over_reverse, twice_backward):
         try:
@@ -369,12 +354,12 @@ def confirmed(way: Products, own: nn.Module, x: Tensor, names: list[str]) -> Ten
     def slopes(sign: int) -> Tensor:
         with shifted(truth.own, v, sign * step):
             J = one_by_one(truth.own, truth.x, names)
-        return torch.cat([numbers(J[n]) @ v[n].flatten() for n in names], dim=1).double()
+        return torch.cat([flat(J[n]) @ v[n].flatten() for n in names], dim=1).double()
 
     plus, minus = slopes(1), slopes(-1)
     batched = {n: d.expand(len(truth.x), *d.shape) for n, d in v.items()}
     products = way(truth.own, truth.x, names, batched)
-    terms = [numbers(products[n] * v[n]).double() for n in names]
+    terms = [flat(products[n] * v[n]).double() for n in names]
     claim = torch.cat([t.sum(2) for t in terms], dim=1)
     scale = torch.cat([t.square().sum(2).sqrt() for t in terms], dim=1)
     eps = torch.finfo(truth.dtype).eps
@@ -382,8 +367,3 @@ def confirmed(way: Products, own: nn.Module, x: Tensor, names: list[str]) -> Ten
     slack = eps**0.35 * scale + rounding + 16 * eps * (plus.abs() + minus.abs()) / step
     fine: Tensor = ((claim - (plus - minus) / (2 * step)).abs() <= slack).all(1)
     return fine
-
-
-def numbers(rows: Tensor) -> Tensor:
-    """All numbers of a parameter in a row, one for a parameter without axes: [B, T, numel]."""
-    return rows.reshape(*rows.shape[:2], -1)
