@@ -166,18 +166,10 @@ class Joint:
         self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
     ) -> dict[str, PerParameter]:
         """The same, contracted in a dtype."""
-        means, checks = self._batch_means(sweep, labels, dtype)
-        check_means(means, checks, self.family, sweep)
-        return means
-
-    def _batch_means(
-        self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
-    ) -> tuple[dict[str, PerParameter], list[Float32Check]]:
-        """The same, unchecked, and where the dtype may be too narrow."""
         if labels is not None:
             check_same_family(self.family, family_of(labels))
             check_labels(sweep.outputs, labels)
-        means: dict[str, PerParameter] = defaultdict(dict)
+        found: dict[str, PerParameter] = defaultdict(dict)
         float32: list[Float32Check] = []
         for index, factors in self._left_factors(sweep, labels, dtype):
             layer, inputs = sweep.inputs[index]
@@ -186,13 +178,15 @@ class Joint:
                 by_key = dict(zip(factors.keys, largest, strict=True))
                 float32 += float32_checks(index, layer, by_key)
             for name, z in inputs.items():
-                found, lost = factors.means(z, dtype, largest)
-                for key, mean in found.items():
-                    means[key][name] = mean
+                of_one, lost = factors.means(z, dtype, largest)
+                for key, mean in of_one.items():
+                    found[key][name] = mean
                 if lost is not None:
                     float32.append(Float32Check(index, layer, lost, "J"))
         names = [name for _, inputs in sweep.inputs for name in inputs]
-        return {key: {n: of[n] for n in names} for key, of in means.items()}, float32
+        means = {key: {n: of[n] for n in names} for key, of in found.items()}
+        check_means(means, float32, self.family, sweep)
+        return means
 
     def _left_factors(
         self, sweep: Sweep, labels: Labels | None, dtype: torch.dtype
@@ -324,13 +318,12 @@ class Joint:
 
     def to(self, device: torch.device | str) -> Joint:
         """A copy on another device."""
-        state = self.state_dict()
-        state["means"] = {
+        copy = self._empty()
+        copy.count, copy.layers = self.count, self.layers
+        copy._means = {
             key: {n: t.to(device) for n, t in means.items()} for key, means in self._means.items()
         }
-        state["scatter"] = {n: t.to(device) for n, t in self._scatter.items()}
-        copy = self._empty()
-        copy.load_state_dict(state)
+        copy._scatter = {n: t.to(device) for n, t in self._scatter.items()}
         return copy
 
     def layer_sums(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -567,10 +560,7 @@ class Joint:
         )
         if mine != theirs:
             raise ValueError(f"other parameters than before: {theirs} instead of {mine}.")
-        if (
-            self._means.keys() != other._means.keys()
-            or self._scatter.keys() != other._scatter.keys()
-        ):
+        if self._means.keys() != other._means.keys():
             raise ValueError(
                 "data labels, bounds, second derivatives or other quantities on one side only: "
                 "keep one Joint for batches with data labels and another for those without, and "
