@@ -6,7 +6,6 @@ J comes from ``differentiate``'s engines, so any model that these support will d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -105,15 +104,13 @@ def estimate_i2_matrix(
     def at_outputs(outputs: Tensor) -> Tensor:
         return (family.link(outputs.double(), at) * residual).sum() / len(x)
 
-    def residual_output(model: nn.Module, vector: Tensor) -> Tensor:
-        return at_outputs(functional(model, names, vector, x))
-
     def curvature(model: nn.Module) -> Tensor:
         own = private_copy(model)
+        vector = torch.cat([own.get_parameter(name).detach().flatten() for name in names])
         with twice_differentiable(), rewritten():
-            hessian = torch.func.hessian(partial(residual_output, own))
+            hessian = torch.func.hessian(lambda v: at_outputs(functional(own, names, v, x)))
             try:
-                found: Tensor = hessian(flatten(own, names))
+                found: Tensor = hessian(vector)
             except RuntimeError as error:
                 raise_if_out_of_memory(error)
                 raise NotImplementedError(
@@ -152,11 +149,6 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"no parameters named {unknown}; there are: {', '.join(known)}.")
-
-
-def flatten(model: nn.Module, names: Sequence[str]) -> Tensor:
-    """The named parameters as one vector [P]."""
-    return torch.cat([model.get_parameter(name).detach().flatten() for name in names])
 
 
 def functional(model: nn.Module, names: Sequence[str], vector: Tensor, x: Tensor) -> Tensor:

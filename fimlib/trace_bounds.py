@@ -170,12 +170,7 @@ def semidefinite_eigenvalues(A: Tensor) -> Tensor:
 
 def paired_sums(a: Tensor, b: Tensor, size: int) -> Interval[Tensor]:
     """Σ_k a_k b_{size−k+1} and Σ_k a_k b_k for decreasing a and b, cut or filled up with zeros."""
-
-    def resize(values: Tensor) -> Tensor:
-        values = values[..., :size]
-        return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
-
-    a, b = resize(a), resize(b)
+    a, b = (torch.nn.functional.pad(values, (0, size - values.shape[-1])) for values in (a, b))
     return Interval((a * b.flip(-1)).sum(-1), (a * b).sum(-1))
 
 
@@ -212,15 +207,10 @@ def squared_singular_values(derivs: Derivatives, family: Family) -> tuple[Tensor
 
 
 def gram(derivs: Derivatives, columns: Callable[[Block], Tensor], degree: int) -> Tensor:
-    """Σ_i c_i c_iᵀ over all parameters i, from a block's left factors of the columns c_i.
+    """Σ_i c_i c_iᵀ over all parameters i, [B, m, m].
 
-    Args:
-        derivs: J and S at B inputs.
-        columns: Maps a block to [B, m, K].
-        degree: Power with which a parameter's right factor z enters its column.
-
-    Returns:
-        [B, m, m].
+    ``columns`` maps a block to left factors of the columns c_i, [B, m, K], into which a parameter's
+    right factor z enters with the power ``degree``.
     """
     total = derivs.outputs.new_zeros((), dtype=torch.float64)
     for block in derivs.blocks:
