@@ -1,8 +1,7 @@
 r"""One call for one question: how wrong is my diagonal Fisher, and what would make it better?
 
-Nothing new is computed here. I, Var_x I and the variances come from ``accumulate``; V₂, where no
-engine knows S at a bearable cost, from ``hutchinson_variance_i2`` if that is asked for. This module
-puts them side by side, layer by layer, and says in words what follows.
+Nothing new is computed here: I, Var_x I and the variances come from ``accumulate``, an estimated
+V₂ from ``hutchinson_variance_i2``.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +47,6 @@ from fimlib.summary.text import text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Number = TypeVar("Number")
 
 NUM_PROBES = 128  # are enough for most
 BUDGET = 60.0  # seconds
@@ -204,38 +201,33 @@ def summarise(
             found = ratio(variance.clamp_min(0) / (m * num_samples), norm)
             return math.sqrt(found.nan_to_num(math.inf))
 
-        def error_of(kind: int | str) -> float:
-            return relative(v[kind])
+        def needed(variance: Tensor) -> float:
+            return float(needs(variance, norm).nan_to_num(math.inf))
 
-        def needed(kind: int | str) -> float:
-            return float(needs(safe[kind] / m, norm).nan_to_num(math.inf))
-
-        def inputs_needed(kind: int | str) -> float | None:
-            variance = spread[layer] + safe[kind] / num_samples
-            return float(needs(variance, norm).nan_to_num(math.inf)) if m > 1 else None
-
-        def if_known(ask: Callable[[int | str], Number], kind: int | str) -> Number | None:
-            return ask(kind) if kind in v else None
-
+        sd = {kind: relative(variance) for kind, variance in v.items()}
+        labels_needed = {kind: needed(variance / m) for kind, variance in safe.items()}
+        inputs_needed = {
+            kind: needed(spread[layer] + variance / num_samples)
+            for kind, variance in safe.items()
+            if m > 1
+        }
         has_i2 = 2 in v
         return LayerSummary(
             layer=layer,
             num_parameters=sizes[layer],
             mean_fisher=float(means[layer]) / sizes[layer],
-            relative_sd_i1=error_of(1),
-            relative_sd_i2=if_known(error_of, 2),
-            relative_sd_i2_error=(
-                relative(v[2].clamp_min(0) + error) - error_of(2) if has_i2 else 0.0
-            ),
-            relative_sd_importance=if_known(error_of, "importance"),
-            relative_sd_signs=error_of("signs"),
+            relative_sd_i1=sd[1],
+            relative_sd_i2=sd.get(2),
+            relative_sd_i2_error=relative(v[2].clamp_min(0) + error) - sd[2] if has_i2 else 0.0,
+            relative_sd_importance=sd.get("importance"),
+            relative_sd_signs=sd["signs"],
             better=_better(float(v[1]), float(v[2]), float(error)) if has_i2 else None,
-            labels_needed_i1=needed(1),
-            labels_needed_i2=if_known(needed, 2),
-            labels_needed_importance=if_known(needed, "importance"),
-            labels_needed_signs=needed("signs"),
-            inputs_needed_i1=inputs_needed(1),
-            inputs_needed_i2=if_known(inputs_needed, 2),
+            labels_needed_i1=labels_needed[1],
+            labels_needed_i2=labels_needed.get(2),
+            labels_needed_importance=labels_needed.get("importance"),
+            labels_needed_signs=labels_needed["signs"],
+            inputs_needed_i1=inputs_needed.get(1),
+            inputs_needed_i2=inputs_needed.get(2),
             bound_i1=relative(bounds[0][layer]) if bounds[0] else None,
             bound_i2=relative(bounds[1][layer]) if bounds[1] else None,
         )
@@ -248,11 +240,7 @@ def summarise(
 
 
 class Clock:
-    """The time that is left of the budget, and a progress bar.
-
-    Attributes:
-        is_over: Whether the budget is spent.
-    """
+    """The time that is left of the budget, and a progress bar."""
 
     def __init__(self, seconds: float, count: int | None) -> None:
         if not seconds > 0:
@@ -338,11 +326,7 @@ def _engine(
 
 
 class Deadline(TorchDispatchMode):
-    """Ends the work inside it, by a TimeoutError, once it has taken so many seconds.
-
-    Attributes:
-        is_over: Whether it was ended.
-    """
+    """Ends the work inside it, by a TimeoutError, once it has taken so many seconds."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -58,12 +58,7 @@ def origin(s: Findings) -> str:
 
 def table(s: Findings) -> list[str]:
     """The rows, aligned, under two lines of titles."""
-    names = [
-        "Î₁",
-        *(["Î₂"] if s.has_i2 else []),
-        *(["imp."] if has_classes(s) else []),
-        "sign",
-    ]
+    names = ["Î₁", *["Î₂"] * s.has_i2, *["imp."] * has_classes(s), "sign"]
     kinds = [word for kind in ("error", "labels") for word in (kind, *[""] * (len(names) - 1))]
     rows = [
         ["", "", "", *kinds, *[""] * s.has_i2],
