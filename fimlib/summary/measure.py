@@ -199,10 +199,10 @@ def summarise(
 
         def relative(variance: Tensor) -> float:
             found = ratio(variance.clamp_min(0) / (m * num_samples), norm)
-            return math.sqrt(found.nan_to_num(math.inf))
+            return math.sqrt(found.nan_to_num(math.inf, math.inf))
 
         def needed(variance: Tensor) -> float:
-            return float(needs(variance, norm).nan_to_num(math.inf))
+            return float(needs(variance, norm).nan_to_num(math.inf, math.inf))
 
         sd = {kind: relative(variance) for kind, variance in v.items()}
         labels_needed = {kind: needed(variance / m) for kind, variance in safe.items()}
@@ -212,13 +212,14 @@ def summarise(
             if m > 1
         }
         has_i2 = 2 in v
+        above = relative(v[2].clamp_min(0) + error) if has_i2 else 0.0
         return LayerSummary(
             layer=layer,
             num_parameters=sizes[layer],
             mean_fisher=float(means[layer]) / sizes[layer],
             relative_sd_i1=sd[1],
             relative_sd_i2=sd.get(2),
-            relative_sd_i2_error=relative(v[2].clamp_min(0) + error) - sd[2] if has_i2 else 0.0,
+            relative_sd_i2_error=above - sd[2] if has_i2 and above > sd[2] else 0.0,
             relative_sd_importance=sd.get("importance"),
             relative_sd_signs=sd["signs"],
             better=_better(float(v[1]), float(v[2]), float(error)) if has_i2 else None,

@@ -593,6 +593,21 @@ def test_an_estimate_that_no_labels_mend_is_called_one():
     assert re.search(r"^0 .* inf +inf ", text, re.MULTILINE)
 
 
+def test_where_no_number_of_labels_is_enough_it_is_infinite():
+    class Squared(nn.Module):  # h = w²x at w = 0: J = 0 and S = 2x, so that I = 0 and V₂ = 4x²
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1).double())
+
+        def forward(self, x):
+            return self.w.square() * x
+
+    found = fimlib.summarise(Squared(), inputs()[:, :1], fimlib.Gaussian()).layers[0]
+    assert found.relative_sd_i2 == found.labels_needed_i2 == found.inputs_needed_i2 == math.inf
+    assert (found.relative_sd_i1, found.labels_needed_i1) == (0.0, 1.0)
+    assert found.relative_sd_i2_error == 0.0  # and not ∞ − ∞
+
+
 def test_the_summary_holds_the_fisher_information_itself():
     net, x, family = mlp(), inputs(), FAMILIES["categorical"]
     I = fimlib.summarise(net, x, family).joint.fisher_information()
