@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Collection
 
 import torch
 
@@ -26,6 +27,13 @@ def check_estimator(estimator: object) -> int:
     if isinstance(estimator, bool) or estimator not in (1, 2):
         raise ValueError(f"estimator must be 1 (Î₁) or 2 (Î₂), got {estimator!r}.")
     return 1 if estimator == 1 else 2
+
+
+def check_choice(value: str, name: str, known: Collection[str]) -> str:
+    """The value, if it is one of those that are known."""
+    if value not in tuple(known):  # which may be a dict, and the value a list
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+    return value
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -14,7 +14,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from fimlib._checks import check_estimator
+from fimlib._checks import check_choice, check_estimator
 from fimlib.derivatives import Block, Derivatives, flat
 from fimlib.diagonal import Diagonal
 from fimlib.families.base import Family
@@ -120,8 +120,7 @@ def num_samples_needed(
         >>> num_samples_needed(derivs, Gaussian(), relative_error=0.1, confidence=0.95)
         {'': tensor([4000.], dtype=torch.float64)}
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}.")
+    check_choice(rule, "rule", RULES)
     variance = variance_of(estimator, derivs, family)
     means, norms = variance.layer_means(), squared_norms(fisher_information(derivs, family))
     by_variance = "chebyshev" if rule == "bernstein" else rule
@@ -135,13 +134,10 @@ def num_samples_needed(
         if rule == "approximate":
             return needed
         raise ValueError("rule 'bernstein' is for Î₁ and Î₂ of Categorical(): take 'chebyshev'.")
-    found = sharper(derivs, family, int(estimator), relative_error, 1 - confidence)
+    found = sharper(derivs, family, int(estimator), relative_error, 1 - confidence, rule)
     if rule == "approximate":
-        return {
-            layer: approximate.masked_fill(norms[layer].isnan(), math.nan)
-            for layer, (_, approximate) in found.items()
-        }
-    return {layer: torch.minimum(n, found[layer][0]) for layer, n in needed.items()}
+        return {layer: n.masked_fill(norms[layer].isnan(), math.nan) for layer, n in found.items()}
+    return {layer: torch.minimum(n, found[layer]) for layer, n in needed.items()}
 
 
 def variance_of(estimator: int | str, derivs: Derivatives, family: Family) -> Diagonal:
@@ -162,9 +158,14 @@ def variance_of_projection(estimator: str, family: Family, h: Tensor, block: Blo
 
 
 def sharper(
-    derivs: Derivatives, family: Categorical, estimator: int, relative_error: float, alpha: float
-) -> dict[str, tuple[Tensor, Tensor]]:
-    r"""Layer → N by Bernstein's inequality, and approximately, [B] each. Not in the paper.
+    derivs: Derivatives,
+    family: Categorical,
+    estimator: int,
+    relative_error: float,
+    alpha: float,
+    rule: str,
+) -> dict[str, Tensor]:
+    r"""Layer → N by Bernstein's inequality, or approximately, [B]. Not in the paper.
 
     With a_k the error of one label k over the layer's parameters, all that matters is the Gram
     matrix ``G_kl = a_k·a_l``, [C, C]: σ² = Σp_k G_kk = ΣV⁽¹⁾, b² = max G_kk and, for the
@@ -187,16 +188,13 @@ def sharper(
         inputs = [z for z in block.inputs.values() if z is not None]
         right = h.new_full((len(h),), len(block.inputs) - len(inputs))
         right = right + sum(z.double().pow(4).sum(1) for z in inputs)
-        for known, value in (
-            (gram, torch.einsum("bki,bli->bkl", errors, errors) * right[:, None, None]),
-            (squared_norm, I.square().sum(1) * right),
-        ):
-            known[block.layer] = known[block.layer] + value if block.layer in known else value
+        products = torch.einsum("bki,bli->bkl", errors, errors) * right[:, None, None]
+        gram[block.layer] = gram.get(block.layer, 0) + products
+        squares = I.square().sum(1) * right
+        squared_norm[block.layer] = squared_norm.get(block.layer, 0) + squares
+    labels = bernstein if rule == "bernstein" else chi_squared
     return {
-        layer: (
-            bernstein(G, p, relative_error * squared_norm[layer].sqrt(), alpha),
-            chi_squared(G, p, relative_error * squared_norm[layer].sqrt(), alpha),
-        )
+        layer: labels(G, p, relative_error * squared_norm[layer].sqrt(), alpha)
         for layer, G in gram.items()
     }
 
@@ -297,8 +295,7 @@ def number_needed(
     >>> [float(number_needed(one, one, 0.1, 0.95, rule)) for rule in ("chebyshev", "approximate")]
     [2000.0, 385.0]
     """
-    if rule not in BY_VARIANCE:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, BY_VARIANCE))}, got {rule!r}.")
+    check_choice(rule, "rule", BY_VARIANCE)
     if not 0 < relative_error < math.inf:
         raise ValueError(f"relative_error (ε) must be a positive number, got {relative_error!r}.")
     if not 0 < confidence < 1:

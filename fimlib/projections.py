@@ -5,17 +5,9 @@ Take independent random vectors w_x with E w_x = 0 and E w_x w_xᵀ = 𝓘(x). O
 
     E g_i² = Σ_x I(θᵢ|x),    Var g_i² = 2 (Σ_x I(θᵢ|x))² + Σ_x κ₄(w_x·J_i(x)).
 
-κ₄ is a fourth cumulant. Each input may be squared by itself, too; then no cross terms scatter:
-Var = Σ_x [2 I(θᵢ|x)² + κ₄]. The vectors are
-
-* "signs": w = Lξ, 𝓘 = LLᵀ, ξ random signs. κ₄ ≤ 0, so one pass has a relative standard deviation
-  of √2 at most, for every parameter of every network (Martens et al., arXiv:1206.6464;
-  Sun, arXiv:2505.13614);
-* "labels": w = δ, the residual of one label drawn from the model, as in Î₁ (Eq. 5);
-* "importance": w = ξ δ_k √(p_k/q_k) with a class k ~ q ∝ p_k ‖δ_k‖ and a random sign ξ, which draws
-  the rare labels of a confident classifier more often (ours).
-
-The passes are independent, so their spread is the standard error.
+κ₄ is a fourth cumulant; for random signs it is not positive. Each input may be squared by itself,
+too; then no cross terms scatter: Var = Σ_x [2 I(θᵢ|x)² + κ₄]. The passes are independent, so their
+spread is the standard error.
 """
 
 from __future__ import annotations
@@ -42,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fimlib._checks import check_estimator, check_integer
+from fimlib._checks import check_choice, check_estimator, check_integer
 from fimlib._files import DataDigest, check_path, model_digest, tensor_digest, versions
 from fimlib._progress import progress
 from fimlib._signals import later
@@ -88,7 +80,6 @@ DRAWS: dict[str, Draw] = {
     "labels": lambda family, h, generator: family.draw_residual(h, generator),
     "importance": lambda family, h, generator: family.draw_important(h, generator),
 }
-SQUARES = ("batch", "input")
 HALF = (torch.bfloat16, torch.float16)
 PASSES = 32
 PASSES_BEFORE_STOP = 16  # fewer do not tell their own spread
@@ -176,7 +167,7 @@ def estimate(
         (5.0, 0.0)
     """
     check_family(family)
-    draw = DRAWS[one_of("estimator", estimator, tuple(DRAWS))]
+    draw = DRAWS[check_choice(estimator, "estimator", DRAWS)]
     most = passes_to_take(estimator, passes, relative_error)
     model = check_module(model)
     check_parameters(model)
@@ -197,9 +188,7 @@ def estimate(
             "of them: pass a list, a DataLoader or a tensor."
         )
     source = Source(Batches(model, inputs, family, pick, forward), draw, seed)
-    square = (SquaredBatches if one_of("squares", squares, SQUARES) == "batch" else SquaredInputs)(
-        model, layers, source
-    )
+    square = SQUARES[check_choice(squares, "squares", SQUARES)](model, layers, source)
     record = Record.of(square.shapes)
     file = None
     if checkpoint is not None:
@@ -254,11 +243,7 @@ def is_reached(record: Record, relative_error: float | None) -> bool:
 
 
 class Checkpoint:
-    """The file of an estimate that is under way; the record goes on from it, if it is there.
-
-    Raises:
-        ValueError: the file is of another estimate.
-    """
+    """The file of an estimate that is under way; the record goes on from it, if it is there."""
 
     def __init__(
         self, path: Path, record: Record, source: Source, origin: Mapping[str, str]
@@ -272,11 +257,7 @@ class Checkpoint:
         self.saved, self.time = record.passes, time.monotonic()
 
     def save(self, seconds: float = 0.0) -> None:
-        """Write the passes so far, if there are new ones and the last were so long ago.
-
-        Warns:
-            UserWarning: it cannot be written, as on a full disk.
-        """
+        """Write the passes so far, if there are new ones and the last were so long ago."""
         is_new = self.record.is_whole and self.record.passes > self.saved
         if not is_new or time.monotonic() - self.time < seconds:
             return
@@ -334,13 +315,6 @@ def passes_to_take(estimator: str, passes: int | None, relative_error: float | N
     if estimator == "signs":
         return max(PASSES_BEFORE_STOP, math.ceil(2 / relative_error**2 * (1 - 1e-12)))
     return MOST_PASSES
-
-
-def one_of(what: str, value: str, known: tuple[str, ...]) -> str:
-    """The value, if it is known."""
-    if value not in known:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}.")
-    return value
 
 
 # One pass.
@@ -466,10 +440,6 @@ class Square(ABC):
 
         The outputs are combined at random, each in units of how far it moves with the weights, so
         that thousands of outputs cost no more than one, and a constant in one hides no other.
-
-        Raises:
-            NotImplementedError: autograd's derivative is not that of the outputs, or the outputs of
-                an input depend on the others.
         """
         at = positions_to_check(len(x), self.model).to(x.device)
         some = x[at]
@@ -514,9 +484,6 @@ class Square(ABC):
         """Check the squares of the batches not yet checked, if there are more than ``most``.
 
         A GPU is waited for once.
-
-        Raises:
-            ValueError: naming the batch in which a square is not finite.
         """
         if len(self.unseen) <= most:
             return
@@ -546,13 +513,7 @@ def movement_of(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
 def check_whole(outputs: Tensor, alone: Tensor, scale: Tensor) -> None:
     """Refuse outputs of a batch that differ from those of a few of its inputs, [k, T] both.
 
-    Args:
-        outputs: Of the batch, at these inputs.
-        alone: Of these inputs.
-        scale: How far every output would move if the weights moved by their size, [T].
-
-    Raises:
-        NotImplementedError: they differ by more than rounding.
+    ``scale`` is how far every output would move if the weights moved by their size, [T].
     """
     eps = torch.finfo(alone.dtype).eps
     slack = 4 * eps**0.5 * scale + 2**6 * eps * alone.abs().amax(0)
@@ -561,12 +522,7 @@ def check_whole(outputs: Tensor, alone: Tensor, scale: Tensor) -> None:
 
 
 class Combined(nn.Module):
-    """A random combination of a network's outputs, each in units of its own.
-
-    Attributes:
-        network: The network.
-        weights: [T].
-    """
+    """A random combination of a network's outputs, each in units of its own."""
 
     weights: Tensor
 
@@ -613,11 +569,7 @@ class SquaredBatches(Square):
 
 
 def outputs_of(own: nn.Module, x: Tensor) -> Any:
-    """What a copy of the network makes of the inputs.
-
-    Raises:
-        ForwardError: it fails.
-    """
+    """What a copy of the network makes of the inputs."""
     try:
         return own(x.clone())
     except Exception as error:  # every network may raise its own
@@ -645,6 +597,9 @@ class SquaredInputs(Square):
 def squared(derivs: Derivatives, _: slice) -> dict[str, Tensor]:
     """Left factors of (w·J)², for one row w per input."""
     return {"I": derivs.blocks[0].J[:, 0].double().square()}
+
+
+SQUARES = {"batch": SquaredBatches, "input": SquaredInputs}
 
 
 # Exact variances of one label or projection, at one input.
