@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from fimlib import _files
 from fimlib._signals import later
 from fimlib._tables import aligned
 from fimlib.engines.checks import check_module
+from fimlib.families.probabilities import warn
 
 __all__ = ["Estimate", "LayerEstimate", "load"]
 
@@ -178,11 +178,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> Estimate:
         model = check_module(model)
         check_fits(path, value, model)
         if told["origin"].get("model", "") not in ("", _files.model_digest(model)):
-            warnings.warn(
+            warn(
                 f"{path}: the estimate was made at other weights or buffers of this model. That is "
-                "right for a penalty around the old weights; else estimate it anew.",
-                UserWarning,
-                stacklevel=2,
+                "right for a penalty around the old weights; else estimate it anew."
             )
         places = {n: p.device for n, p in model.named_parameters()}
         value, errors = ({n: t.to(places[n]) for n, t in D.items()} for D in (value, errors))
@@ -202,11 +200,7 @@ def check_fits(path: str | Path, value: PerParameter, model: nn.Module) -> None:
 
 
 def merged(one: Estimate, other: Estimate) -> Estimate:
-    """The estimate for the inputs of both, whose random vectors are independent.
-
-    Raises:
-        ValueError: they are for different parameters, families or estimators.
-    """
+    """The estimate for the inputs of both, whose random vectors are independent."""
     shapes = ({n: t.shape for n, t in e.value.items()} for e in (one, other))
     if next(shapes) != next(shapes):
         raise ValueError("estimates of different parameters cannot be merged.")
@@ -345,11 +339,7 @@ class Record:
         _files.write(path, tensors, told)
 
     def resume(self, path: Path, origin: Mapping[str, str], outputs: Tensor) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: it is of another estimate.
-        """
+        """Go on from a checkpoint."""
         tensors, metadata = _files.read(path)
         if metadata.get("kind") != "checkpoint":
             raise ValueError(f"{path} is an estimate, no checkpoint: give another path.")

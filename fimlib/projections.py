@@ -19,7 +19,6 @@ import pickle
 import random
 import signal
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,7 +62,7 @@ from fimlib.engines.model import (
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.estimates import Estimate, Record
 from fimlib.families.base import Family, check_family, random_signs
-from fimlib.families.probabilities import warn_of_probabilities
+from fimlib.families.probabilities import warn, warn_of_probabilities
 from fimlib.joint import settings_of
 from fimlib.left_factors import left_factors
 from fimlib.memory import raise_if_out_of_memory
@@ -201,11 +200,7 @@ def estimate(
         if file is not None:
             file.save()
     if interrupted:
-        warnings.warn(
-            f"interrupted: this estimate rests on {record.passes} of {most} passes.",
-            UserWarning,
-            stacklevel=2,
-        )
+        warn(f"interrupted: this estimate rests on {record.passes} of {most} passes.")
     origin |= {"data": str(source.digest), **versions()}
     return record.estimate(estimator, squares, origin)
 
@@ -266,7 +261,7 @@ class Checkpoint:
                 self.record.save(self.path, self.origin, self.outputs)
             self.saved = self.record.passes
         except (OSError, ValueError) as error:
-            warnings.warn(f"{self.path} cannot be written now: {error}", UserWarning, stacklevel=4)
+            warn(f"{self.path} cannot be written now: {error}")
         self.time = time.monotonic()
 
 
