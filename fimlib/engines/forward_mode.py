@@ -35,7 +35,8 @@ DIRECTIONS_AT_A_TIME = 512
 DIRECTIONS_TO_TIME = 64
 MANY_PARAMETERS = 10_000  # passes that are no longer done unasked
 
-Curves = Callable[[nn.Module, Tensor, str, Tensor], tuple[Tensor, Tensor]]
+Entries = dict[str, range]  # parameter → positions of some of its entries
+Curves = Callable[[nn.Module, Tensor, Entries], tuple[Tensor, Tensor]]
 
 
 @contextmanager
@@ -71,53 +72,83 @@ def differentiate(
         outputs: h, [B, T].
         curves: ``together`` or ``one_by_one``.
     """
-    size = directions_at_a_time(own, x)
-    total = sum(own.get_parameter(n).numel() for n in names)
-    blocks = []
-    with progress(total, "second derivatives", "parameters") as bar, twice_differentiable():
-        for name in names:
-            parameter = own.get_parameter(name)
-            J = outputs.new_empty(*outputs.shape, parameter.numel())
-            S = torch.empty_like(J)
-            for chunk in torch.arange(parameter.numel(), device=x.device).split(size):
-                first, second = curves(own, x, name, basis(parameter, chunk))
-                J[..., chunk], S[..., chunk] = first.movedim(0, -1), second.movedim(0, -1)
-                bar.update(len(chunk))
-            shape = (*outputs.shape, *parameter.shape)
-            layer = name.rpartition(".")[0]
-            blocks.append(Block(layer, J.view(shape), S.view(shape), {name: None}))
+    sizes = {n: own.get_parameter(n).numel() for n in names}
+    J = {n: outputs.new_empty(*outputs.shape, size) for n, size in sizes.items()}
+    S = {n: torch.empty_like(rows) for n, rows in J.items()}
+    bar = progress(sum(sizes.values()), "second derivatives", "parameters")
+    with bar, twice_differentiable():
+        for entries in portions(sizes, directions_at_a_time(own, x)):
+            first, second = curves(own, x, entries)
+            counts = [len(at) for at in entries.values()]
+            for rows, found in ((J, first), (S, second)):
+                parts = found.movedim(0, -1).split(counts, dim=-1)
+                for (n, at), part in zip(entries.items(), parts, strict=True):
+                    rows[n][..., at.start : at.stop] = part
+            bar.update(sum(counts))
+    shapes = {n: (*outputs.shape, *own.get_parameter(n).shape) for n in names}
+    blocks = (
+        Block(n.rpartition(".")[0], J[n].view(shapes[n]), S[n].view(shapes[n]), {n: None})
+        for n in names
+    )
     return Derivatives(outputs, tuple(blocks))
 
 
-def basis(parameter: Tensor, chunk: Tensor) -> Tensor:
-    """The directions of some entries of a parameter, [c, *shape]."""
-    e = parameter.detach().new_zeros(len(chunk), parameter.numel())
-    e[torch.arange(len(chunk), device=e.device), chunk] = 1
-    return e.view(len(chunk), *parameter.shape)
+def portions(sizes: dict[str, int], most: int) -> Iterator[Entries]:
+    """All entries of the parameters in their order, so many at a time."""
+    entries: Entries = {}
+    room = most
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            stop = min(start + room, size)
+            entries[name] = range(start, stop)
+            room, start = room - (stop - start), stop
+            if room == 0:
+                yield entries
+                entries, room = {}, most
+    if entries:
+        yield entries
 
 
-def together(own: nn.Module, x: Tensor, name: str, directions: Tensor) -> tuple[Tensor, Tensor]:
+def basis(parameter: Tensor, at: range, row: int = 0, count: int | None = None) -> Tensor:
+    """The directions of some entries of a parameter, from a row on; else 0: [count, *shape]."""
+    e = parameter.detach().new_zeros(count or len(at), parameter.numel())
+    e[row : row + len(at), at.start : at.stop].fill_diagonal_(1)
+    return e.view(len(e), *parameter.shape)
+
+
+def together(own: nn.Module, x: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """Derivatives along several directions at once, by ``torch.vmap``: [c, B, T] each."""
-    found: tuple[Tensor, Tensor] = torch.vmap(along(own, x, name))(directions)
+    count, row, directions = sum(map(len, entries.values())), 0, {}
+    for name, at in entries.items():
+        directions[name] = basis(own.get_parameter(name), at, row, count)
+        row += len(at)
+    found: tuple[Tensor, Tensor] = torch.vmap(along(own, x))(directions)
     return found
 
 
-def one_by_one(own: nn.Module, x: Tensor, name: str, directions: Tensor) -> tuple[Tensor, Tensor]:
+def one_by_one(own: nn.Module, x: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """The same, one direction after the other, where ``torch.vmap`` fails."""
-    pairs = [along(own, x, name)(e) for e in directions]
+    pairs = [
+        along(own, x)({name: e})
+        for name, at in entries.items()
+        for e in basis(own.get_parameter(name), at)
+    ]
     first, second = zip(*pairs, strict=True)
     return torch.stack(first), torch.stack(second)
 
 
-def along(own: nn.Module, x: Tensor, name: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """First and second derivative of the outputs along a direction in a parameter: [B, T] each."""
+def along(own: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
+    """First and second derivative of the outputs along a direction: [B, T] each."""
     fixed = {n: p.detach() for n, p in own.named_parameters()}
-    zero, one = fixed[name].new_zeros(()), fixed[name].new_ones(())
+    like = next(iter(fixed.values()))
+    zero, one = like.new_zeros(()), like.new_ones(())
 
-    def derivatives(e: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         def curve(tau: Tensor) -> Tensor:
+            moved = {n: fixed[n] + tau * e for n, e in direction.items()}
             with rewritten():
-                h: Tensor = call_with(own, {**fixed, name: fixed[name] + tau * e}, x)
+                h: Tensor = call_with(own, fixed | moved, x)
             return h
 
         def velocity(tau: Tensor) -> Tensor:
@@ -130,14 +161,15 @@ def along(own: nn.Module, x: Tensor, name: str) -> Callable[[Tensor], tuple[Tens
     return derivatives
 
 
-def backward_twice(
-    own: nn.Module, x: Tensor, name: str, directions: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_twice(own: nn.Module, x: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """The same by reverse mode, output by output, for operations without a forward-mode rule."""
-    parameter = own.get_parameter(name)
-    found = [rows_at(own, one, parameter, directions) for one in x.split(1)]
-    first, second = zip(*found, strict=True)
-    return torch.stack(first, 1), torch.stack(second, 1)
+    found = []
+    for name, at in entries.items():
+        parameter = own.get_parameter(name)
+        pairs = (rows_at(own, one, parameter, basis(parameter, at)) for one in x.split(1))
+        found.append([torch.stack(rows, 1) for rows in zip(*pairs, strict=True)])
+    first, second = map(torch.cat, zip(*found, strict=True))
+    return first, second
 
 
 def rows_at(
@@ -191,17 +223,17 @@ def directions_at_a_time(own: nn.Module, x: Tensor) -> int:
 
 
 def seconds_each(own: nn.Module, x: Tensor, names: list[str]) -> float:
-    """About how long one pass takes, from a few along a large parameter; infinite if none works."""
-    name = max(names, key=lambda n: own.get_parameter(n).numel())
-    parameter = own.get_parameter(name)
-    count = min(parameter.numel(), directions_at_a_time(own, x), DIRECTIONS_TO_TIME)
-    directions = basis(parameter, torch.arange(count, device=x.device))
+    """About how long one entry takes, from a few of them; infinite if no way works."""
+    sizes = {n: own.get_parameter(n).numel() for n in names}
+    most = min(directions_at_a_time(own, x), DIRECTIONS_TO_TIME)
+    entries, first = next(portions(sizes, most)), next(portions(sizes, 1))
+    count = sum(map(len, entries.values()))
     with twice_differentiable():
         for curves in WAYS:
             try:
-                curves(own, x, name, directions[:1])  # not timed: torch does some work only once
+                curves(own, x, first)  # not timed: torch does some work only once
                 start = perf_counter()
-                curves(own, x, name, directions)
+                curves(own, x, entries)
             except Exception as error:  # torch.func fails in many ways
                 raise_if_out_of_memory(error)
                 continue
