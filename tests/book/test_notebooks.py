@@ -59,7 +59,7 @@ ON_A_DEVICE = {
     "recipes": {"hidden": [6], "training_size": 100, "steps": 5, "passes": [20, 40], "seeds": [0]}
     | {"strengths": [10.0], "floors": [0.1], "shares": [0.5]},
 }
-SLOW = ("population", "empirical", "projections", "recipes")
+SLOW = ("population", "empirical", "projections", "recipes", "sweep", "choices")
 TWO_STREAMS = ("recipes",)  # of random numbers: labels are drawn on the device, batches on the CPU
 
 

@@ -527,16 +527,17 @@ def test_a_compiled_network_is_the_one_that_was_compiled(function):
         assert_same(expected, found[:3] if function == "plan" else found, (function,))
 
 
+@pytest.mark.parametrize("times", [3, pytest.param(7, marks=pytest.mark.full)])
 @pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("name", ["in place first", "counts its calls", "convolution"])
-def test_the_callers_things_stay_where_a_call_breaks_off(name, function):
+def test_the_callers_things_stay_where_a_call_breaks_off(name, function, times):
     for way in CALLS[function][:: 5 if len(CALLS[function]) > 5 else 1]:
         counted = Failing(-1)
         model, x, labels, _ = case(name)
         with contextlib.suppress(*REFUSALS), counted:
             way(model, x, labels)
         operations = -1 - counted.left
-        for passes in range(3, operations, max(1, operations // 7)):
+        for passes in range(3, operations, max(1, operations // times)):
             model, x, labels, _ = case(name)
             before, around = state_of(model, x), settings()
             with pytest.raises((KeyboardInterrupt, *REFUSALS)), Failing(passes):
@@ -563,7 +564,7 @@ def test_unusual_settings_stay():
             warnings.simplefilter("ignore")
             before, around = state_of(model, x), settings()
             for function, ways in CALLS.items():
-                for i, way in enumerate(ways):
+                for i, way in enumerate(ways[:: max(1, len(ways) // 3)]):  # slow in this mode
                     with contextlib.suppress(*REFUSALS):
                         way(model, x, labels)
                     assert_same(before, state_of(model, x), (function, i))

@@ -178,7 +178,7 @@ def test_means_and_spreads_of_a_classifier(kind, squares):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("squares", ["batch", "input"])
+@pytest.mark.parametrize("squares", [pytest.param("batch", marks=pytest.mark.full), "input"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name, squares):
     net, x, family = problem(name)

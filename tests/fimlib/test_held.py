@@ -91,8 +91,15 @@ def test_the_exact_information_of_a_language_model(language):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("squares", ["batch", "input"])
-@pytest.mark.parametrize("estimator", ["signs", "importance"])
+@pytest.mark.parametrize(
+    ("estimator", "squares"),
+    [
+        ("signs", "input"),
+        ("importance", "batch"),
+        pytest.param("signs", "batch", marks=pytest.mark.full),
+        pytest.param("importance", "input", marks=pytest.mark.full),
+    ],
+)
 def test_estimates_of_a_language_model(language, squares, estimator):
     model, data, expected = language
     options = {"forward": logits, "squares": squares, "estimator": estimator, "passes": 200}

@@ -736,7 +736,11 @@ def test_what_is_checked_is_spread_over_the_batch(quantities, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"bounds": "certified"}, {"quantities": ["V1"]}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"bounds": "certified"}, pytest.param({"quantities": ["V1"]}, marks=pytest.mark.full), {}],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["deep", "wide", "cnn", "many classes"])
 def test_the_default_batch_takes_what_it_may(kind, options, monkeypatch):
     net, x = {

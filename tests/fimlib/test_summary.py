@@ -693,7 +693,7 @@ def test_the_figure_shows_the_numbers():
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize("num_samples", [1, 50])
+@pytest.mark.parametrize("num_samples", [1, pytest.param(50, marks=pytest.mark.full)])
 def test_names_stand_beside_their_lines_and_meet_nothing(family, num_samples):
     from matplotlib import colors
     from matplotlib import pyplot as plt

@@ -89,6 +89,7 @@ def await_checkpoints(process, folder, number, seconds):
         time.sleep(0.01)
 
 
+@pytest.mark.full
 def test_a_killed_runner_and_the_kernel_that_it_leaves_change_nothing(tmp_path):
     """The kernel still writes when the next runner begins; a moment later it is gone."""
     path, folder = notebook(tmp_path), tmp_path / "results"

@@ -187,6 +187,7 @@ assert matplotlib.rcParams["lines.linewidth"] == 1.5
 """
 
 
+@pytest.mark.full
 def test_settings_of_the_user_change_nothing(tmp_path, monkeypatch):
     startup = tmp_path / "ipython/profile_default/startup/a.py"
     startup.parent.mkdir(parents=True)
@@ -220,6 +221,7 @@ def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
     assert len(asked) == 3
 
 
+@pytest.mark.full
 def test_figures_drawn_here_ignore_a_matplotlibrc(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\n")
     code = "from support import figures; print(figures.mpl.rcParams['font.size'])"
@@ -582,11 +584,13 @@ def tried(path, folder, *limits, status=1, **environment):
     return done.stderr if status else done.stdout
 
 
+@pytest.mark.full
 def test_a_terminal_that_knows_ascii_only_ends_no_run(tmp_path):
     path = notebook(tmp_path, "print('λ is', 3)")
     assert "[tiny] ? is 3" in tried(path, tmp_path, status=0, PYTHONIOENCODING="ascii")
 
 
+@pytest.mark.full
 def test_a_full_disk_ends_with_a_message(tmp_path, small_disk):
     text = tried(notebook(tmp_path, FILLS), small_disk)
     assert re.search(
