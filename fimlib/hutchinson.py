@@ -20,7 +20,7 @@ from fimlib.derivatives import Block, Derivatives, flat, slices
 from fimlib.diagonal import Diagonal, Term
 from fimlib.engines.checks import check_module
 from fimlib.engines.choose import differentiate_checked
-from fimlib.engines.confirm import STRENGTHS, Truth, shifted, step_of
+from fimlib.engines.confirm import STRENGTHS
 from fimlib.engines.forward_mode import twice_differentiable
 from fimlib.engines.functional import (
     PerParameter,
@@ -33,6 +33,7 @@ from fimlib.engines.functional import (
 )
 from fimlib.engines.model import perturb_weights, private_copy, selected
 from fimlib.engines.rewrite import exact_lookups
+from fimlib.engines.truth import Truth, shifted, step_of
 from fimlib.families.base import Family, random_signs
 from fimlib.memory import PROBE_NUMBERS, raise_if_out_of_memory
 

@@ -29,7 +29,6 @@ from fimlib.engines.checks import (
 from fimlib.engines.confirm import (
     ENTRIES,
     INPUTS,
-    Unconfirmed,
     check_inputs_apart,
     confirm,
     inputs_to_check,
@@ -37,6 +36,7 @@ from fimlib.engines.confirm import (
 )
 from fimlib.engines.model import differentiating, selected, tied
 from fimlib.engines.traced import second_order as traced
+from fimlib.engines.truth import Unconfirmed
 from fimlib.memory import raise_if_out_of_memory
 
 Attempt = Callable[[nn.Module, Tensor, int, frozenset[str] | None], Sweep]

@@ -50,16 +50,6 @@ from fimlib.engines.truth import (
 )
 from fimlib.memory import raise_if_out_of_memory
 
-__all__ = [
-    "Truth",
-    "Unconfirmed",
-    "confirm",
-    "confirm_hessian",
-    "positions_to_check",
-    "shifted",
-    "step_of",
-]
-
 ALL = slice(None)
 INPUTS = 8  # at most, spread over the batch
 PARAMETERS_AT_ALL_INPUTS = 2**15  # a larger network is checked at fewer inputs
