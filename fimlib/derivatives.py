@@ -156,7 +156,7 @@ class Sweep:
     inputs: tuple[tuple[str, Mapping[str, Tensor | None]], ...]
     sweep: Callable[[slice | Tensor], Derivatives]
     size: int
-    engine: str
+    engine: str = ""
     one: OneBlock | None = None
     shares: tuple[Share, ...] = ()
     combined: Callable[[Callable[[Tensor], Tensor]], Sweep] | None = None
@@ -167,23 +167,6 @@ class Sweep:
         inputs = tuple((block.layer, block.inputs) for block in derivs.blocks)
         size = max(1, len(derivs.outputs))
         return cls(derivs.outputs, inputs, derivs.at, size, derivs.engine)
-
-    @classmethod
-    def block_by_block(
-        cls,
-        outputs: Tensor,
-        inputs: tuple[tuple[str, Mapping[str, Tensor | None]], ...],
-        one: OneBlock,
-        shares: tuple[Share, ...],
-        engine: str,
-    ) -> Sweep:
-        """Inputs whose blocks come one by one."""
-
-        def sweep(at: slice | Tensor) -> Derivatives:
-            blocks = tuple(one(i, at)(slice(None)) for i in range(len(inputs)))
-            return Derivatives(outputs[at], blocks, engine)
-
-        return cls(outputs, inputs, sweep, max(1, len(outputs)), engine, one, shares)
 
     def derivatives(self) -> Derivatives:
         """Those at all inputs."""
@@ -208,7 +191,7 @@ class Sweep:
             for at in slices(count, share.inputs_at_a_time):
                 part = self.one(i, at)
                 for rows in parts:
-                    one = Derivatives(self.outputs[at], (part(rows),), self.engine)
+                    one = Derivatives(self.outputs[at], (part(rows),))
                     is_last = rows.stop in (None, share.rows) and at.stop == count
                     yield Piece(i, at, rows, one, is_last)
 

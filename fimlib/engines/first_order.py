@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fimlib.derivatives import Block, Share, Sweep
+from fimlib.derivatives import Block, Derivatives, Share, Sweep
 from fimlib.engines import functional
 from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
@@ -487,10 +487,12 @@ def differentiate(
 
         return part
 
+    def sweep(at: slice | Tensor) -> Derivatives:
+        return Derivatives(outputs[at], tuple(one(i, at)(slice(None)) for i in range(len(plan))))
+
     inputs = tuple((layer, factors) for layer, _, factors in plan)
-    return Sweep.block_by_block(
-        outputs, inputs, one, tuple(share_of(p, own, rows) for p in plan), "functional"
-    )  # fmt: skip
+    shares = tuple(share_of(p, own, rows) for p in plan)
+    return Sweep(outputs, inputs, sweep, max(1, len(outputs)), one=one, shares=shares)
 
 
 def check_shapes(block: Block, own: nn.Module) -> None:

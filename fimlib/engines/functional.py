@@ -64,7 +64,7 @@ def differentiate(model: nn.Module, x: Tensor, *, wanted: frozenset[str] | None,
     inputs = tuple((n.rpartition(".")[0], {n: None}) for n in names)
     numbers = outputs.shape[1] * sum(own.get_parameter(n).numel() for n in names)
     size = max(1, NUMBERS_AT_A_TIME // max(1, numbers))
-    return Sweep(outputs, inputs, sweep, size, "functional")
+    return Sweep(outputs, inputs, sweep, size)
 
 
 def first_order(own: nn.Module, x: Tensor, names: list[str], outputs: Tensor) -> Derivatives:

@@ -114,25 +114,18 @@ def differentiate(
             for name, own in factors
             if own
         )
-        return Derivatives(outputs[at], blocks, "layerwise")
+        return Derivatives(outputs[at], blocks)
 
     def combined(factor: Callable[[Tensor], Tensor]) -> Sweep:
         def sweep(at: slice | Tensor) -> Derivatives:
             return carried(at, factor(outputs[at]).mT.to(outputs), 1)
 
-        return Sweep(outputs, inputs, sweep, size, "layerwise")
+        return Sweep(outputs, inputs, sweep, size)
 
     inputs = tuple((name, own) for name, own in factors if own)
     on_cpu = outputs.device.type == "cpu"
     size = piece_size(steps, rows, order) if on_cpu else max(1, len(outputs))
-    return Sweep(
-        outputs,
-        inputs,
-        lambda at: carried(at, rows[at], order),
-        size,
-        "layerwise",
-        combined=combined,
-    )
+    return Sweep(outputs, inputs, lambda at: carried(at, rows[at], order), size, combined=combined)
 
 
 PIECE_BYTES = 4 * 2**20  # of the largest array that a piece carries

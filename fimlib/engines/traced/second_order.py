@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
@@ -89,14 +89,10 @@ class Bend:
 def differentiate(
     model: nn.Module, x: Tensor, *, order: int = 2, wanted: frozenset[str] | None = None
 ) -> Derivatives:
-    """J and S along the graph of the model's forward pass; see ``fimlib.differentiate``."""
-    return replace(along_graph(model, x, order, wanted), engine="traced")
+    """J and S from one graph for all inputs, or from one for each piece of them.
 
-
-def along_graph(
-    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
-) -> Derivatives:
-    """J and S from one graph for all inputs, or from one for each piece of them."""
+    See ``fimlib.differentiate``.
+    """
     t, size = trace(model, x, wanted), len(x)
     if (root := t.root) is None:
         return Derivatives(t.outputs.detach(), tuple(no_part(t, order)))
@@ -108,7 +104,7 @@ def along_graph(
     if at_once < size:
         del t, net, bends, found
         pieces = x.split(at_once)
-        return stack([along_graph(model, piece, order, wanted) for piece in pieces])
+        return stack([differentiate(model, piece, order=order, wanted=wanted) for piece in pieces])
     ends = list(dict.fromkeys([p.edge for p in found] + [bend.z for bend in bends]))
     eye = torch.eye(t.outputs.shape[1], dtype=t.outputs.dtype, device=t.outputs.device)
     rows = net.carry_back(root, eye[:, None].expand(-1, size, -1), ends)
