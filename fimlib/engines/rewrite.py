@@ -14,8 +14,7 @@ Functions that torch writes in Python (``torch.nn.functional``) are followed ins
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from types import FunctionType
@@ -72,25 +71,19 @@ class Rewriting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def rewritten(*, node: bool = False) -> Iterator[None]:
+def rewritten(*, node: bool = False) -> Rewriting:
     """Compute torch's functions by the rules; see ``Rewriting``."""
-    with Rewriting(node=node):
-        yield
+    return Rewriting(node=node)
 
 
-@contextmanager
-def exact_activations() -> Iterator[None]:
+def exact_activations() -> Rewriting:
     """Derivatives of activations keep all digits; of everything else torch's own are taken."""
-    with Rewriting(node=True, rules=OF_ACTIVATIONS):
-        yield
+    return Rewriting(node=True, rules=OF_ACTIVATIONS)
 
 
-@contextmanager
-def exact_lookups() -> Iterator[None]:
+def exact_lookups() -> Rewriting:
     """Every row of a table has its derivative; of everything else torch's own are taken."""
-    with Rewriting(node=True, rules=OF_LOOKUPS):
-        yield
+    return Rewriting(node=True, rules=OF_LOOKUPS)
 
 
 def rule_for(func: Any, node: bool) -> Rule | None:
@@ -194,25 +187,21 @@ def activate(curve: Curve, s: Tensor, in_place: bool = False) -> Any:
 
 
 def enter_activations() -> None:
-    """Those by functions without options, and whether they work in place."""
+    """Those by functions without numbers, and whether they work in place."""
     plain = {
         activations.SIGMOID: (torch.sigmoid, Tensor.sigmoid, torch.special.expit),
         activations.TANH: (torch.tanh, Tensor.tanh),
         activations.TANHSHRINK: (F.tanhshrink,),
         activations.SOFTSIGN: (F.softsign,),
         activations.LOGSIGMOID: (F.logsigmoid,),
+        activations.SILU: (F.silu,),
+        activations.MISH: (F.mish,),
+        activations.HARDSIGMOID: (F.hardsigmoid,),
+        activations.HARDSWISH: (F.hardswish,),
+        activations.SELU: (F.selu, torch.selu),
     }
     for curve, functions in plain.items():
-        replaces(*functions)(lambda input, curve=curve: activate(curve, input))
-    either = {
-        activations.SILU: F.silu,
-        activations.MISH: F.mish,
-        activations.HARDSIGMOID: F.hardsigmoid,
-        activations.HARDSWISH: F.hardswish,
-        activations.SELU: F.selu,
-    }
-    for curve, function in either.items():
-        replaces(function)(
+        replaces(*functions)(
             lambda input, inplace=False, *, curve=curve: activate(curve, input, inplace)
         )
     within = {
@@ -222,7 +211,6 @@ def enter_activations() -> None:
     }
     for curve, functions in within.items():
         replaces(*functions)(lambda input, curve=curve: activate(curve, input, True))
-    replaces(torch.selu)(lambda input: activate(activations.SELU, input))
 
 
 enter_activations()
@@ -243,14 +231,9 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
     return activate(activations.elu(alpha), input, inplace)
 
 
-@replaces(F.celu)
+@replaces(F.celu, torch.celu)
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
     return activate(activations.celu(alpha), input, inplace)
-
-
-@replaces(torch.celu)
-def celu_as_tensor(input: Tensor, alpha: float = 1.0) -> Any:
-    return activate(activations.celu(alpha), input)
 
 
 @replaces(F.leaky_relu)
