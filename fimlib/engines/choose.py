@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -66,23 +65,6 @@ def plain_engine(name: str, function: Callable[..., Derivatives]) -> Engine:
     return Engine(name, lambda _: (attempt,))
 
 
-def attempt_layerwise(
-    model: nn.Module, x: Tensor, order: int, wanted: frozenset[str] | None
-) -> Sweep:
-    """The layerwise engine, which writes to nothing that it is given."""
-    return layerwise.differentiate(model, x, order=order, wanted=wanted)
-
-
-@cache
-def attempts_functional(order: int) -> tuple[Attempt, ...]:
-    """Two ways to J, three to S."""
-    if order == 1:
-        return (attempt_first_order, attempt_input_by_input)
-    return tuple(
-        functional_attempt(functional.second_order(curves)) for curves in forward_mode.WAYS
-    )
-
-
 def attempt_first_order(
     model: nn.Module, x: Tensor, _order: int, wanted: frozenset[str] | None
 ) -> Sweep:
@@ -111,20 +93,22 @@ def functional_attempt(way: functional.Way) -> Attempt:
     return attempt
 
 
+FUNCTIONAL = {
+    1: (attempt_first_order, attempt_input_by_input),
+    2: tuple(functional_attempt(functional.second_order(c)) for c in forward_mode.WAYS),
+}
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("layerwise", lambda _: (attempt_layerwise,)),
+        Engine("layerwise", lambda _: (layerwise.differentiate,)),
         plain_engine("traced", traced.differentiate),
         plain_engine("backpack", backpack.differentiate),
-        Engine("functional", attempts_functional, takes_ties=True),
+        Engine("functional", lambda order: FUNCTIONAL[order], takes_ties=True),
     )
 }
 AUTO = {1: ("layerwise", "functional"), 2: ("layerwise", "traced", "functional")}
 ENTRIES_OF_THE_SLOW = 64  # of S that are compared where every one of them took a pass
 LAYERS_TO_TRY = 4  # from the last on, as a remedy
-
-
 SECONDS_OF_A_REMEDY = 10.0  # at most, where passes take long
 
 
@@ -390,9 +374,9 @@ def tried(
     Raises:
         ValueError, NotImplementedError, ImportError: in fimlib's words.
     """
-    engine = ENGINES[name]
-    if tied(model) and not engine.takes_ties:
-        first, second = tied(model) or ("", "")
+    names = tied(model)
+    if names and not ENGINES[name].takes_ties:
+        first, second = names
         raise NotImplementedError(
             f"parameter {second!r} is the same tensor as {first!r}: engine {name!r} has no "
             "derivatives of tied parameters."

@@ -94,13 +94,12 @@ Steps = list[LinearStep | ElementwiseStep]
 
 
 def differentiate(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    order: int = 2,
-    wanted: frozenset[str] | None = None,
+    model: nn.Module, x: Tensor, order: int = 2, wanted: frozenset[str] | None = None
 ) -> Sweep:
-    """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``."""
+    """J and S by one forward pass and one backward sweep; see ``fimlib.differentiate``.
+
+    It writes to nothing that it is given.
+    """
     outputs, steps = record(model, x)
     rows = identity(outputs)
     factors = [(s.name, right_factors(s, wanted)) for s in steps if isinstance(s, LinearStep)]
@@ -338,17 +337,12 @@ def check_linear(name: str, module: nn.Linear, z: Tensor) -> None:
             "before the layer."
         )
     if z.ndim != 2 or z.shape[1] != module.in_features:
+        fits = z.ndim > 2 and z[0].numel() == module.in_features
+        advice = "put nn.Flatten() before the layer" if fits else "check the shape of the input"
         raise ValueError(
             f"layer {name!r} (Linear) expects inputs of shape [B, {module.in_features}], got "
-            f"{list(z.shape)}: {reshaped(module, z)}."
+            f"{list(z.shape)}: {advice}."
         )
-
-
-def reshaped(module: nn.Linear, z: Tensor) -> str:
-    """Advice that makes such inputs fit a layer."""
-    if z.ndim > 2 and z[0].numel() == module.in_features:
-        return "put nn.Flatten() before the layer"
-    return "check the shape of the input"
 
 
 def preprocess(name: str, module: nn.Module, x: Tensor) -> Tensor:

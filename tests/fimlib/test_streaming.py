@@ -774,7 +774,7 @@ def test_dense_derivatives_come_for_a_few_inputs_at_a_time(monkeypatch):
         joints.append(Joint(Categorical(), quantities=["I", "V1"]))
         joints[-1].update_sweep(attempt(net, x, 1, None))
 
-    taken(choose.attempt_layerwise)
+    taken(layerwise.differentiate)
     found = peak(lambda: taken(choose.attempt_input_by_input))
     assert_same(*joints)
     assert found < 8 * 3 * len(x) * sum(p.numel() for p in net.parameters()) / 3
