@@ -84,23 +84,21 @@ def plan(
     chosen = differentiate_checked(model, x, engine, order, wanted)
     taken, refusals = chosen.batch.engine, {n: str(e) for n, e in chosen.refusals.items()}
 
-    def work(x: Tensor) -> None:
+    def work() -> None:
         differentiate_checked(model, x, taken, order, wanted).batch.derivatives()
 
     own = private_copy(model)  # a forward pass may leave its traces
-    seconds = median_time(lambda: work(x), x.device)
+    seconds = median_time(work, x.device)
     unit = median_time(lambda: forward_backward(own, x), x.device)
-    peak = live_bytes(lambda: work(x))
-    return Plan(taken, order, len(x), seconds, seconds / unit, peak, refusals)
+    return Plan(taken, order, len(x), seconds, seconds / unit, live_bytes(work), refusals)
 
 
 def forward_backward(own: nn.Module, x: Tensor) -> None:
     """One pass to the sum of the outputs and back to all parameters."""
     with torch.inference_mode(False), exact_kernels(own), torch.enable_grad():
-        parameters = [p.detach().clone().requires_grad_() for p in own.parameters()]
-        named = dict(zip((n for n, _ in own.named_parameters()), parameters, strict=True))
+        named = {n: p.detach().clone().requires_grad_() for n, p in own.named_parameters()}
         outputs: Tensor = call_with(own, named, x)
-        torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+        torch.autograd.grad(outputs.sum(), [*named.values()], allow_unused=True)
 
 
 def median_time(work: Callable[[], None], device: torch.device) -> float:

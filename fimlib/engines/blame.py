@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.engines.truth import Widened
@@ -53,7 +53,6 @@ def wrong_module(own: nn.Module, x: Tensor, order: int) -> Call | None:
                 return call
         except Exception as error:  # a module may resist being called by itself
             raise_if_out_of_memory(error)
-            continue
     return None
 
 
@@ -120,10 +119,7 @@ def recording(own: nn.Module, calls: list[Call]) -> Iterator[None]:
 
 def copied(values: Any) -> Any:
     """The same with copies of all tensors, without a graph."""
-    leaves, form = tree_flatten(values)
-    return tree_unflatten(
-        [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves], form
-    )
+    return tree_map_only(Tensor, lambda t: t.detach().clone(), values)
 
 
 def is_derivative(call: Call, order: int) -> bool:

@@ -14,7 +14,7 @@ check of all engines refuses it, and reverse mode over reverse mode follows, out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -42,10 +42,8 @@ Curves = Callable[[nn.Module, Tensor, Entries], tuple[Tensor, Tensor]]
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Kernels for attention and recurrence that have second derivatives, in forward mode too."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(without_fast_path())
+    cudnn = torch.backends.cudnn.flags(enabled=False)
+    with sdpa_kernel(SDPBackend.MATH), cudnn, without_fast_path():
         yield
 
 
