@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 from fimlib.derivatives import Block, Derivatives, Sweep, all_finite, flat, power
 from fimlib.engines.blame import mixing_module, wrong_module
 from fimlib.engines.held import other_input
-from fimlib.engines.model import finite_outputs, perturb_weights, private_copy
+from fimlib.engines.model import finite_outputs, perturb_weights, private_copy, size_of
 from fimlib.engines.rewrite import exact_lookups
 from fimlib.engines.truth import (
     MARGIN,
@@ -45,7 +45,6 @@ from fimlib.engines.truth import (
     outputs_at,
     outputs_of,
     shifted,
-    size_of,
     step_of,
 )
 from fimlib.memory import raise_if_out_of_memory

@@ -204,16 +204,20 @@ def perturb_weights(model: nn.Module, strength: float) -> None:
         return
     generator = torch.Generator("cpu").manual_seed(0)  # not the caller's
     for parameter in model.parameters():
-        parameter.data += strength * random_step(parameter.detach(), generator)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
+        parameter.data += strength * size_of(parameter) * noise
 
 
-def random_step(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers as large as a parameter's, or as they may become where all are 0."""
-    parameter = parameter.detach()
-    size = parameter.square().mean().sqrt()
-    fallback = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
-    return torch.where(size > 0, size, torch.full_like(size, fallback)) * noise
+def size_of(parameter: Tensor) -> Tensor:
+    """The size of a parameter's entries; the size at initialisation where all are 0."""
+    size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
+    return or_initial(size, parameter)
+
+
+def or_initial(sizes: Tensor, parameter: Tensor) -> Tensor:
+    """Sizes of a parameter's entries, with that at initialisation where they are 0."""
+    initial = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
+    return sizes.masked_fill(sizes == 0, initial)
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fimlib.engines.model import finite_outputs, private_copy
+from fimlib.engines.model import finite_outputs, or_initial, private_copy
 from fimlib.memory import raise_if_out_of_memory
 
 PerParameter = dict[str, Tensor]
@@ -97,18 +97,6 @@ def direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
     sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5
     scaled = numbers.to(parameter).reshape(rows.shape) * or_initial(sizes, parameter)
     return scaled.reshape(parameter.shape)
-
-
-def size_of(parameter: Tensor) -> Tensor:
-    """The size of a parameter's entries; the size at initialisation where all are 0."""
-    size = torch.linalg.vector_norm(parameter.detach()) / parameter.numel() ** 0.5
-    return or_initial(size, parameter)
-
-
-def or_initial(sizes: Tensor, parameter: Tensor) -> Tensor:
-    """Sizes of a parameter's entries, with that at initialisation where they are 0."""
-    initial = max(1, parameter[:1].numel()) ** -0.5 if parameter.ndim else 1.0
-    return sizes.masked_fill(sizes == 0, initial)
 
 
 def check_unchanged(model: nn.Module, called: nn.Module) -> None:
