@@ -37,6 +37,7 @@ UNITWISE = re.compile(
 )
 # ... and these only number them, in the same order.
 FLAT = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze")
+VIEWS = ("T", "Transpose", "Permute", *FLAT)  # every number is one number of the argument
 POOLING = re.compile(r"(Mkldnn)?(Adaptive)?AvgPool2D|(Adaptive)?MaxPool2D(WithIndices)?", re.I)
 
 Map = Callable[[Tensor], Tensor]
@@ -101,8 +102,7 @@ def inputs_are_rows(t: Trace, size: int) -> bool:
 def is_parameter(t: Trace, edge: Edge) -> bool:
     """Whether a parameter is there, or a view of one."""
     node = edge[0]
-    views = ("T", "Transpose", "Permute", *FLAT)
-    while node not in t.names and kind(node) in views:
+    while node not in t.names and kind(node) in VIEWS:
         ((node, _),) = t.dependent(node).values()
     return node in t.names
 

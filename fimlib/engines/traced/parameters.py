@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from fimlib.engines.traced.graph import Edge, Trace, kind, shape
-from fimlib.engines.traced.linearised import Tangents, sum_to
+from fimlib.engines.traced.linearised import VIEWS, Tangents, sum_to
 
 Pull = Callable[[Tensor, int], Tensor]
-# Every number in the result is one number of the argument.
-VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "Unsqueeze", "Squeeze")
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,16 +247,14 @@ def through_views(pull: Pull, views: list[Edge], size: int) -> Pull:
         return pull
 
     def back(rows: Tensor, power: int) -> Tensor:
-        flat = pull(rows, power).flatten(0, 1)
-        ends = [GradientEdge(*views[0])]
-        found: tuple[Tensor, ...] = torch.autograd.grad(
+        (found,) = torch.autograd.grad(
             [GradientEdge(*views[-1])],
-            ends,
-            [flat],
+            [GradientEdge(*views[0])],
+            [pull(rows, power).flatten(0, 1)],
             is_grads_batched=True,
             retain_graph=True,
             create_graph=rows.requires_grad,
         )
-        return torch.unflatten(found[0], 0, (-1, size))
+        return torch.unflatten(found, 0, (-1, size))
 
     return back
