@@ -156,8 +156,7 @@ def is_derivative(call: Call, order: int) -> bool:
         parts = [(t.double() * w).sum() for t, w in zip(found, weights, strict=True)]
         return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 
-    def slope(points: list[Tensor], *, graph: bool) -> Tensor:
-        y = value(points)
+    def slope(y: Tensor, points: list[Tensor], *, graph: bool = False) -> Tensor:
         if not y.requires_grad:
             return y.new_zeros(())
         found = torch.autograd.grad(y, points, create_graph=graph, materialize_grads=True)
@@ -166,21 +165,13 @@ def is_derivative(call: Call, order: int) -> bool:
     def moved(step: float) -> list[Tensor]:
         return [(t + step * d).requires_grad_() for t, d in zip(at, v, strict=True)]
 
-    def derivative() -> Tensor:
-        here = moved(0.0)
-        first = slope(here, graph=order == 2)
-        if order == 1:
-            return first.detach()
-        if not first.requires_grad:
-            return first.new_zeros(())
-        found = torch.autograd.grad(first, here, materialize_grads=True)
-        return torch.stack([(g * d).sum() for g, d in zip(found, v, strict=True)]).sum()
-
     with torch.enable_grad():
-        below = (lambda p: slope(p, graph=False)) if order == 2 else value
+        below = (lambda p: slope(value(p), p)) if order == 2 else value
         steps = [e if is_exact else LONGER * e for e in STEPS]
         quotients = [(below(moved(e)) - below(moved(-e))).detach() / (2 * e) for e in steps]
-        found = derivative()
+        here = moved(0.0)
+        found = slope(value(here), here, graph=order == 2)
+        found = slope(found, here) if order == 2 else found
     size = torch.stack([(t.abs() * w.abs()).sum() for t, w in zip(at, v, strict=True)]).sum()
     small = found.abs() + 1e-6 * (1 + size)
     slack = TOLERANCE * (1.0 if is_exact else LOOSER)
