@@ -99,10 +99,9 @@ def place(views: list[Edge], op: Any, i: int) -> Place | None:
         return embedding(views, op, view[0])
     if name == "Convolution" and i == 1 and not op._saved_transposed:
         return convolution(views, op)
-    if name == "NativeLayerNorm" and i > 0:
-        return broadcast(views, op, normalised(op) if i == 1 else 1.0)
-    if name == "NativeGroupNorm" and i > 0:
-        return broadcast(views, op, normalised_groups(op) if i == 1 else 1.0, first=1)
+    if name in ("NativeLayerNorm", "NativeGroupNorm") and i > 0:
+        first = 1 if name == "NativeGroupNorm" else None  # by channel
+        return broadcast(views, op, normalised(op) if i == 1 else 1.0, first=first)
     if name == "Addmm" and is_plain and i == 0:
         return broadcast(views, op, 1.0, is_linear=len(views) == 1 and view == out[1:])
     is_known = name != "Addmm" and not getattr(op, "_saved_training", False)
@@ -169,13 +168,7 @@ def convolution(views: list[Edge], op: Any) -> Place:
 
 
 def normalised(op: Any) -> Tensor:
-    """The normalised input of a layer norm, which its weight multiplies."""
-    found: Tensor = (op._saved_input - op._saved_result1) * op._saved_result2
-    return found.detach()
-
-
-def normalised_groups(op: Any) -> Tensor:
-    """The normalised input of a group norm, which its weight multiplies."""
+    """The normalised input of a layer norm or a group norm, which its weight multiplies."""
     z: Tensor = op._saved_input.detach()
     by_group = z.reshape(*op._saved_result1.shape, -1)
     mean, scale = (s.detach()[..., None] for s in (op._saved_result1, op._saved_result2))
