@@ -186,8 +186,7 @@ class Sweep:
                     yield Piece(i, at, slice(None), one, at.stop == count)
             return
         for i, share in enumerate(self.shares):
-            of_rows = slices(share.rows, share.rows_at_a_time) if share.rows else (slice(None),)
-            parts = list(of_rows)
+            parts = list(slices(share.rows, share.rows_at_a_time)) if share.rows else [slice(None)]
             for at in slices(count, share.inputs_at_a_time):
                 part = self.one(i, at)
                 for rows in parts:

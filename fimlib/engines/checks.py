@@ -16,7 +16,6 @@ from fimlib.engines.model import PARAMETRISATIONS, hooks_of, is_compiled, is_sha
 from fimlib.memory import raise_if_out_of_memory
 
 WITHOUT_FLOAT64 = ("mps",)  # devices; moments and checks need it
-FIRST_AXIS = "the first axis must count the inputs"
 WRAPPER = (
     "a network that takes a dict or several tensors needs forward=, as lambda model, batch: "
     "model(**batch), in accumulate, estimate or summarise."
@@ -201,7 +200,7 @@ def to_rows(outputs: Any, size: int) -> str:
     if outputs.ndim == 0:
         return "return the outputs of each input, and no loss"
     if len(outputs) != size:
-        return f"{FIRST_AXIS}, and no squeeze() may drop it"
+        return "the first axis must count the inputs, and no squeeze() may drop it"
     if outputs.ndim == 1:
         return "add an axis, h[:, None]"
     return (

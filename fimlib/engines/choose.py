@@ -289,14 +289,8 @@ def differentiator(
 
     The others go to the engine that supports the first. The caller checks for finite values, so
     that a GPU is synchronised once. The function takes x, and the network that holds a batch, if
-    x are positions in one (``Held``).
-
-    Args:
-        model: Maps x to the outputs [B, T]; in eval mode.
-        engine: An engine's name, or "auto".
-        order: 2, or 1 for J alone.
-        layers: Names of modules or parameters to report; "trainable"; or None for all.
-        compare: Receives the outputs at the inputs that are checked, and the same in float64.
+    x are positions in one (``Held``). ``compare`` receives the outputs at the inputs that are
+    checked, and the same in float64.
     """
     model = check_module(model)
     wanted = selected(model, layers)

@@ -270,7 +270,8 @@ def backward(
         J, S = J @ step.weight, None if own is None else own @ step.squared_weight
         if units is not None and deeper:
             units = (units[0], units[1] @ step.weight)
-            S = plus(S, units[0] @ units[1].square())
+            more = units[0] @ units[1].square()
+            S = more if S is None else S.add_(more)
         elif units is not None:
             S = plus_squares(torch.zeros_like(J) if S is None else S, *units, step.weight)
             units = None
@@ -286,11 +287,6 @@ def bend(D: Tensor | None, squared: Tensor | None, bent: Tensor | None) -> Tenso
     if D is None or squared is None:
         return bent
     return D * squared if bent is None else torch.addcmul(bent, D, squared)
-
-
-def plus(S: Tensor | None, more: Tensor) -> Tensor:
-    """S + more; no S is 0."""
-    return more if S is None else S.add_(more)
 
 
 def plus_squares(S: Tensor, V: Tensor, rows: Tensor, weight: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Watch(Uncaptured):
             for t, version, node in followed
         )
         if before and not is_shape_or_condition(result):
-            is_cut |= not before <= self.note(result, before, self.place)
+            is_cut |= not before <= self.note(result, before)
         if is_cut:
             raise NotImplementedError(
                 f"{self.place} cuts the derivatives off or hides how they come about, as detach(), "
@@ -173,7 +173,7 @@ class Watch(Uncaptured):
             "overwritten since."
         )
 
-    def note(self, result: Any, before: set[Node], place: str) -> set[Node]:
+    def note(self, result: Any, before: set[Node]) -> set[Node]:
         """Name the new nodes; return all nodes met, old ones included."""
         stack: list[Node | None] = [made_by(t) for t in tensors(result) if t.requires_grad]
         met: set[Node] = set()
@@ -183,7 +183,7 @@ class Watch(Uncaptured):
                 continue
             met.add(node)
             if node not in before and node not in self.made:
-                self.made[node] = f"{node.name()} of {place}"
+                self.made[node] = f"{node.name()} of {self.place}"
                 stack += [n for n, _ in node.next_functions]
         return met
 
