@@ -466,9 +466,9 @@ def remedy(
 ) -> str:
     """The first remedy that works at the first inputs, as a sentence; "" if none does."""
     costly = next((e for e in refusals.values() if isinstance(e, TooManyParameters)), None)
-    trials = [Remedy(" engine='auto' supports it.", "auto", order, wanted)]
-    if engine == "auto":
-        trials.clear()
+    trials: list[Remedy] = []
+    if engine != "auto":
+        trials.append(Remedy(" engine='auto' supports it.", "auto", order, wanted))
     if wanted is None:
         for chosen in parts(model, costly.most if costly else None):
             named = ", ".join(map(repr, chosen))

@@ -278,7 +278,9 @@ def check_values(claim: Claim) -> None:
     Raises:
         Unconfirmed: naming the module where that shows.
     """
-    truth, scale = claim.truth, movements(claim)
+    truth, squares = claim.truth, torch.stack(list(claim.sums.squares.values()))
+    # how far every output moves with its parameters; added constants do not count
+    scale = squares.sum(0).sqrt().to(truth.outputs)
     check_alone(truth, scale)
     dtype = truth.in_its_type.dtype
     eps, noise = torch.finfo(dtype).eps, truth.noise / torch.finfo(truth.dtype).eps
@@ -289,12 +291,6 @@ def check_values(claim: Claim) -> None:
                 f"the outputs of a batch differ from those of its inputs in float64: {MIXES}; or "
                 f"{dtype} rounds too much, and .double() on the model and the inputs helps."
             )
-
-
-def movements(claim: Claim) -> Tensor:
-    """How far every output moves with its parameters, [k, T]; added constants do not count."""
-    squares = torch.stack(list(claim.sums.squares.values()))
-    return squares.sum(0).sqrt().to(claim.truth.outputs)
 
 
 def check_alone(truth: Truth, scale: Tensor) -> None:

@@ -164,9 +164,9 @@ def forward_of_copy(model: nn.Module, x: Tensor) -> tuple[Tensor, Steps]:
     parameters = {id(p): n for m in (model, own) for n, p in m.named_parameters()}
     outputs, steps = forward(chain(own), x.clone(), parameters)
     expected = own(x.clone())  # the first module may work in place
-    if not torch.isfinite(outputs).all():
+    if not all_finite(outputs):
         raise ValueError("the outputs hold NaN or infinite values: the weights are too large.")
-    if outputs.shape != expected.shape or not is_same(outputs, expected):
+    if not is_same(outputs, expected):
         raise NotImplementedError(
             "the model's forward pass is random or does more than its modules in a row: write the "
             "network as a plain, deterministic nn.Sequential."

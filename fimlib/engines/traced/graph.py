@@ -161,8 +161,7 @@ class Watch(Uncaptured):
         if node in self.names or (node in self.made and not is_leaf):
             return
         if is_leaf:
-            name = self.foreign.get(id(node.variable))
-            self.look([node.variable] if name else [])
+            self.look([node.variable])
             raise NotImplementedError(
                 f"{self.place} uses a tensor that requires grad and is no parameter of the model: "
                 "make it a parameter, or a buffer that does not."
