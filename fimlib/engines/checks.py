@@ -110,11 +110,11 @@ def check_no_hooks(model: nn.Module) -> None:
             )
 
 
-def short(error: Exception, most: int = 160) -> str:
+def short(error: Exception) -> str:
     """The type of an error and the first sentence of its message."""
     lines = str(error).strip().splitlines() or [""]
     said = lines[0].partition(". ")[0].rstrip(".")
-    said = said if len(said) <= most else f"{said[:most]} …"
+    said = said if len(said) <= 160 else f"{said[:160]} …"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 

@@ -30,7 +30,7 @@ from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
 from fimlib.engines.model import exact_kernels
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
-from fimlib.engines.traced.parameters import factor_of, unfolded
+from fimlib.engines.traced.parameters import factor_of, through_views, unfolded
 from fimlib.memory import raise_if_out_of_memory
 
 NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as fit in a cache
@@ -68,16 +68,6 @@ class Place:
     prepare: Callable[[Tensor], Tensor] = lambda z: z
     is_linear: bool = False
     is_by_row: bool = False
-
-    def through_views(self, J: Tensor) -> Tensor:
-        """From derivatives in the last view, [b, c, *view], to derivatives in the parameter."""
-        if len(self.views) == 1:
-            return J
-        first, last = GradientEdge(*self.views[0]), GradientEdge(*self.views[-1])
-        (found,) = torch.autograd.grad(
-            [last], [first], [J.flatten(0, 1)], is_grads_batched=True, retain_graph=True
-        )
-        return torch.unflatten(found, 0, J.shape[:2])
 
 
 def place(views: list[Edge], op: Any, i: int) -> Place | None:
@@ -389,9 +379,9 @@ class Entrance:
         Or in a part of it along its first axis, where the place is by row.
         """
         if self.is_pulled:
-            return self.place.through_views(self.rows)
+            return through_views(self.place.views, self.rows)
         rows = self.rows[:, :, :, part] if self.place.is_by_row else self.rows
-        return self.place.through_views(self.place.pull(rows, self.z))
+        return through_views(self.place.views, self.place.pull(rows, self.z))
 
     @property
     def is_outer(self) -> bool:

@@ -231,10 +231,7 @@ def forward(
 
 
 def backward(
-    J: Tensor,
-    steps: Steps,
-    order: int = 2,
-    wanted: frozenset[str] | None = None,
+    J: Tensor, steps: Steps, order: int, wanted: frozenset[str] | None
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Carry rows J at the outputs, [B, T, T], back to the first wanted layer.
 

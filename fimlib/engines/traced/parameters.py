@@ -80,8 +80,8 @@ def places(t: Trace, size: int) -> list[Place]:
             inputs = {**shared, name: z}
             found[op, layer] = Place(layer, (op, 0), per_input(size), inputs, by_channel=True)
         else:
-            back = through_views(pull, views, size)
             by_channel = len(views) == 1 and kind(op) in ("Convolution", "NativeBatchNorm")
+            back = to_parameter(pull, views)
             found[op, name] = Place(layer, (op, 0), back, {name: None}, by_channel)
     return list(found.values())
 
@@ -241,20 +241,21 @@ def scaled(factor: Tensor | float, target: tuple[int, ...], view: tuple[int, ...
     return pull
 
 
-def through_views(pull: Pull, views: list[Edge], size: int) -> Pull:
-    """From the last view of a parameter to the parameter itself."""
+def to_parameter(pull: Pull, views: list[Edge]) -> Pull:
+    """From rows behind the operation to the parameter itself, if they go to its last view."""
+    return lambda rows, power: through_views(views, pull(rows, power))
+
+
+def through_views(views: list[Edge], left: Tensor) -> Tensor:
+    """From derivatives in the last view of a parameter, [c, b, *view], to those in itself."""
     if len(views) == 1:
-        return pull
-
-    def back(rows: Tensor, power: int) -> Tensor:
-        (found,) = torch.autograd.grad(
-            [GradientEdge(*views[-1])],
-            [GradientEdge(*views[0])],
-            [pull(rows, power).flatten(0, 1)],
-            is_grads_batched=True,
-            retain_graph=True,
-            create_graph=rows.requires_grad,
-        )
-        return torch.unflatten(found, 0, (-1, size))
-
-    return back
+        return left
+    (found,) = torch.autograd.grad(
+        [GradientEdge(*views[-1])],
+        [GradientEdge(*views[0])],
+        [left.flatten(0, 1)],
+        is_grads_batched=True,
+        retain_graph=True,
+        create_graph=left.requires_grad,
+    )
+    return torch.unflatten(found, 0, left.shape[:2])
