@@ -30,6 +30,7 @@ from fimlib.engines.checks import short
 from fimlib.engines.layerwise import identity
 from fimlib.engines.model import exact_kernels
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
+from fimlib.engines.traced.linearised import VIEWS
 from fimlib.engines.traced.parameters import factor_of, through_views, unfolded
 from fimlib.memory import raise_if_out_of_memory
 
@@ -37,10 +38,7 @@ NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as fit in a cache
 MOST_STEPS = 16  # from a parameter to what is computed of it, and to the network
 
 # Operations that only rearrange a parameter or select a part of it.
-VIEWS = (
-    *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"),
-    *("Alias", "Clone", "Split", "SplitWithSizes", "Slice", "Select", "Unbind"),
-)
+PARTS = (*VIEWS, "Alias", "Clone", "Split", "SplitWithSizes", "Slice", "Select", "Unbind")
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,10 +303,10 @@ class Search:
             for op, i in self.users[views[-1][0]]:
                 if op.next_functions[i] != views[-1]:
                     continue
-                known = None if kind(op) in VIEWS else place(views, op, i)
+                known = None if kind(op) in PARTS else place(views, op, i)
                 if known is not None:
                     found.append(known)
-                elif is_single and kind(op) not in VIEWS:
+                elif is_single and kind(op) not in PARTS:
                     self.is_lost = True  # one input alone shows no batch axis
                 else:
                     self.extend(views, op)
