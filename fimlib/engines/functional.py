@@ -106,9 +106,9 @@ def recorded(
 
     outputs = without_randomness(run, x)
     check_outputs(outputs, len(x))
-    parameters = {id(p) for p in own.parameters()}
+    known = {id(None), *map(id, own.parameters())}
     for node in walk(outputs.grad_fn)[0]:
-        if id(getattr(node, "variable", None)) not in {*parameters, id(None)}:
+        if id(getattr(node, "variable", None)) not in known:
             raise NotImplementedError(
                 f"{holder(own)} uses a tensor that requires grad and is no parameter of the model: "
                 "make it a parameter, or compute it in forward(), or detach() it."
