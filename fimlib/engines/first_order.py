@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from fimlib.engines.layerwise import identity
 from fimlib.engines.model import exact_kernels
 from fimlib.engines.traced.graph import Edge, kind, made_by, shape, walk
 from fimlib.engines.traced.linearised import VIEWS
-from fimlib.engines.traced.parameters import factor_of, through_views, unfolded
+from fimlib.engines.traced.parameters import Place, place, through_views
 from fimlib.memory import raise_if_out_of_memory
 
 NUMBERS_AT_A_TIME = 2**20  # of J that are computed together: as fit in a cache
@@ -39,163 +38,6 @@ MOST_STEPS = 16  # from a parameter to what is computed of it, and to the networ
 
 # Operations that only rearrange a parameter or select a part of it.
 PARTS = (*VIEWS, "Alias", "Clone", "Split", "SplitWithSizes", "Slice", "Select", "Unbind")
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a parameter, or a view of it, enters the network.
-
-    Attributes:
-        views: The parameter and its views in a row.
-        edge: The result of the operation by which the last of them enters.
-        rows: From derivatives at the edge, [c, *shape], to rows [c, N, ...], N ≥ B.
-        pull: From rows [c, b, L, ...] and z [b, L, ...] of b inputs to derivatives in the view,
-            [b, c, *view].
-        z: The factor of the rows, [N, ...]; None for 1.
-        prepare: From z [b, L, ...] to what ``pull`` takes for it.
-        is_linear: Whether the parameter is the weight or the bias of W z + b.
-        is_by_row: Whether the numbers of rows along their first axis behind L are the parameter's
-            along its first, each for itself.
-    """
-
-    views: list[Edge]
-    edge: Edge
-    rows: Callable[[Tensor], Tensor]
-    pull: Callable[[Tensor, Tensor | None], Tensor]
-    z: Tensor | None = None
-    prepare: Callable[[Tensor], Tensor] = lambda z: z
-    is_linear: bool = False
-    is_by_row: bool = False
-
-
-def place(views: list[Edge], op: Any, i: int) -> Place | None:
-    """Where the last of the views is argument i of an operation; None: it is not known how."""
-    name, view, out = kind(op), shape(views[-1]), shape((op, 0))
-    is_plain = name != "Addmm" or (op._saved_alpha, op._saved_beta) == (1, 1)
-    if name in ("Addmm", "Mm") and is_plain and i == len(op.next_functions) - 1:
-        z = (op._saved_mat1 if name == "Addmm" else op._saved_self).detach()
-        if [kind(node) for node, _ in views[1:]] == ["T"]:  # as in nn.Linear
-            return Place(
-                views[:1], (op, 0), lambda g: g, product, z, is_linear=True, is_by_row=True
-            )
-        return Place(views, (op, 0), lambda g: g, lambda *both: product(*both).mT, z)
-    if name == "Mm" and i == 0:
-        return Place(views, (op, 0), lambda g: g.mT, product, op._saved_mat2.detach().mT)
-    if name == "Bmm":
-        return of_matrices(views, op, i)
-    if name == "Embedding":
-        return embedding(views, op, view[0])
-    if name == "Convolution" and i == 1 and not op._saved_transposed:
-        return convolution(views, op)
-    if name in ("NativeLayerNorm", "NativeGroupNorm") and i > 0:
-        first = 1 if name == "NativeGroupNorm" else None  # by channel
-        return broadcast(views, op, normalised(op) if i == 1 else 1.0, first=first)
-    if name == "Addmm" and is_plain and i == 0:
-        return broadcast(views, op, 1.0, is_linear=len(views) == 1 and view == out[1:])
-    is_known = name != "Addmm" and not getattr(op, "_saved_training", False)
-    factor = 1.0 if name == "Expand" else factor_of(op, i) if is_known else None
-    if factor is None:
-        return None
-    first = 1 if name in ("NativeBatchNorm", "Convolution") else None  # by channel
-    return broadcast(views, op, factor, first=first)
-
-
-def product(rows: Tensor, z: Tensor | None) -> Tensor:
-    """Of W [o, n], in products with z."""
-    assert z is not None
-    left = rows.permute(1, 0, 3, 2).flatten(1, 2)  # [b, c o, L]
-    return torch.unflatten(torch.bmm(left, z), 1, (len(rows), -1))
-
-
-def of_matrices(views: list[Edge], op: Any, i: int) -> Place:
-    """W [G, n, o] in the products z_g W_g, or W [G, o, n] in W_g z_gᵀ."""
-    z = op._saved_self if i == 1 else op._saved_mat2.mT  # [G, N, n]
-    letters = "cblgo,blgn->bcgno" if i == 1 else "cblgo,blgn->bcgon"
-
-    def rows(g: Tensor) -> Tensor:
-        return (g if i == 1 else g.mT).movedim(1, 2)
-
-    def pull(rows: Tensor, z: Tensor | None) -> Tensor:
-        return torch.einsum(letters, rows, z)
-
-    return Place(views, (op, 0), rows, pull, z.detach().movedim(0, 1))
-
-
-def embedding(views: list[Edge], op: Any, num_rows: int) -> Place:
-    """A table [V, D] whose rows are looked up."""
-    index = op._saved_indices.flatten()
-
-    def pull(rows: Tensor, index: Tensor | None) -> Tensor:
-        assert index is not None
-        found = rows.new_zeros(*rows.shape[:2], num_rows, rows.shape[-1])
-        where = index[None, ..., None].expand(rows.shape)
-        return found.scatter_add_(2, where, rows).transpose(0, 1)
-
-    return Place(views, (op, 0), lambda g: g.flatten(1, -2), pull, index)
-
-
-def convolution(views: list[Edge], op: Any) -> Place:
-    """W [O, C / groups, *kernel]: one product at every position of every image."""
-    groups, target = op._saved_groups, op._saved_weight.shape
-
-    def patches(images: Tensor) -> Tensor:  # [b G, L positions, n]
-        found = unfolded(op, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        by_group: Tensor = found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        return by_group
-
-    def pull(rows: Tensor, patches: Tensor | None) -> Tensor:
-        assert patches is not None
-        number, size = rows.shape[:2]
-        by_group = rows.unflatten(3, (groups, -1)).flatten(5)  # [c, b, L, G, o, positions]
-        left = by_group.permute(1, 3, 0, 4, 2, 5).flatten(4).flatten(2, 3).flatten(0, 1)
-        found = torch.bmm(left, patches).view(size, groups, number, -1, patches.shape[-1])
-        return found.transpose(1, 2).reshape(size, number, -1, *target[1:])
-
-    z, is_by_row = op._saved_input.detach(), groups == 1 and len(views) == 1
-    return Place(views, (op, 0), lambda g: g, pull, z, patches, is_by_row=is_by_row)
-
-
-def normalised(op: Any) -> Tensor:
-    """The normalised input of a layer norm or a group norm, which its weight multiplies."""
-    z: Tensor = op._saved_input.detach()
-    by_group = z.reshape(*op._saved_result1.shape, -1)
-    mean, scale = (s.detach()[..., None] for s in (op._saved_result1, op._saved_result2))
-    return torch.mul(by_group - mean, scale).view_as(z)
-
-
-def broadcast(
-    views: list[Edge],
-    op: Any,
-    factor: Tensor | float,
-    *,
-    first: int | None = None,
-    is_linear: bool = False,
-) -> Place:
-    """A parameter that is added, or multiplied by a factor, over the axes that it does not have.
-
-    Args:
-        views: The parameter and its views.
-        op: The operation.
-        factor: By which it is multiplied.
-        first: The axis of the result that is the view's first; None: its last is the last.
-        is_linear: As in ``Place``.
-    """
-    view, out = shape(views[-1]), shape((op, 0))
-    first = len(out) - len(view) if first is None else first
-    own = [first + d for d, n in enumerate(view) if n == out[first + d]]
-    over = [d for d in range(len(out)) if d not in own]
-
-    def rows(g: Tensor) -> Tensor:
-        order = [0, *(d + 1 for d in over), *(d + 1 for d in own)]
-        return g.permute(order).flatten(1, len(over)) if over else g[:, None]
-
-    z = rows(factor.expand(out)[None])[0] if isinstance(factor, Tensor) else None
-
-    def pull(rows: Tensor, z: Tensor | None) -> Tensor:
-        sums = (factor * rows.sum(2) if z is None else (rows * z).sum(2)).transpose(0, 1)
-        return sums.reshape(*sums.shape[:2], *view)
-
-    return Place(views, (op, 0), rows, pull, z, is_linear=is_linear)
 
 
 # From rows to inputs.

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from fimlib.engines.traced.graph import Edge, Trace, kind, shape
-from fimlib.engines.traced.linearised import VIEWS, Tangents, sum_to
+from fimlib.engines.traced.linearised import VIEWS, Tangents
 
 Pull = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Reached:
     """Parameters that are reached from one edge of the graph.
 
     Attributes:
@@ -64,25 +64,24 @@ class Place:
         return Tangents(found, True) if self.by_channel else Tangents(found[None], False)
 
 
-def places(t: Trace, size: int) -> list[Place]:
+def places(t: Trace, size: int) -> list[Reached]:
     """One or more for each parameter, in the order of the forward pass, at B = size inputs."""
-    found: dict[tuple[Node, str], Place] = {}
+    found: dict[tuple[Node, str], Reached] = {}
     for leaf, name in sorted(t.names.items(), key=lambda item: first_use(t, item[0])):
         layer = name.rpartition(".")[0]
         views, op, i = way_in(t, leaf)
-        pull = None if op is None else pull_of(op, i, shape(views[-1]), size)
-        if op is None or pull is None:
-            found[leaf, name] = Place(layer, (leaf, 0), directly, {name: None})
-        elif is_linear_layer(op, i, views, size):
+        known = None if op is None else place(views, op, i)
+        if op is None or known is None or not keeps_inputs(known, op, i, size):
+            found[leaf, name] = Reached(layer, (leaf, 0), directly, {name: None})
+        elif known.is_linear and shape(known.edge)[0] == size:
             # the weight and the bias share their left factors
-            z = right_factor(op) if i > 0 else None
             shared = found[op, layer].inputs if (op, layer) in found else {}
-            inputs = {**shared, name: z}
-            found[op, layer] = Place(layer, (op, 0), per_input(size), inputs, by_channel=True)
+            inputs = {**shared, name: known.z}
+            found[op, layer] = Reached(layer, (op, 0), per_input(size), inputs, by_channel=True)
         else:
-            by_channel = len(views) == 1 and kind(op) in ("Convolution", "NativeBatchNorm")
-            back = to_parameter(pull, views)
-            found[op, name] = Place(layer, (op, 0), back, {name: None}, by_channel)
+            pull, on_channels = pull_of(known, size), ("Convolution", "NativeBatchNorm")
+            by_channel = len(views) == 1 and kind(op) in on_channels
+            found[op, name] = Reached(layer, (op, 0), pull, {name: None}, by_channel)
     return list(found.values())
 
 
@@ -102,48 +101,44 @@ def way_in(t: Trace, leaf: Node) -> tuple[list[Edge], Node | None, int]:
     return views, None, 0
 
 
-def is_linear_layer(op: Node, i: int, views: list[Edge], size: int) -> bool:
-    """Whether the parameter is W or b in a plain ``W z + b``, one z for each input."""
-    if kind(op) not in ("Addmm", "Mm") or shape((op, 0))[0] != size:
-        return False
-    is_bias = kind(op) == "Addmm" and i == 0
-    kinds = [kind(node) for node, _ in views[1:]]
-    if is_bias:  # a view would give the left factors another shape than the parameter's
-        return not kinds and shape(views[0]) == shape((op, 0))[1:]
-    return kinds == ["T"]
-
-
-def right_factor(op: Any) -> Tensor:
-    """The inputs z, [positions, n], of a product of matrices."""
-    z: Tensor = op._saved_mat1 if kind(op) == "Addmm" else op._saved_self
-    return z.detach()
-
-
-def pull_of(op: Any, i: int, view: tuple[int, ...], size: int) -> Pull | None:
-    """From rows behind the operation to rows of its argument i, for each input; None if unknown.
-
-    Its argument 0 or 1 is a factor, or its argument is added, as ``PRODUCTS`` of the engine says.
-    """
-    name, out = kind(op), shape((op, 0))
-    if (
-        not out
-        or out[0] % size
-        or (name == "Addmm" and (op._saved_alpha, op._saved_beta) != (1, 1))
-    ):
-        return None
+def keeps_inputs(known: Place, op: Node, i: int, size: int) -> bool:
+    """Whether the first axis of the rows at a place counts the inputs, or their positions."""
+    name, view, out = kind(op), shape(known.views[-1]), shape(known.edge)
     if name in ("Addmm", "Mm") and i == len(op.next_functions) - 1:
-        return matrix(right_factor(op), size)
-    if name == "Embedding":
-        return embedding(op, view[0]) if out[0] == size else None
-    if name == "Convolution" and i == 1:
-        return convolution(op) if out[0] == size and not op._saved_transposed else None
-    factor = factor_of(op, i)
-    on_channels = name in ("Convolution", "NativeBatchNorm")
-    lead = 1 if on_channels else len(out) - len(view)
-    aligned = (1,) * lead + view + (1,) * (len(out) - lead - len(view))
-    if factor is None or out[0] != size or aligned[0] != 1:
-        return None
-    return scaled(factor, (size, *aligned[1:]), view)
+        return out[0] % size == 0
+    if name in ("Mm", "Bmm") or not out or out[0] != size:
+        return False
+    is_looked_up = name == "Embedding" or (name == "Convolution" and i == 1)
+    return is_looked_up or len(view) < len(out) or view[0] == 1
+
+
+def directly(rows: Tensor, _power: int) -> Tensor:
+    """Rows that autograd carried to the parameter itself, of one input."""
+    return rows[:, None]
+
+
+def per_input(size: int) -> Pull:
+    """The left factors of a linear layer are the rows behind it."""
+    return lambda rows, _power: rows.view(len(rows), size, -1)
+
+
+def pull_of(known: Place, size: int) -> Pull:
+    """From rows at a place to left factors in the parameter, as in ``Reached``."""
+
+    @cache
+    def right(power: int) -> Tensor | None:
+        if known.z is None:
+            return None
+        z = known.prepare(known.z.view(size, -1, *known.z.shape[1:]))
+        return z.square() if power == 2 and z.is_floating_point() else z
+
+    def pull(rows: Tensor, power: int) -> Tensor:
+        behind = known.rows(rows)
+        left = known.pull(behind.unflatten(1, (size, -1)), right(power)).transpose(0, 1)
+        left = left if known.factor == 1 or power == 1 else known.factor * left
+        return through_views(known.views, left)
+
+    return pull
 
 
 def factor_of(op: Any, i: int) -> Tensor | float | None:
@@ -168,43 +163,6 @@ def factor_of(op: Any, i: int) -> Tensor | float | None:
     return None
 
 
-def directly(rows: Tensor, _power: int) -> Tensor:
-    """Rows that autograd carried to the parameter itself, of one input."""
-    return rows[:, None]
-
-
-def per_input(size: int) -> Pull:
-    """The left factors of a linear layer are the rows behind it."""
-    return lambda rows, _power: rows.view(len(rows), size, -1)
-
-
-def matrix(z: Tensor, size: int) -> Pull:
-    """W [n, o] in z W, with inputs z [B · L, n] at L positions."""
-    z = z.view(size, -1, z.shape[1])
-
-    def pull(rows: Tensor, power: int) -> Tensor:
-        by_position = rows.reshape(len(rows), *z.shape[:2], -1)
-        return torch.einsum("cblo,bln->cbno", by_position, z if power == 1 else z**power)
-
-    return pull
-
-
-def convolution(op: Any) -> Pull:
-    """W [O, C / groups, *kernel] of a convolution: one product at every position of its output."""
-
-    @cache
-    def patches(power: int) -> Tensor:  # [B, groups, positions, numbers in a patch]
-        found = unfolded(op, op._saved_input.detach())
-        return found if power == 1 else found.square()
-
-    def pull(rows: Tensor, power: int) -> Tensor:
-        by_group = rows.unflatten(2, (op._saved_groups, -1)).flatten(4)
-        weight: Tensor = torch.einsum("cbgol,bgln->cbgon", by_group, patches(power))
-        return weight.reshape(*rows.shape[:2], *op._saved_weight.shape)
-
-    return pull
-
-
 def unfolded(op: Any, z: Tensor) -> Tensor:
     """The patches of z that a convolution multiplies by its weights: [B, G, positions, n]."""
     kernel = op._saved_weight.shape[2:]
@@ -214,36 +172,6 @@ def unfolded(op: Any, z: Tensor) -> Tensor:
         z = z.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
     z = z.unflatten(1, (op._saved_groups, -1)).movedim(2, 2 + len(kernel))
     return z.flatten(2, 1 + len(kernel)).flatten(3)
-
-
-def embedding(op: Any, num_rows: int) -> Pull:
-    """A table [V, D] whose rows are looked up, at any positions of an input."""
-    index = op._saved_indices.reshape(len(op._saved_indices), -1)  # [B, positions], no padding
-    start = num_rows * torch.arange(len(index), device=index.device)[:, None]
-
-    def pull(rows: Tensor, _power: int) -> Tensor:
-        given = rows.reshape(len(rows), *index.shape, -1)
-        left = given.new_zeros(len(rows), len(index) * num_rows, given.shape[-1])
-        left = left.index_add(1, (start + index).flatten(), given.flatten(1, 2))
-        return torch.unflatten(left, 1, (len(index), num_rows))
-
-    return pull
-
-
-def scaled(factor: Tensor | float, target: tuple[int, ...], view: tuple[int, ...]) -> Pull:
-    """A parameter that is added, or multiplied by a factor; broadcast from the target's shape."""
-    is_one = isinstance(factor, float) and factor == 1
-
-    def pull(rows: Tensor, power: int) -> Tensor:
-        rows = rows if is_one else rows * factor**power
-        return sum_to(rows, target).reshape(len(rows), target[0], *view)
-
-    return pull
-
-
-def to_parameter(pull: Pull, views: list[Edge]) -> Pull:
-    """From rows behind the operation to the parameter itself, if they go to its last view."""
-    return lambda rows, power: through_views(views, pull(rows, power))
 
 
 def through_views(views: list[Edge], left: Tensor) -> Tensor:
@@ -259,3 +187,163 @@ def through_views(views: list[Edge], left: Tensor) -> Tensor:
         create_graph=left.requires_grad,
     )
     return torch.unflatten(found, 0, left.shape[:2])
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a parameter, or a view of it, enters the network.
+
+    Attributes:
+        views: The parameter and its views in a row.
+        edge: The result of the operation by which the last of them enters.
+        rows: From derivatives at the edge, [c, *shape], to rows [c, N, ...], N ≥ B.
+        pull: From rows [c, b, L, ...] and z [b, L, ...] of b inputs to derivatives in the view,
+            [b, c, *view].
+        z: The factor of the rows, [N, ...]; None for a number.
+        factor: That number.
+        prepare: From z [b, L, ...] to what ``pull`` takes for it.
+        is_linear: Whether the parameter is the weight or the bias of W z + b.
+        is_by_row: Whether the numbers of rows along their first axis behind L are the parameter's
+            along its first, each for itself.
+    """
+
+    views: list[Edge]
+    edge: Edge
+    rows: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor | None], Tensor]
+    z: Tensor | None = None
+    factor: float = 1.0
+    prepare: Callable[[Tensor], Tensor] = lambda z: z
+    is_linear: bool = False
+    is_by_row: bool = False
+
+
+def place(views: list[Edge], op: Any, i: int) -> Place | None:
+    """Where the last of the views is argument i of an operation; None: it is not known how."""
+    name, view, out = kind(op), shape(views[-1]), shape((op, 0))
+    is_plain = name != "Addmm" or (op._saved_alpha, op._saved_beta) == (1, 1)
+    if name in ("Addmm", "Mm") and is_plain and i == len(op.next_functions) - 1:
+        z = (op._saved_mat1 if name == "Addmm" else op._saved_self).detach()
+        if [kind(node) for node, _ in views[1:]] == ["T"]:  # as in nn.Linear
+            return Place(
+                views[:1], (op, 0), lambda g: g, product, z, is_linear=True, is_by_row=True
+            )
+        return Place(views, (op, 0), lambda g: g, lambda *both: product(*both).mT, z)
+    if name == "Mm" and i == 0:
+        return Place(views, (op, 0), lambda g: g.mT, product, op._saved_mat2.detach().mT)
+    if name == "Bmm":
+        return of_matrices(views, op, i)
+    if name == "Embedding":
+        return embedding(views, op, view[0])
+    if name == "Convolution" and i == 1 and not op._saved_transposed:
+        return convolution(views, op)
+    if name in ("NativeLayerNorm", "NativeGroupNorm") and i > 0:
+        first = 1 if name == "NativeGroupNorm" else None  # by channel
+        return broadcast(views, op, normalised(op) if i == 1 else 1.0, first=first)
+    if name == "Addmm" and is_plain and i == 0:
+        return broadcast(views, op, 1.0, is_linear=len(views) == 1 and view == out[1:])
+    is_known = name != "Addmm" and not getattr(op, "_saved_training", False)
+    factor = 1.0 if name == "Expand" else factor_of(op, i) if is_known else None
+    if factor is None:
+        return None
+    first = 1 if name in ("NativeBatchNorm", "Convolution") else None  # by channel
+    return broadcast(views, op, factor, first=first)
+
+
+def product(rows: Tensor, z: Tensor | None) -> Tensor:
+    """Of W [o, n], in products with z."""
+    assert z is not None
+    left = rows.permute(1, 0, 3, 2).flatten(1, 2)  # [b, c o, L]
+    return torch.unflatten(torch.bmm(left, z), 1, (len(rows), -1))
+
+
+def of_matrices(views: list[Edge], op: Any, i: int) -> Place:
+    """W [G, n, o] in the products z_g W_g, or W [G, o, n] in W_g z_gᵀ."""
+    z = op._saved_self if i == 1 else op._saved_mat2.mT  # [G, N, n]
+    letters = "cblgo,blgn->bcgno" if i == 1 else "cblgo,blgn->bcgon"
+
+    def rows(g: Tensor) -> Tensor:
+        return (g if i == 1 else g.mT).movedim(1, 2)
+
+    def pull(rows: Tensor, z: Tensor | None) -> Tensor:
+        return torch.einsum(letters, rows, z)
+
+    return Place(views, (op, 0), rows, pull, z.detach().movedim(0, 1))
+
+
+def embedding(views: list[Edge], op: Any, num_rows: int) -> Place:
+    """A table [V, D] whose rows are looked up."""
+    index = op._saved_indices.flatten()
+
+    def pull(rows: Tensor, index: Tensor | None) -> Tensor:
+        assert index is not None
+        found = rows.new_zeros(*rows.shape[:2], num_rows, rows.shape[-1])
+        where = index[None, ..., None].expand(rows.shape)
+        return found.scatter_add_(2, where, rows).transpose(0, 1)
+
+    return Place(views, (op, 0), lambda g: g.flatten(1, -2), pull, index)
+
+
+def convolution(views: list[Edge], op: Any) -> Place:
+    """W [O, C / groups, *kernel]: one product at every position of every image."""
+    groups, target = op._saved_groups, op._saved_weight.shape
+
+    def patches(images: Tensor) -> Tensor:  # [b G, L positions, n]
+        found = unfolded(op, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        by_group: Tensor = found.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return by_group
+
+    def pull(rows: Tensor, patches: Tensor | None) -> Tensor:
+        assert patches is not None
+        number, size = rows.shape[:2]
+        by_group = rows.unflatten(3, (groups, -1)).flatten(5)  # [c, b, L, G, o, positions]
+        left = by_group.permute(1, 3, 0, 4, 2, 5).flatten(4).flatten(2, 3).flatten(0, 1)
+        found = torch.bmm(left, patches).view(size, groups, number, -1, patches.shape[-1])
+        return found.transpose(1, 2).reshape(size, number, -1, *target[1:])
+
+    z, is_by_row = op._saved_input.detach(), groups == 1 and len(views) == 1
+    return Place(views, (op, 0), lambda g: g, pull, z, prepare=patches, is_by_row=is_by_row)
+
+
+def normalised(op: Any) -> Tensor:
+    """The normalised input of a layer norm or a group norm, which its weight multiplies."""
+    z: Tensor = op._saved_input.detach()
+    by_group = z.reshape(*op._saved_result1.shape, -1)
+    mean, scale = (s.detach()[..., None] for s in (op._saved_result1, op._saved_result2))
+    return torch.mul(by_group - mean, scale).view_as(z)
+
+
+def broadcast(
+    views: list[Edge],
+    op: Any,
+    factor: Tensor | float,
+    *,
+    first: int | None = None,
+    is_linear: bool = False,
+) -> Place:
+    """A parameter that is added, or multiplied by a factor, over the axes that it does not have.
+
+    Args:
+        views: The parameter and its views.
+        op: The operation.
+        factor: By which it is multiplied.
+        first: The axis of the result that is the view's first; None: its last is the last.
+        is_linear: As in ``Place``.
+    """
+    view, out = shape(views[-1]), shape((op, 0))
+    first = len(out) - len(view) if first is None else first
+    own = [first + d for d, n in enumerate(view) if n == out[first + d]]
+    over = [d for d in range(len(out)) if d not in own]
+
+    def rows(g: Tensor) -> Tensor:
+        order = [0, *(d + 1 for d in over), *(d + 1 for d in own)]
+        return g.permute(order).flatten(1, len(over)) if over else g[:, None]
+
+    z = rows(factor.expand(out)[None])[0] if isinstance(factor, Tensor) else None
+    number = 1.0 if isinstance(factor, Tensor) else factor
+
+    def pull(rows: Tensor, z: Tensor | None) -> Tensor:
+        sums = (number * rows.sum(2) if z is None else (rows * z).sum(2)).transpose(0, 1)
+        return sums.reshape(*sums.shape[:2], *view)
+
+    return Place(views, (op, 0), rows, pull, z, number, is_linear=is_linear)

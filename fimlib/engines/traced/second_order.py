@@ -40,7 +40,7 @@ from fimlib.engines.traced.linearised import (
     sum_to,
     units_alone,
 )
-from fimlib.engines.traced.parameters import Place, places
+from fimlib.engines.traced.parameters import Reached, places
 from fimlib.memory import raise_if_out_of_memory
 
 # Of rows or tangents carried together, and of their results: as much as a cache holds. More
@@ -124,7 +124,7 @@ def no_part(t: Trace, order: int) -> Iterator[Block]:
         yield Block(name.rpartition(".")[0], zero, zero if order == 2 else None, {name: None})
 
 
-def inputs_at_once(net: Linearised, root: Edge, bends: list[Bend], found: list[Place]) -> int:
+def inputs_at_once(net: Linearised, root: Edge, bends: list[Bend], found: list[Reached]) -> int:
     """How many inputs to differentiate together: 1 if their graph mixes them up."""
     t = net.t
     size, num_outputs = t.outputs.shape
@@ -163,7 +163,7 @@ def stack(alone: list[Derivatives]) -> Derivatives:
     return Derivatives(torch.cat([d.outputs for d in alone]), tuple(map(cat, found[0])))
 
 
-def check_first(t: Trace, J: dict[Place, Tensor]) -> None:
+def check_first(t: Trace, J: dict[Reached, Tensor]) -> None:
     """Derivatives must be finite, and of their parameter's shape or they belong to another."""
     leaves = {name: leaf for leaf, name in t.names.items()}
     for p, left in J.items():
@@ -290,8 +290,8 @@ def power(t: Trace, node: Any, arguments: dict[int, Edge]) -> list[Bend]:
 
 
 def second_order(
-    net: Linearised, J: dict[Place, Tensor], weights: dict[Bend, Tensor]
-) -> dict[Place, Tensor]:
+    net: Linearised, J: dict[Reached, Tensor], weights: dict[Bend, Tensor]
+) -> dict[Reached, Tensor]:
     """S, out of the curvature of all units; weights are factor · ∂h/∂z, [T, B, U].
 
     There are three ways to the squares of ∂s/∂θ. Where each unit depends on one number of a place
@@ -300,7 +300,7 @@ def second_order(
     """
     t, S = net.t, {p: J[p].new_zeros(J[p].shape) for p in J}
     bends = {bend: weight for bend, weight in weights.items() if weight.any()}
-    from_units: dict[Bend, list[Place]] = defaultdict(list)
+    from_units: dict[Bend, list[Reached]] = defaultdict(list)
     for edge in dict.fromkeys(p.edge for p in J):
         here = [p for p in J if p.edge == edge]
         alone = units_alone(t, edge)
@@ -330,7 +330,7 @@ def tangents_are_fewer(num_numbers: int, num_units: int) -> bool:
 
 
 def pull_weights(
-    net: Linearised, bend: Bend, weight: Tensor, edge: Edge, S: dict[Place, Tensor]
+    net: Linearised, bend: Bend, weight: Tensor, edge: Edge, S: dict[Reached, Tensor]
 ) -> None:
     """Add the curvature of units that depend on the numbers at the edge one by one."""
     slopes = [
@@ -341,7 +341,7 @@ def pull_weights(
         S[p] += p.pull(own, 2).transpose(0, 1)
 
 
-def carry_rows(net: Linearised, bend: Bend, weight: Tensor, S: dict[Place, Tensor]) -> None:
+def carry_rows(net: Linearised, bend: Bend, weight: Tensor, S: dict[Reached, Tensor]) -> None:
     """Add the curvature of units from each of which a row is carried back."""
     _, size, num_units = weight.shape
     ends = list(dict.fromkeys(p.edge for p in S))
@@ -360,7 +360,7 @@ def carry_rows(net: Linearised, bend: Bend, weight: Tensor, S: dict[Place, Tenso
 
 
 def carry_tangents(
-    net: Linearised, bends: dict[Bend, Tensor], edge: Edge, S: dict[Place, Tensor]
+    net: Linearised, bends: dict[Bend, Tensor], edge: Edge, S: dict[Reached, Tensor]
 ) -> None:
     """Add the curvature of units to which a tangent is carried from each number at the edge."""
     ends = {end for bend in bends for end in (bend.s, bend.r)}
@@ -392,7 +392,7 @@ def weighted_squares(weight: Tensor, ds: Tangents, dr: Tangents, units: tuple[in
     return torch.einsum("tbu,ocbu->btoc", weight, squares)
 
 
-def inputs_stay_apart(net: Linearised, root: Edge, bends: list[Bend], found: list[Place]) -> bool:
+def inputs_stay_apart(net: Linearised, root: Edge, bends: list[Bend], found: list[Reached]) -> bool:
     """Whether the first axis of all tensors that matter counts the inputs, and none meets another.
 
     Every two inputs differ in a bit of their numbers. Random rows at all units of the inputs with
