@@ -113,8 +113,10 @@ def differentiate(
     weights = {bend: (rows[bend.z] * bend.factor).reshape(len(eye), size, -1) for bend in bends}
     del rows
     S = second_order(net, J, weights) if order == 2 else {}
-    blocks = tuple(Block(p.layer, J[p], S.get(p), p.inputs) for p in found)
-    return Derivatives(t.outputs.detach(), blocks + tuple(no_part(t, order)))
+    blocks = [Block(p.layer, J[p], S.get(p), p.inputs) for p in found] + list(no_part(t, order))
+    names = [name for name, _ in model.named_parameters()]
+    blocks.sort(key=lambda block: min(map(names.index, block.inputs)))
+    return Derivatives(t.outputs.detach(), tuple(blocks))
 
 
 def no_part(t: Trace, order: int) -> Iterator[Block]:
