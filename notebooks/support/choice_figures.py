@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,11 +38,9 @@ def decay(values: pd.DataFrame) -> Figure:
     networks = {(str(made), str(run)): table for (made, run), table in groups}
     start = {key: tuple(key[1].split(", ")[:2]) for key in networks}
     weights, dropouts = (list(dict.fromkeys(s[k] for s in start.values())) for k in (0, 1))
-    with mpl.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(
-            len(dropouts), len(weights), figsize=(2.4 * len(weights) + 0.9, 2.5 * len(dropouts)),
-            sharex=True, sharey=True, squeeze=False, layout="constrained",
-        )  # fmt: skip
+    grid = (len(dropouts), len(weights))
+    size = (2.4 * len(weights) + 0.9, 2.5 * len(dropouts))
+    with figures.panels(*grid, size, sharex=True, sharey=True) as (figure, axes):
         for i, dropout in enumerate(dropouts):
             for j, kind in enumerate(weights):
                 own = [t for key, t in networks.items() if start[key] == (kind, dropout)]

@@ -14,11 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -163,8 +161,7 @@ def tightest(columns: Columns, names: tuple[str, ...]) -> list[list[str]]:
 
 def softmax_figure(data: Mapping[str, Columns]) -> Figure:
     """The explorer on paper: λ_max(M) over the triangle, and ten classes over the temperature."""
-    with mpl.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.6), layout="constrained")
+    with figures.panels(1, 3, (9.6, 3.6)) as (figure, [axes]):
         draw_triangle(axes[0], data["three"])
         draw_temperatures(
             axes[1], data["ten"], "lambda-max-i", figures.GREEN,
@@ -242,7 +239,7 @@ def try_softmax(data: Mapping[str, Columns]) -> str:
 def figure_1(run: Run) -> dict[str, Any]:
     """What the explorer of Figure 1 shows of a run."""
     values = run.values
-    wide = figures.by_layer(values, ["layer", "epoch"])
+    wide = figures.by_layer(values, figures.INDEX)
     layers = list(wide.index.get_level_values("layer").unique())
     sure = values[values.quantity == "largest_probability"].sort_values("epoch").value
     given = run.record["parameters"]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ STYLE: Any = {
 }
 
 
+@contextmanager
+def panels(
+    lines: int, columns: int, size: tuple[float, float], **more: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure with a grid of axes, to be drawn in our `STYLE`; ``size`` is in inches."""
+    with mpl.rc_context(STYLE):
+        yield plt.subplots(
+            lines, columns, figsize=size, squeeze=False, layout="constrained", **more
+        )
+
+
 def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") -> Figure:
     """Figure 1: one column per layer; variances and bounds above, log(UB/V) below.
 
@@ -55,11 +67,9 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") ->
     """
     wide = by_layer(values, INDEX)
     layers = list(wide.index.get_level_values("layer").unique())
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(layers), figsize=(1.2 * len(layers) + 4, 6.2), sharex=True, sharey="row",
-            squeeze=False, height_ratios=[3, 2], layout="constrained",
-        )  # fmt: skip
+    size = (1.2 * len(layers) + 4, 6.2)
+    shared: Any = {"sharex": True, "sharey": "row", "height_ratios": [3, 2]}
+    with panels(2, len(layers), size, **shared) as (figure, axes):
         for k, layer in enumerate(layers):
             data, last = wide.loc[layer], layer == layers[-1]
             at_one = record["parameters"]["num_samples"] if last else 1
@@ -125,11 +135,8 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
     tables = {name: by_layer(values, INDEX) for name, values in runs.items()}
     ratios = {name: wide.V1 / wide.V2 for name, wide in tables.items()}
     layers = sorted({layer for ratio in ratios.values() for layer, _ in ratio.index})[:-1]
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(layers), figsize=(1.7 * len(layers) + 2.2, 3.6), sharey=True, squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
+    size = (1.7 * len(layers) + 2.2, 3.6)
+    with panels(1, len(layers), size, sharey=True) as (figure, axes):
         for ax, layer in zip(axes[0], layers, strict=True):
             ax.set_yscale("log")
             ax.axhline(1, color=GREY, linewidth=0.8)
@@ -145,29 +152,21 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
     return figure
 
 
-def errors_of_one_label(
-    groups: Mapping[str, Mapping[str, tuple[pd.DataFrame, int]]], warn: str = ""
-) -> Figure:
+def errors_of_one_label(groups: Mapping[str, Mapping[str, tuple[pd.DataFrame, int]]]) -> Figure:
     """Relative error of either estimator with one label, by layer: which to use where.
 
     Args:
         groups: For every panel's title the table of values and the number of labels of its runs,
             by name.
-        warn: What to write on top if these runs do not count.
     """
     parts = {title: relative_errors(runs) for title, runs in groups.items()}
     widths = [part.index.get_level_values("layer").nunique() for part in parts.values()]
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(parts), figsize=(0.62 * sum(widths) + 0.8, 4.0), sharey=True, squeeze=False,
-            width_ratios=widths, layout="constrained",
-        )  # fmt: skip
+    size = (0.62 * sum(widths) + 0.8, 4.0)
+    with panels(1, len(parts), size, sharey=True, width_ratios=widths) as (figure, axes):
         for ax, (title, errors) in zip(axes[0], parts.items(), strict=True):
             draw_errors(ax, errors)
             ax.set_title(title)
         axes[0, 0].set_ylabel("relative error, one label")
-        if warn:
-            figure.suptitle(warn, color="#B00020", weight="bold")
         label_lines(figure, size=12)
     return figure
 
@@ -176,7 +175,7 @@ def relative_errors(runs: Mapping[str, tuple[pd.DataFrame, int]]) -> pd.DataFram
     """√(ΣV/ΣI²) over a layer for one label: columns V1, V2, rows (layer, run, epoch)."""
     tables = {}
     for name, (values, num_samples) in runs.items():
-        wide = by_layer(values, ["layer", "epoch"])
+        wide = by_layer(values, INDEX)
         tables[name] = (wide[["V1", "V2"]] * num_samples).div(wide.I_squared, axis=0).pow(0.5)
     joined: pd.DataFrame = pd.concat(tables, names=["run"])
     return joined.replace([np.inf], np.nan).reorder_levels(["layer", "run", "epoch"]).sort_index()

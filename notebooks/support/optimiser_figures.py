@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from support import figures
@@ -37,10 +35,7 @@ def losses(values: pd.DataFrame) -> Figure:
         values: The tables of the runs, with the run's name in ``made``.
     """
     made = values.made.unique()
-    with mpl.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(
-            1, len(made), figsize=(3.6 * len(made) + 1, 4.8), squeeze=False, layout="constrained"
-        )
+    with figures.panels(1, len(made), (3.6 * len(made) + 1, 4.8)) as (figure, axes):
         for ax, name in zip(axes[0], made, strict=True):
             own = values[(values.made == name) & (values.quantity == "nll")]
             lines = own.pivot_table(index="epoch", columns="run", values="value")

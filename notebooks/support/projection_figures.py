@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,11 +37,8 @@ def errors(values: pd.DataFrame) -> Figure:
     of = dict(sorted(of.items(), key=lambda item: item[1]["outputs"]))
     columns = min(len(of), ACROSS)
     lines = -(-len(of) // ACROSS)
-    with mpl.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(3 * columns + 1, 2.9 * lines + 1.2), sharey=True,
-            squeeze=False, layout="constrained",
-        )  # fmt: skip
+    size = (3 * columns + 1, 2.9 * lines + 1.2)
+    with figures.panels(lines, columns, size, sharey=True) as (figure, axes):
         for ax in axes.flat[len(of) :]:
             ax.remove()
         for ax, (name, at) in zip(axes.flat, of.items(), strict=False):

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from support import figures
 from support.direct_labels import label_lines
-from support.results import NETWORK
 
-NAME = re.compile(
-    r"(?P<activation>[^-]+)-(?P<hidden>\d+(x\d+)*)-(?P<optimizer>[^-]+)-(?P<rate>.+)"
-    r"-seed-(?P<seed>\d+)"
-)
+NAME = re.compile(r"(?P<activation>[^-]+)-(?P<hidden>\d+(x\d+)*)-[^-]+-.+-seed-\d+")
 
 
-@dataclass(frozen=True)
-class Network:
-    """What the name of a network in the sweep says.
-
-    Attributes:
-        activation: Of torch.nn.
-        hidden: Widths of the hidden layers.
-        optimizer: Of torch.optim.
-        learning_rate: Its learning rate.
-        seed: Of weights, shuffling, test images.
-    """
+class Network(NamedTuple):
+    """What the figures need of the name of a network in the sweep."""
 
     activation: str
-    hidden: tuple[int, ...]
-    optimizer: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def depth(self) -> int:
-        """Number of linear layers."""
-        return len(self.hidden) + 1
+    depth: int  # number of linear layers
 
 
 def network(name: str) -> Network:
@@ -58,13 +35,7 @@ def network(name: str) -> Network:
     found = NAME.fullmatch(name)
     if not found:
         raise ValueError(f"{name!r} is no name like Tanh-32x32-Adam-0.001-seed-1.")
-    return Network(
-        found["activation"],
-        tuple(map(int, found["hidden"].split("x"))),
-        found["optimizer"],
-        float(found["rate"]),
-        int(found["seed"]),
-    )
+    return Network(found["activation"], len(found["hidden"].split("x")) + 1)
 
 
 def validity(values: pd.DataFrame) -> Figure:
@@ -80,11 +51,8 @@ def validity(values: pd.DataFrame) -> Figure:
     last = at_the_end(values)
     activation_of = last.run.map(lambda run: network(run).activation)
     activations = list(dict.fromkeys(activation_of))
-    with mpl.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(
-            1, len(activations), figsize=(1.45 * len(activations) + 0.9, 3.9), sharex=True,
-            sharey=True, squeeze=False, layout="constrained",
-        )  # fmt: skip
+    size = (1.45 * len(activations) + 0.9, 3.9)
+    with figures.panels(1, len(activations), size, sharex=True, sharey=True) as (figure, axes):
         for ax, activation in zip(axes[0], activations, strict=True):
             draw_looseness(ax, last[activation_of == activation], activation)
             ax.set_xlabel("layers")
@@ -102,9 +70,7 @@ def draw_looseness(ax: Axes, data: pd.DataFrame, activation: str) -> None:
     violations = totals[["I_violations", "V1_violations", "V2_violations"]].sum()
     checks = f"{3 * totals['checks']:,.0f} checks"
     ax.set_title(f"{activation}\n{checks}\n{violations:,.0f} violations", fontsize=10)
-    wide = data[data.layer != NETWORK].pivot(
-        index=["run", "layer"], columns="quantity", values="value"
-    )
+    wide = figures.by_layer(data, ["run", "layer"])
     depth = wide.index.get_level_values("run").map(lambda run: network(run).depth)
     ax.set_yscale("log")
     for shift, which, color, marker in (
