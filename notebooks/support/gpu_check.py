@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 import fimlib
+from support.bench.networks import mlp
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -23,11 +23,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 def network() -> nn.Sequential:
     """784-128-64-32-10 with sigmoid, as in the experiment, weights from a fixed seed."""
     torch.manual_seed(0)
-    widths = [784, 128, 64, 32]
-    layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(widths):
-        layers += [nn.Linear(n_in, n_out), nn.Sigmoid()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], 10)).eval()
+    return mlp(784, 128, 64, 32, 10).eval()
 
 
 def quantities(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimlib
@@ -391,15 +392,6 @@ def in_place(m: Any, x: Tensor) -> Tensor:
     return h
 
 
-def pruned() -> nn.Module:
-    """A linear layer with half its weights masked."""
-    from torch.nn.utils import prune
-
-    net = around(nn.Identity())
-    prune.l1_unstructured(net[0], "weight", 0.5)
-    return net
-
-
 def lora(m: Any, x: Tensor) -> Tensor:
     """A frozen weight with a product of two small ones added."""
     h: Tensor = m.out(torch.tanh(m.base(x) + x @ m.A @ m.B))
@@ -435,10 +427,10 @@ def pair(**more: Any) -> dict[str, Any]:
     return {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), **more}
 
 
-def frozen() -> nn.Module:
-    """A first layer that does not require grad."""
+def changed(change: Callable[[nn.Module], object]) -> nn.Sequential:
+    """Two linear layers, the first of which is changed."""
     net = around(nn.Identity())
-    net[0].requires_grad_(False)
+    change(net[0])
     return net
 
 
@@ -458,20 +450,6 @@ def dead() -> nn.Sequential:
     first = nn.Linear(3, 4)
     first.bias.data.fill_(-9.0)
     return nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3))
-
-
-def weight_normed() -> nn.Module:
-    """A weight as a direction and a length."""
-    net = around(nn.Identity())
-    nn.utils.parametrizations.weight_norm(net[0])
-    return net
-
-
-def spectral_normed() -> nn.Module:
-    """A weight divided by its largest singular value."""
-    net = around(nn.Identity())
-    nn.utils.parametrizations.spectral_norm(net[0])
-    return net
 
 
 CUT = "autograd's derivative is not that of the values"
@@ -548,9 +526,15 @@ def traps() -> Iterator[Trap]:
         lambda: By(tied_transpose, w=nn.Parameter(torch.randn(3, 4))),
         "the same",
     )
-    yield dense("weight norm", weight_normed, "a computed weight")
-    yield dense("spectral norm", spectral_normed, "a computed weight")
-    yield dense("a pruned layer", pruned, "a masked weight")
+    yield dense("weight norm", lambda: changed(parametrizations.weight_norm), "a computed weight")
+    yield dense(
+        "spectral norm", lambda: changed(parametrizations.spectral_norm), "a computed weight"
+    )
+    yield dense(
+        "a pruned layer",
+        lambda: changed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+        "a masked weight",
+    )
     yield dense(
         "LoRA",
         lambda: By(
@@ -598,7 +582,11 @@ def traps() -> Iterator[Trap]:
         "the caller's input",
     )
     yield dense("a layer that is never used", lambda: By(lambda m, x: m.a(x), **pair()), "I = 0")
-    yield dense("a frozen first layer", frozen, "no gradient is kept")
+    yield dense(
+        "a frozen first layer",
+        lambda: changed(lambda layer: layer.requires_grad_(False)),
+        "no gradient is kept",
+    )
     yield dense(
         "checkpointed block", lambda: By(checkpointed, **pair()), "the forward pass runs twice"
     )

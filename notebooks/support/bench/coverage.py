@@ -59,10 +59,9 @@ def cases(epochs: int) -> Iterator[tuple[str, nn.Module, Tensor]]:
         yield CASES[0], copy.deepcopy(net).double().eval(), x
         optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
         for _ in range(epochs):
-            for part in torch.randperm(len(images)).split(64):
-                optimiser.zero_grad()
-                nn.functional.cross_entropy(net(images[part]), labels[part]).backward()
-                optimiser.step()
+            training.train_epoch(
+                net, optimiser, images, labels, batch_size=64, shuffle=torch.default_generator
+            )
     net = net.double().eval()
     surest = net(x).softmax(1).amax(1).argmax()
     yield CASES[1], net, x
