@@ -225,7 +225,8 @@ def test_shares_are_measured_at_three_networks():
 def test_the_command_writes_its_own_file(tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(bench.apart, "PRELOAD", [])
-    monkeypatch.setattr(bench.today, "everything", lambda *_: {"rows": [], "coverage": []})
+    monkeypatch.setattr(bench.today, "rows", lambda *_: [])
+    monkeypatch.setattr(bench.apart, "apart", lambda *_: [])
     monkeypatch.setattr(
         bench.results, "write_text", lambda path, text: written.append((path, text))
     )

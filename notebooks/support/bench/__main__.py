@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from support import results, runs
-from support.bench import apart, measure, networks, tables, today
+from support import results, runs, speed
+from support.bench import apart, coverage, measure, networks, tables, today
 from support.bench.candidates import CANDIDATES, DENSE, LABELS
 from support.bench.measure import Case, Row
 
@@ -175,7 +175,7 @@ def run(quick: bool, of: Collection[str]) -> Row:
     kept = place(quick)
     started, load = time.time(), os.getloadavg()[0]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    threads = [1] if quick else sorted({1, apart.cores()})
+    threads = [1] if quick else sorted({1, speed.cores()})
     every = networks.QUICK if quick else networks.FULL
     is_whole = set(of) == set(every)
     peers = (plan for plan in beside(devices, quick) if plan[1].network in of)
@@ -195,7 +195,8 @@ def of_today(quick: bool) -> Row:
     """Networks of today, and what made the measurement."""
     apart.PRELOAD.append("support.bench.preload")
     started, load = time.time(), os.getloadavg()[0]
-    found = today.everything(quick, attempt)
+    held = apart.apart(coverage.rows, quick)
+    found = {"rows": today.rows(quick, attempt), "coverage": held}
     packages = [p for p in ("numpy", *PACKAGES_OF_TODAY) if results.version(p) != "unknown"]
     return {"record": record(started, load, quick, packages)} | found
 
@@ -212,7 +213,7 @@ def record(started: float, load: float, quick: bool, packages: Collection[str] =
         "quick": quick,
         "load": load,
         "limits": {"seconds": measure.LIMIT_SECONDS, "mb": measure.LIMIT_MB},
-        "machine": made["machine"] | {"cores": apart.cores(), "gpu": gpu},
+        "machine": made["machine"] | {"cores": speed.cores(), "gpu": gpu},
         "versions": {"python": made["versions"]["python"], "torch": torch.__version__}
         | {package: results.version(package) for package in packages},
     }

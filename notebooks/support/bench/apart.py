@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -50,10 +48,3 @@ def _send(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ..
         sender.send((True, work(*arguments)))
     except Exception as error:  # whatever it is, it is told where the work was asked for
         sender.send((False, f"{type(error).__name__}: {error}"))
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from support.bench.measure import Row
 
 Found = Mapping[str, Any]
 
 
-def row_of(rows: Sequence[Row], candidate: str, network: str, batch: int) -> Row | None:
-    """A candidate's row on the CPU."""
-    wanted = (candidate, network, batch, "cpu")
-    keys = ("candidate", "network", "batch", "device")
-    return next((row for row in rows if tuple(row[k] for k in keys) == wanted), None)
-
-
 def ratio(found: Found, candidate: str, network: str, batch: int) -> float | None:
-    """Cost in units on one thread; None where it was not measured, or its values are others."""
-    row = row_of(found["peers"], candidate, network, batch)
-    if row is None or row["status"] != "measured" or not row.get("agrees", True):
-        return None
-    return float(row["times"]["1"]["ratio"])
+    """Cost in units on one CPU thread; None where it was not measured, or its values are others."""
+    wanted = {"candidate": candidate, "network": network, "batch": batch, "device": "cpu"}
+    for row in found["peers"]:
+        if row.items() >= wanted.items():
+            is_good = row["status"] == "measured" and row.get("agrees", True)
+            return float(row["times"]["1"]["ratio"]) if is_good else None
+    return None
 
 
 def quotient(

@@ -17,7 +17,7 @@ from torch import nn
 import fimlib
 from fimlib.estimates import Estimate, LayerEstimate, layer_of
 from support import results
-from support.bench import apart, architectures, coverage, measure, tables
+from support.bench import architectures, measure, tables
 from support.bench.architectures import Batch, Task
 from support.bench.measure import Row
 
@@ -331,9 +331,3 @@ def spread(shares: Sequence[float]) -> str:
     """
     low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
     return f"{low} %" if low == high else f"{low} to {high} %"
-
-
-def everything(quick: bool, attempt: Callable[..., object]) -> Row:
-    """The table, and how often intervals hold what they say."""
-    held = apart.apart(coverage.rows, quick)
-    return {"rows": rows(quick, attempt), "coverage": held}
