@@ -20,7 +20,6 @@ from typing import Any
 
 import paper_map
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.domains.python import PyClasslike
@@ -62,7 +61,13 @@ class Api(SphinxDirective):
         for name in of_modules(self.arguments[0].split()):
             self.env.note_dependency(inspect.getfile(public()[name]))
             lines += entry(name)
-        return parse(self, lines)
+        return self.parse_lines(lines)
+
+    def parse_lines(self, lines: list[str]) -> list[nodes.Node]:
+        """Nodes of reStructuredText, which is what autodoc writes, inside of Markdown."""
+        fence = "```````"
+        text = "\n".join([f"{fence}{{eval-rst}}", *lines, fence])
+        return [nodes.container("", *self.parse_text_to_nodes(text), classes=["api"])]
 
 
 class ApiList(Api):
@@ -75,16 +80,7 @@ class ApiList(Api):
             first = (inspect.getdoc(public()[name]) or "").partition("\n")[0]
             link = f":py:obj:`{name} <{full(name)}>`"
             lines.append(f"* {link}: {prose(first, anchors(self.env.srcdir))}")
-        return parse(self, lines)
-
-
-def parse(directive: SphinxDirective, lines: list[str]) -> list[nodes.Node]:
-    """Nodes of reStructuredText, which is what autodoc writes, inside of Markdown."""
-    fence = "```````"
-    block = StringList([f"{fence}{{eval-rst}}", *lines, fence], source="fimlib")
-    container = nodes.container(classes=["api"])
-    directive.state.nested_parse(block, 0, container)
-    return [container]
+        return self.parse_lines(lines)
 
 
 @cache

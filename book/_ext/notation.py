@@ -19,7 +19,6 @@ from typing import Any
 import paper_map
 import yaml
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -75,9 +74,8 @@ class Notation(SphinxDirective):
 
     def item(self, key: str, entry: Entry) -> nodes.definition_list_item:
         """An entry, to be found as ``#sym-key``."""
-        definition = nodes.definition()
-        lines = StringList([entry["says"].strip() + ".", "", details(entry)], source=FILE)
-        self.state.nested_parse(lines, 0, definition)
+        text = f"{entry['says'].strip()}.\n\n{details(entry)}"
+        definition = nodes.definition("", *self.parse_text_to_nodes(text))
         defined = {k: f"{entry[k]} = {v}" for k, v in [("math", entry.get("is"))] if v}
         term = nodes.term("", "", face(key, entry | defined), ids=[anchor(key)])
         return nodes.definition_list_item("", term, definition)

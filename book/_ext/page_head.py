@@ -20,7 +20,6 @@ import live
 import paper_map
 from docutils import nodes
 from docutils.parsers.rst import directives
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from support import checks, listings
@@ -66,9 +65,7 @@ class PageHead(SphinxDirective):
 
     def entry(self, label: str, markdown: str) -> nodes.definition_list_item:
         """A line of the head."""
-        definition = nodes.definition()
-        lines = StringList(markdown.splitlines(), source=self.env.docname)
-        self.state.nested_parse(lines, self.content_offset, definition)
+        definition = nodes.definition("", *self.parse_text_to_nodes(markdown))
         return nodes.definition_list_item("", nodes.term(label, label), definition)
 
 
@@ -93,9 +90,10 @@ def listed(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def unique(names: Iterable[str]) -> list[str]:
-    """Names in their order, each once."""
-    return list(dict.fromkeys(names))
+def checked_by(own: dict[str, Item], options: Text) -> list[str]:
+    """The checks and tests of a page, those of its items first."""
+    names = [name for item in own.values() for name in item.get("checks", [])]
+    return list(dict.fromkeys(names + listed(options.get("checks", ""))))
 
 
 # Evidence.
@@ -103,8 +101,7 @@ def unique(names: Iterable[str]) -> list[str]:
 
 def how_sure(book: Path, page: str, own: dict[str, Item], options: Text) -> str:
     """What is proved, what was tried, what was measured, in a line of Markdown."""
-    names = [c for item in own.values() for c in item.get("checks", [])]
-    names = unique(names + listed(options.get("checks", "")))
+    names = checked_by(own, options)
     if "sure" in options:  # which says what the tests compare
         names = [name for name in names if "::" not in name]
     parts = [
@@ -191,11 +188,10 @@ def read_results(folder: Path, _changed: tuple[int, ...]) -> dict[str, str]:
 def where(source: str, own: dict[str, Item], options: Text) -> str:
     """Functions, files of checks and tests, and notebooks, with links, in a line of Markdown."""
     code = [name for item in own.values() for name in item.get("code", [])]
-    names = [c for item in own.values() for c in item.get("checks", [])]
-    names += listed(options.get("checks", ""))
+    names = checked_by(own, options)
     runs = [run for item in own.values() for run in item.get("runs", [])] + NOTEBOOK.findall(source)
     parts = [
-        functions(unique(listed(options.get("code", "")) + code)),
+        functions(list(dict.fromkeys(listed(options.get("code", "")) + code))),
         group("checks", files(name for name in names if "::" not in name)),
         group("tests", files(name for name in names if "::" in name)),
         group("notebooks", notebooks(runs)),

@@ -13,7 +13,6 @@ from typing import Any
 import nbformat
 import yaml
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from support import checks, listings
@@ -38,15 +37,14 @@ class PaperMap(SphinxDirective):
         self.env.note_dependency(file)
         results = glued(book / NOTEBOOKS)
         return [
-            self.section(title, map_table(items, results), file)
+            self.section(title, map_table(items, results))
             for title, items in read_map(book / file).items()
         ]
 
-    def section(self, title: str, markdown: str, file: str) -> nodes.section:
+    def section(self, title: str, markdown: str) -> nodes.section:
         """A section of the page with parsed content."""
-        section = nodes.section("", nodes.title(title, title), ids=[nodes.make_id(title)])
-        self.state.nested_parse(StringList(markdown.splitlines(), source=file), 0, section)
-        return section
+        content = [nodes.title(title, title), *self.parse_text_to_nodes(markdown)]
+        return nodes.section("", *content, ids=[nodes.make_id(title)])
 
 
 def read_map(path: Path) -> Groups:
