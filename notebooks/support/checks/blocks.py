@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fimlib
 from fimlib import Categorical, Gaussian
 from support.checks import cases as make
 from support.checks.check import Check, at_most, equal, together
-from support.checks.exact import oracle
+from support.checks.exact import function_of_parameters, oracle
 
 FAMILY = Categorical()
 
@@ -79,16 +79,7 @@ def block_by_its_gram_matrix(_cases: int) -> Check:
 def block_of_second_derivatives(_cases: int) -> Check:
     """Σ_ij V₂(θ_ij) = Σ_k p_k ‖Σ_a δ_k^a ∂²h_a‖²_F, against a sum over pairs and labels."""
     o = oracle()
-    sizes = [parameter.numel() for parameter in o.net.parameters()]
-    shapes = [parameter.shape for parameter in o.net.parameters()]
-
-    def outputs(theta: Tensor) -> Tensor:
-        parts = zip(o.names, torch.split(theta, sizes), shapes, strict=True)
-        parameters = {name: part.view(shape) for name, part, shape in parts}
-        found: Tensor = torch.func.functional_call(o.net, parameters, (o.x,))
-        return found
-
-    theta = nn.utils.parameters_to_vector(o.net.parameters()).detach()
+    outputs, theta = function_of_parameters(o.net, o.x)
     second = torch.func.jacrev(torch.func.jacrev(outputs))(theta)  # [B, T, P, P]
     residuals = torch.eye(3, dtype=torch.float64) - o.p[:, None]
     noise = torch.einsum("xka,xaij->xkij", residuals, second)

@@ -53,6 +53,19 @@ class Oracle(NamedTuple):
         return -self.hessians.diagonal(dim1=2, dim2=3)
 
 
+def function_of_parameters(net: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The outputs at x as a function of all parameters in a vector, and the network's vector."""
+    sizes = [parameter.numel() for parameter in net.parameters()]
+
+    def outputs(theta: Tensor) -> Tensor:
+        parts = zip(net.named_parameters(), torch.split(theta, sizes), strict=True)
+        parameters = {name: part.view_as(own) for (name, own), part in parts}
+        found: Tensor = torch.func.functional_call(net, parameters, (x,))
+        return found
+
+    return outputs, nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
 @functools.cache
 def oracle(activation: make.Activation = nn.Sigmoid) -> Oracle:
     """A 2-3-3-3 network with weights large enough to bend, at three inputs."""
@@ -62,16 +75,11 @@ def oracle(activation: make.Activation = nn.Sigmoid) -> Oracle:
     for parameter in net.parameters():
         parameter.data.mul_(3)
     x = make.normal(3, 2, seed=1)
-    sizes = [parameter.numel() for parameter in net.parameters()]
-    shapes = [parameter.shape for parameter in net.parameters()]
-    names = [name for name, _ in net.named_parameters()]
+    outputs, theta = function_of_parameters(net, x)
 
     def log_p(theta: Tensor) -> Tensor:
-        parts = zip(names, torch.split(theta, sizes), shapes, strict=True)
-        parameters = {name: part.view(shape) for name, part, shape in parts}
-        return torch.log_softmax(torch.func.functional_call(net, parameters, (x,)), 1)
+        return torch.log_softmax(outputs(theta), 1)
 
-    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
     gradients = torch.func.jacrev(log_p)(theta)
     hessians = torch.func.jacrev(torch.func.jacrev(log_p))(theta)
     q = torch.softmax(make.normal(3, 3, seed=2), 1)
