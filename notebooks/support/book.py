@@ -198,7 +198,7 @@ def write_pages(
     for file, run in pages.items():
         if not file.startswith(only):
             continue
-        text = notebook_page(run, origin(run), compared.get(run.folder, ""))
+        text = notebook_page(run, compared.get(run.folder, ""))
         results.write_text(GENERATED / file, text)
     return pages
 
@@ -254,12 +254,11 @@ def origin(run: Run) -> str:
     return "a run on the machine that built this book"
 
 
-def notebook_page(run: Run, made: str, compared: str = "") -> str:
+def notebook_page(run: Run, compared: str) -> str:
     """The executed notebook as a page: its own title, and on top what it is.
 
     Args:
         run: The run; where its executed notebook is not kept, the page has no outputs.
-        made: Whose run it is, in words.
         compared: What else to say on top.
     """
     path = run.folder / "notebook.ipynb"
@@ -268,12 +267,12 @@ def notebook_page(run: Run, made: str, compared: str = "") -> str:
         source = runs.NOTEBOOKS / passports.notebook_name(run)
         if source.is_file():
             cells.with_text(notebook, nbformat.read(source, as_version=4))
-        what = f"This page is the executed notebook of {made}."
+        what = f"This page is the executed notebook of {origin(run)}."
     else:
         notebook = passports.ready(run)
         what = (
-            f"This page is the notebook of {made}, with its parameters but without its outputs, "
-            f"which were not kept. `{passports.command(run)}` makes them."
+            f"This page is the notebook of {origin(run)}, with its parameters but without its "
+            f"outputs, which were not kept. `{passports.command(run)}` makes them."
         )
     warn = figures.warning(run.record)
     title = f"{warn.split(':')[0]}: {run.record['title']}" if warn else run.record["title"]

@@ -208,10 +208,7 @@ def write_pdf(built: Path, output: Path) -> None:
     page = output.with_suffix(".html")
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(page, Pages(built).document())
-    printed = asyncio.run(print_page(page.resolve()))
-    partial = output.with_suffix(".partial")
-    partial.write_bytes(printed)
-    partial.replace(output)
+    results.write(output, asyncio.run(print_page(page.resolve())))
 
 
 def main(argv: list[str] | None = None) -> int:

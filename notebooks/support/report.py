@@ -329,15 +329,13 @@ def tally(decisions: Sequence[Decision]) -> str:
 
 def as_text(decisions: Iterable[Decision]) -> str:
     """A line for every claim, for a terminal."""
-    lines = [(d.claim.id, ours(d), short_verdict(d)) for d in decisions]
+    lines = [
+        (d.claim.id, ours(d), said(d) if d.verdict == claims.PARTLY else d.verdict)
+        for d in decisions
+    ]
     left, right = (max(len(line[k]) for line in lines) for k in (0, 2))
     middle = WIDTH - left - right - 4
     return "\n".join(f"{a:<{left}}  {b[:middle]:<{middle}}  {c}" for a, b, c in lines)
-
-
-def short_verdict(decision: Decision) -> str:
-    """The verdict for a table of the terminal."""
-    return said(decision) if decision.verdict == claims.PARTLY else decision.verdict
 
 
 # For the book.
