@@ -52,12 +52,7 @@ def below(image: nodes.image) -> nodes.container:
 
 
 def fold(group: list[Passport], docname: str) -> list[nodes.Node]:
-    """The passport of a figure: a line to see, and what it unfolds to.
-
-    Args:
-        group: The passports of the figure's runs.
-        docname: The page on which it stands.
-    """
+    """The passport of a figure on a page: a line to see, and what it unfolds to."""
     if not group:
         return [nodes.paragraph("", f"Passport. {MISSING}", classes=["passport"])]
     first, summary = group[0], escape(line(group), quote=False)

@@ -82,10 +82,6 @@ def sources(folder: Path, *, smoke: bool = False) -> tuple[dict[str, Run], dict[
     The experiment of Section 5.3 decides. Where it was made here as a whole and counts, the runs
     made here are told, and the reference fills the gaps; else the reference is told alone.
 
-    Args:
-        folder: Runs that were made here.
-        smoke: Whether those are at smoke size.
-
     Raises:
         BookError: there is no reference run and nothing to show instead.
     """
@@ -173,13 +169,9 @@ def write_pages(
     own: Mapping[str, tuple[Run, Run | None]],
     only: str = "",
 ) -> dict[str, Run]:
-    """Write the executed notebooks; return which run stands in which file.
+    """Write the executed notebooks of the runs that `prepare` gets; return which stands where.
 
-    Args:
-        main: The runs whose numbers the book tells.
-        aside: Runs that do not count.
-        own: Forks, with their originals.
-        only: Write only files whose names begin so.
+    Only files whose names begin with ``only`` are written.
     """
     pages = {f"notebooks/{name}.ipynb": run for name, run in main.items()}
     pages |= {f"not-counted/{name}.ipynb": run for name, run in aside.items()}
@@ -255,11 +247,9 @@ def origin(run: Run) -> str:
 
 
 def notebook_page(run: Run, compared: str) -> str:
-    """The executed notebook as a page: its own title, and on top what it is.
+    """The executed notebook as a page: its own title, and on top what it is, and ``compared``.
 
-    Args:
-        run: The run; where its executed notebook is not kept, the page has no outputs.
-        compared: What else to say on top.
+    Where the executed notebook is not kept, the page has no outputs.
     """
     path = run.folder / "notebook.ipynb"
     if path.is_file():
@@ -332,11 +322,8 @@ def draw_errors(main: Mapping[str, Run]) -> Made:
 def save_pictures(run: Run, made_before: Mapping[str, list[Run]] | None = None) -> Made:
     """Write the picture of every cell that is tagged ``picture:NAME`` to ``NAME.svg``.
 
-    A picture that an earlier run of the same notebook has drawn stays.
-
-    Args:
-        run: The run.
-        made_before: The runs behind the pictures of notebooks that are there.
+    A picture that an earlier run of the same notebook has drawn stays; ``made_before`` has the
+    runs behind those that are there.
 
     Raises:
         BookError: the name does not suit a file or is taken, or the cell has not one SVG output.
@@ -450,11 +437,9 @@ def seeds(group: Mapping[str, Run], prefix: str) -> str:
 
 
 def build(output: Path, *, whole: bool = True) -> Path:
-    """Render ``book/`` with warnings as errors; return the first page.
+    """Render ``book/`` into ``output/_build`` with warnings as errors; return the first page.
 
-    Args:
-        output: Where ``_build`` will lie.
-        whole: Render all pages; else those whose sources changed.
+    If not ``whole``, only the pages whose sources changed are rendered.
 
     Raises:
         BookError: Jupyter Book reported a warning or an error.

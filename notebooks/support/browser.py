@@ -78,12 +78,7 @@ class Tab:
         self.waiting: dict[str, asyncio.Future[Message]] = {}
 
     async def call(self, method: str, *, limit: float = 60, **parameters: Any) -> Message:
-        """Call a method of the DevTools protocol and return its result.
-
-        Args:
-            method: As ``Page.printToPDF``.
-            limit: Seconds to wait.
-            parameters: Of the method.
+        """Call a method of the DevTools protocol, as ``Page.printToPDF``, and return its result.
 
         Raises:
             BrowserError: the browser refused, stopped, or took too long.

@@ -114,10 +114,7 @@ def decide(
 ) -> list[Decision]:
     """Decide every claim by the runs that are there.
 
-    Args:
-        groups: The runs of each experiment that were found.
-        wanted: The names of the runs that each experiment consists of.
-        path: The table of claims.
+    ``wanted`` has the names of the runs that each experiment consists of.
 
     Raises:
         ValueError: the table of claims or that of a run is damaged.

@@ -19,11 +19,8 @@ CASE, KEYS = "run", ["epoch", "layer", "quantity"]
 def original(fork: Run, pool: Iterable[Run]) -> Run | None:
     """The run that a fork is compared with: of its original notebook, with the nearest parameters.
 
-    If that notebook is a fork that was not run, its own original takes its place.
-
-    Args:
-        fork: The fork's run.
-        pool: Where to look; of several that are equally near, the first one.
+    If that notebook is a fork that was not run, its own original takes its place. Of several in
+    the pool that are equally near, it is the first one.
     """
     pool = list(pool)
     for source in forks.origins(fork.name, forks.read()):
@@ -41,13 +38,7 @@ def settings(one: Run, other: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def compare(fork: Run, first: Run, link: str) -> str:
-    """The comparison, in Markdown, for the top of the fork's page.
-
-    Args:
-        fork: The fork's run.
-        first: The original.
-        link: To the original's page.
-    """
+    """The comparison with the original, whose page the link is, for the top of the fork's page."""
     differ = settings(first, fork)
     parts = [f"**Compared with the original**, [{first.record['title']}]({link}).\n"]
     if "dataset" in differ:

@@ -40,11 +40,7 @@ Columns = dict[str, list[Any]]
 
 
 def write_explorers(main: Mapping[str, Run], folder: Path) -> dict[str, list[Run]]:
-    """Write the data and the pictures of both explorers.
-
-    Args:
-        main: The runs whose numbers the book tells.
-        folder: Where the book's generated files lie.
+    """Write the data and the pictures of both explorers into the folder of generated files.
 
     Returns:
         The runs behind the picture that stands for all of them, by its file name.
@@ -115,10 +111,7 @@ def ten_logits() -> Tensor:
 
 
 def eigenvalues_and_bounds(h: Tensor) -> Columns:
-    """What the explorer shows of softmax vectors, a list per name.
-
-    Args:
-        h: [B, C], logits.
+    """What the explorer shows of softmax vectors with the logits h, [B, C]: a list per name.
 
     Returns:
         ``sigma`` and ``eigenvalues`` (of 𝓘, decreasing) have C numbers per input, ``tightest`` and
@@ -292,9 +285,7 @@ def curves(data: pd.DataFrame, at_one: int) -> Columns:
 def try_figure_1(shown: list[Run], runs: list[dict[str, Any]]) -> str:
     """What to try, and what one sees then; the numbers are counted in the runs shown.
 
-    Args:
-        shown: The runs.
-        runs: What `figure_1` makes of each of them.
+    ``runs`` is what `figure_1` makes of each of them.
     """
     kinds = list(dict.fromkeys(run["experiment"] for run in runs))
     of_kind = {k: [run.values for run in shown if run.record["experiment"] == k] for k in kinds}

@@ -60,10 +60,7 @@ def panels(
 def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") -> Figure:
     """Figure 1: one column per layer; variances and bounds above, log(UB/V) below.
 
-    Args:
-        values: The table of one run.
-        record: What made it.
-        warn: What to write on top; empty: what the record itself asks for.
+    ``warn`` is written on top; if it is empty, what the record itself asks for.
     """
     wide = by_layer(values, INDEX)
     layers = list(wide.index.get_level_values("layer").unique())
@@ -90,10 +87,7 @@ def figure_1(values: pd.DataFrame, record: Mapping[str, Any], warn: str = "") ->
 def draw_variances(ax: Axes, data: pd.DataFrame, *, at_one: int) -> None:
     """Fisher information, standard deviations and their upper bounds, on a log scale.
 
-    Args:
-        ax: Where to draw.
-        data: One layer's quantities by epoch.
-        at_one: N, where √V₁ is to be shown for a single label, too; else 1.
+    ``at_one`` is N, where √V₁ is to be shown for a single label, too; else 1.
     """
     ax.set_yscale("log")
     ax.plot(data.I, color=GREEN, linewidth=4, alpha=0.75, label="Fisher information I")
@@ -128,9 +122,7 @@ def draw_ratios(ax: Axes, data: pd.DataFrame) -> None:
 def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
     """V₁/V₂ of every hidden layer over the epochs, one line per run: below 1, Î₁ is the better.
 
-    Args:
-        runs: Tables of values by the name of their line.
-        warn: What to write on top if these runs do not count.
+    ``warn`` is written on top.
     """
     tables = {name: by_layer(values, INDEX) for name, values in runs.items()}
     ratios = {name: wide.V1 / wide.V2 for name, wide in tables.items()}
@@ -155,9 +147,8 @@ def variance_ratios(runs: Mapping[str, pd.DataFrame], warn: str = "") -> Figure:
 def errors_of_one_label(groups: Mapping[str, Mapping[str, tuple[pd.DataFrame, int]]]) -> Figure:
     """Relative error of either estimator with one label, by layer: which to use where.
 
-    Args:
-        groups: For every panel's title the table of values and the number of labels of its runs,
-            by name.
+    The groups have for every panel's title the table of values and the number of labels of its
+    runs, by name.
     """
     parts = {title: relative_errors(runs) for title, runs in groups.items()}
     widths = [part.index.get_level_values("layer").nunique() for part in parts.values()]
@@ -333,11 +324,7 @@ def count_below(tables: Iterable[pd.DataFrame]) -> tuple[int, int]:
 
 
 def seen(values: pd.DataFrame) -> str:
-    """What a run's Figure 1 shows, for those who do not see it.
-
-    Args:
-        values: The table of the run.
-    """
+    """What a run's Figure 1 shows, for those who do not see it."""
     wide = by_layer(values, INDEX)
     both = wide[wide.V2 > 0]
     below, points = count_below([values])

@@ -100,11 +100,7 @@ def specs(forks: Mapping[str, Any] | None = None, *, smoke: bool = False) -> dic
 
 
 def new(name: str, source: str) -> Path:
-    """Copy a notebook under a new name and note it in ``forks.yml``.
-
-    Args:
-        name: Of the fork.
-        source: Name of the notebook, with or without ``.ipynb``.
+    """Copy a notebook, named with or without ``.ipynb``, and note the fork in ``forks.yml``.
 
     Raises:
         RunError: the name does not suit or is taken, or there is no such notebook.
@@ -220,12 +216,7 @@ def suited(name: str, value: Any, default: Any) -> Any:
 def run(name: str, folder: Path, dataset: str, *, given: str = "", smoke: bool = False) -> None:
     """Make a fork, or a run of ``runs.yml``, unless it is finished already.
 
-    Args:
-        name: Of the fork or run.
-        folder: Where results lie.
-        dataset: "mnist" or "digits".
-        given: Other parameters, as for `with_parameters`; kept if the fork runs with them.
-        smoke: Whether to make it at smoke size.
+    Other parameters are given as for `with_parameters`, and kept if the fork runs with them.
 
     Raises:
         RunError: it failed.

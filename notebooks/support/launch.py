@@ -64,12 +64,7 @@ def address(setting: str | None) -> str:
 
 
 def with_cell(text: str, url: str) -> str:
-    """A notebook's text with the cell for this address as its first code; with none if it is empty.
-
-    Args:
-        text: The notebook, as nbformat writes it.
-        url: As `repo_url` gives it.
-    """
+    """A notebook as text, with the cell for an address as first code; with none if it is empty."""
     notebook = nbformat.reads(text, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if TAG not in cells.tags(cell)]
     if url:
@@ -80,13 +75,7 @@ def with_cell(text: str, url: str) -> str:
 
 
 def with_line(text: str, head: str, form: str, url: str) -> str:
-    r"""A text with a line that names the address, or without it if that is empty.
-
-    Args:
-        text: The text.
-        head: The line below which it stands.
-        form: The line, with ``{}`` for the address.
-        url: As `repo_url` gives it.
+    r"""A text with a line that names the address below its head, or without it if that is empty.
 
     >>> with_line("a\nb: 1\nc\n", "a", "b: {}", "2")
     'a\nb: 2\nc\n'

@@ -23,12 +23,7 @@ Passport = dict[str, Any]
 
 
 def passport(run: Run, page: str) -> Passport:
-    """What made a run, in full.
-
-    Args:
-        run: The run.
-        page: The run's executed notebook, from the folder of the passports.
-    """
+    """What made a run, in full; the page is its executed notebook, from the passports' folder."""
     record, notebook = run.record, ready(run)
     return {
         "run": run.name,

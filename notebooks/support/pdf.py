@@ -195,11 +195,7 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
 
 
 def write_pdf(built: Path, output: Path) -> None:
-    """Print a built book.
-
-    Args:
-        built: The folder with its ``index.html``.
-        output: The PDF; beside it stays the page that was printed.
+    """Print the book in a folder; beside the PDF stays the page that was printed.
 
     Raises:
         BrowserError: see `print_page`.

@@ -42,15 +42,7 @@ class Quote(NamedTuple):
 def quotes(
     plan: Mapping[str, Spec], folder: Path, reference: Path, dataset: str, here: float
 ) -> list[Quote]:
-    """What every planned run will take.
-
-    Args:
-        plan: The runs.
-        folder: Where results are made on this machine.
-        reference: Where published results lie.
-        dataset: "mnist" or "digits".
-        here: This machine's `speed.calibration`.
-    """
+    """What every planned run will take; ``here`` is this machine's `speed.calibration`."""
     mine = results.load(folder, plan)
     known = results.load(reference, plan) | mine
     return [quote(spec, plan, known, state(spec, mine, folder, dataset), here)

@@ -151,15 +151,11 @@ def compare(found: Mapping[str, Run], reference: Mapping[str, Run]) -> list[Comp
 
 
 def compare_one(run: Run, group: Mapping[str, Run]) -> Comparison:
-    """Compare a run with the reference run of its name.
+    """Compare a run with the reference run of its name, in the group of its experiment.
 
     On one machine, with the same versions, every difference counts. Elsewhere training drifts
     from the last bits on, so values are compared on the log scale, and what two seeds of the
     reference differ by says how much is nothing. Without other seeds, rounding is granted.
-
-    Args:
-        run: One's own run.
-        group: The reference runs of its experiment.
     """
     there, figure = group[run.name], FIGURES.get(run.name, run.name)
     if other := differences(run, there):
@@ -342,12 +338,7 @@ def as_text(decisions: Iterable[Decision]) -> str:
 
 
 def landing(found: Mapping[str, Run], made: str) -> str:
-    """What was found, in a few lines for the first page.
-
-    Args:
-        found: The runs whose numbers the book tells.
-        made: Whose runs these are, in words.
-    """
+    """What was found, in a few lines for the first page; ``made`` says whose runs these are."""
     decisions = decide(found)
     by_id = {d.claim.id: d for d in decisions}
     lines = [
@@ -379,9 +370,6 @@ def landing(found: Mapping[str, Run], made: str) -> str:
 
 def facts(found: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """The report's numbers one by one, as texts for running text and for the heads of pages.
-
-    Args:
-        found: The runs whose numbers the book tells.
 
     Returns:
         ``claims``: by id the verdict, how many cases there are and are within, their least, median

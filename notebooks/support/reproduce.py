@@ -142,15 +142,10 @@ def in_order(quotes: Sequence[Quote]) -> list[Quote]:
 def make_all(
     folder: Path, dataset: str, digest: str, jobs: int, prefix: Sequence[str], *, smoke: bool
 ) -> None:
-    """Make all runs of ``runs.yml`` that are not finished.
+    """Make all runs of ``runs.yml`` that are not finished, so many jobs at a time.
 
-    Args:
-        folder: Where they lie.
-        dataset: "mnist" or "digits".
-        digest: The data set's.
-        jobs: How many at a time; 0: as many as fit, or all of them if a scheduler takes them.
-        prefix: A command that is put before every run, such as ``srun -n1``.
-        smoke: Whether to make them at smoke size.
+    With 0 jobs: as many as fit, or all of them if a scheduler takes them. The prefix is a command
+    that is put before every run, such as ``srun -n1``.
 
     Raises:
         RunError: one failed, or the plan is not as it should be.

@@ -117,12 +117,7 @@ def save(folder: str | Path, values: pd.DataFrame | None, made_by: Mapping[str, 
 
 
 def load(folder: Path, names: Collection[str] | None = None) -> dict[str, Run]:
-    """The finished runs in a folder of runs, by name; what is half-made or damaged is none.
-
-    Args:
-        folder: Where the runs lie.
-        names: Which runs are wanted; all if None.
-    """
+    """The finished runs in a folder, all or those named; what is half-made or damaged is none."""
     found = {}
     for path in sorted(folder.glob("*/record.json")):
         run, made_by = path.parent, read_record(path.parent)

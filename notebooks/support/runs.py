@@ -100,12 +100,9 @@ class Attempts:
 def specs(
     path: Path = NOTEBOOKS / "runs.yml", *, smoke: bool = False, section: str = "runs"
 ) -> dict[str, Spec]:
-    """All runs of ``runs.yml`` by name.
+    """All runs of a section of ``runs.yml`` by name.
 
-    Args:
-        path: The file.
-        smoke: At smoke size.
-        section: "runs", or "large": those that `make run` makes alone, at the size of a GPU.
+    The section "large" has those that `make run` makes alone, at the size of a GPU.
 
     Raises:
         RunError: the file is not as it should be.
@@ -180,12 +177,7 @@ def check_entry(
 
 
 def execute(spec: Spec, folder: Path, dataset: str) -> bool:
-    """Make a run unless it is finished already; return whether it was made now.
-
-    Args:
-        spec: The run.
-        folder: Where the runs lie; this one will be ``folder / spec.name``.
-        dataset: "mnist" or "digits", for notebooks that have such a parameter.
+    """Make a run, ``folder / spec.name``, unless it is finished; return whether it was made now.
 
     Raises:
         RunError: the parameters do not fit the notebook, or a cell failed.
@@ -208,9 +200,8 @@ def execute(spec: Spec, folder: Path, dataset: str) -> bool:
 def begin(folder: Path, digest: str) -> tuple[Path, Attempts]:
     """The folder for an attempt at a run: the one of an interrupted attempt at the same, if any.
 
-    Args:
-        folder: Where the unfinished folders of the run lie; those of others than this are removed.
-        digest: Of what the run is made of. The machine counts, too: the last bits depend on it.
+    Others in the folder of the run's attempts are removed. Attempts are the same if what the run is
+    made of has the same digest, and if the machine is the same: the last bits depend on it.
     """
     machine = (results.processor(), torch.__version__, speed.gpu() or "no GPU")
     partial = folder / results.digest(x.encode() for x in (digest, *machine))[:12]
@@ -250,12 +241,7 @@ def fingerprint(spec: Spec, dataset: str, digest: str = "") -> str:
     """SHA-256 of what a run is made of: code, parameters, data, and versions of libraries.
 
     Of the notebook, the code cells and their tags count; text and stored outputs do not. So do the
-    files that they import, but for docstrings.
-
-    Args:
-        spec: The run.
-        dataset: "mnist" or "digits".
-        digest: The data set's digest, where that is known; else the data are read.
+    files that they import, but for docstrings. The data are read if their digest is not given.
     """
     parts = [json.dumps([of_notebook.tags(c), c.source]) for c in code_cells(spec.notebook)]
     parts += [repr(sorted(spec.parameters.items()))]

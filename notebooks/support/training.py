@@ -64,9 +64,7 @@ def mlp(widths: Sequence[int], activation: str, dropout: float = 0.0) -> nn.Sequ
 def initialise(net: nn.Module, weights: str) -> None:
     """Draw the weights of all dense layers anew, with biases 0; "default" leaves PyTorch's.
 
-    Args:
-        net: A network with ``nn.Linear`` layers.
-        weights: "default", "Kaiming" or "Xavier" (normal, as of ``torch.nn.init``).
+    "Kaiming" and "Xavier" are normal, as of ``torch.nn.init``.
 
     Raises:
         ValueError: there is no such way.

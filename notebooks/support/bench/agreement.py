@@ -67,11 +67,7 @@ def largest_difference(found: dict[str, Tensor], exact: dict[str, Tensor], scale
     """The largest over the parameters, each relative to its own norm.
 
     Where that is tiny, or 0 as of V₂ in the last layer, a thousandth of the largest one counts.
-
-    Args:
-        found: The candidate's values.
-        exact: The exact ones.
-        scale: What a norm is at least, by parameter.
+    ``scale`` is what a norm is at least, by parameter.
     """
     largest = max(float(t.norm()) for t in exact.values())
     worst = 0.0

@@ -203,12 +203,7 @@ def hopeless(rows: Sequence[Row], batch: int) -> Row | None:
 
 
 class Meter:
-    """Runs work, and tells how long it took and how much memory it added.
-
-    Args:
-        device: "cpu" or "cuda".
-        clock: Which seconds count.
-    """
+    """Runs work, and tells how long it took by a clock, and how much memory it added."""
 
     def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self.cuda, self.clock = device == "cuda", clock

@@ -104,12 +104,7 @@ def cell(name: str, key: str, quick: bool, exact: Exact | None) -> tuple[Row, Ex
 def measured(task: Task, key: str, exact: Exact | None, seen: list[Any], quick: bool) -> Row:
     """The first call, the later ones in turn with the unit, and the error reached.
 
-    Args:
-        task: The network.
-        key: The call.
-        exact: I, where it is affordable.
-        seen: Gets what the first call returns.
-        quick: One later call only.
+    ``seen`` gets what the first call returns. If ``quick``, there is one later call only.
     """
     measure.prepare_torch(1)
     model, batch = architectures.problem(task)
