@@ -148,17 +148,15 @@ def code(value: Any) -> str:
 
 def code_changes(first: Run, fork: Run) -> str:
     """The lines of code that differ, but for the parameters."""
-    one, other = ("\n\n".join(sources(run)).splitlines() for run in (first, fork))
+    one, other = (
+        "\n\n".join(compared(passports.ready(run).cells)).splitlines() for run in (first, fork)
+    )
     lines = difflib.unified_diff(one, other, lineterm="", n=2)
     return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
 
 
-def sources(run: Run) -> list[str]:
-    """The code cells of a run's notebook that `compared` keeps."""
-    return compared([c for c in passports.ready(run).cells if c.cell_type == "code"])
-
-
 def compared(found: list[NotebookNode]) -> list[str]:
-    """Code cells but for the parameters, `forks.MARK`, and the cell of `launch`."""
-    kept = [c for c in found if not {"parameters", launch.TAG} & set(cells.tags(c))]
+    """The code of cells but for the parameters, `forks.MARK`, and the cell of `launch`."""
+    left_out = {"parameters", launch.TAG}
+    kept = [c for c in found if c.cell_type == "code" and not left_out & set(cells.tags(c))]
     return [c.source.replace(forks.MARK, "") for c in kept]

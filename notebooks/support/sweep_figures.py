@@ -48,7 +48,7 @@ def validity(values: pd.DataFrame) -> Figure:
     Args:
         values: The tables of the runs of the sweep, one after another.
     """
-    last = at_the_end(values)
+    last = values[values.epoch == values.groupby("run").epoch.transform("max")]
     activation_of = last.run.map(lambda run: network(run).activation)
     activations = list(dict.fromkeys(activation_of))
     size = (1.45 * len(activations) + 0.9, 3.9)
@@ -89,8 +89,3 @@ def draw_looseness(ax: Axes, data: pd.DataFrame, activation: str) -> None:
             label=f"UB/$V_{which[1]}$",
         )  # fmt: skip
     ax.set_xticks(sorted(set(depth)))
-
-
-def at_the_end(values: pd.DataFrame) -> pd.DataFrame:
-    """The rows of every network's last epoch."""
-    return values[values.epoch == values.groupby("run").epoch.transform("max")]

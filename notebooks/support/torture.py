@@ -276,11 +276,6 @@ def images(module: nn.Module, features: int) -> nn.Sequential:
     )
 
 
-def act(function: Callable[[Tensor], Tensor]) -> nn.Sequential:
-    """A function of the hidden units."""
-    return around(By(lambda _, s: function(s)))
-
-
 def vectors() -> Tensor:
     """[B, 3]."""
     return torch.randn(INPUTS, 3)

@@ -18,7 +18,7 @@ from fimlib import Categorical, Derivatives, Diagonal, Family, Interval, project
 from fimlib.families import Positions
 from support.checks import cases as make
 from support.checks.check import Check, at_most, equal, finding, together
-from support.checks.exact import Oracle, flat, oracle
+from support.checks.exact import Oracle, flat, oracle, variance_over_labels
 
 FAMILY = Categorical()
 SIGNS = (-1.0, 1.0)
@@ -184,8 +184,7 @@ def best_mixture(_cases: int) -> Check:
             for name, p in o.net.named_parameters()
         ])  # fmt: skip
         mixed = (found.weight_i1 * o.i1 + (1 - found.weight_i1) * o.i2)[..., at]
-        mean = torch.einsum("xk,xki->xi", o.p, mixed)
-        variance = torch.einsum("xk,xki->xi", o.p, (mixed - mean[:, None]).square())
+        variance = variance_over_labels(o.p, mixed)
         ours = torch.tensor([found.variance], dtype=torch.float64)
         size = (o.p[..., None] * o.i1.square())[..., at].sum(1).mean(0).sum()
         parts.append(equal(ours, variance.mean(0).sum()[None], size))

@@ -15,7 +15,12 @@ import fimlib
 from fimlib import Categorical, Gaussian
 from support.checks import cases as make
 from support.checks.check import Check, at_most, equal, together
-from support.checks.exact import function_of_parameters, oracle
+from support.checks.exact import (
+    expectation,
+    function_of_parameters,
+    oracle,
+    variance_over_labels,
+)
 
 FAMILY = Categorical()
 
@@ -69,10 +74,8 @@ def block_by_its_gram_matrix(_cases: int) -> Check:
     J = torch.cat([o.derivs.jacobian(name).flatten(2) for name in o.names], 2)
     found = block(gram(J), o.derivs.outputs)
     products = torch.einsum("xyi,xyj->xyij", o.gradients, o.gradients)
-    mean = torch.einsum("xy,xyij->xij", o.p, products)
-    squares = torch.einsum("xy,xyij->xij", o.p, (products - mean[:, None]).square())
-    parts.append(equal(found.variance_i1, squares.sum((1, 2))))
-    parts.append(equal(found.fisher, mean.square().sum((1, 2))))
+    parts.append(equal(found.variance_i1, variance_over_labels(o.p, products).sum((1, 2))))
+    parts.append(equal(found.fisher, expectation(o.p, products).square().sum((1, 2))))
     return together(*parts)
 
 
@@ -84,9 +87,7 @@ def block_of_second_derivatives(_cases: int) -> Check:
     residuals = torch.eye(3, dtype=torch.float64) - o.p[:, None]
     noise = torch.einsum("xka,xaij->xkij", residuals, second)
     ours = torch.einsum("xk,xkij->x", o.p, noise.square())
-    mean = torch.einsum("xy,xyij->xij", o.p, o.hessians)
-    slow = torch.einsum("xy,xyij->xij", o.p, (o.hessians - mean[:, None]).square())
-    return equal(ours, slow.sum((1, 2)))
+    return equal(ours, variance_over_labels(o.p, o.hessians).sum((1, 2)))
 
 
 def block_below_its_bound(cases: int) -> Check:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fimlib
-from fimlib import Bernoulli, Categorical, Derivatives, Family, Gaussian, Spectrum
+from fimlib import Bernoulli, Categorical, Derivatives, Diagonal, Family, Gaussian, Spectrum
 from support.checks import cases as make
 from support.checks.check import ABSOLUTE, Check, at_most, equal, together
 
@@ -52,17 +52,19 @@ def trained(activation: make.Activation, count: int) -> tuple[Derivatives, Spect
     return derivs, fimlib.spectrum(CATEGORICAL, derivs.outputs)
 
 
+def quantity(which: int, derivs: Derivatives, family: Family) -> Diagonal:
+    """I, V₁ or V₂."""
+    if which == 0:
+        return fimlib.fisher_information(derivs, family)
+    variance = (fimlib.variance_i1, fimlib.variance_i2)[which - 1]
+    return variance(derivs, family, num_samples=NUM_SAMPLES)
+
+
 def one_theorem_4_1(
     which: int, family: Family, derivs: Derivatives, eigenvalues: Spectrum, centred: bool
 ) -> tuple[Check, Check]:
     """Both bounds at all parameters of one set of derivatives."""
-    value = (
-        fimlib.fisher_information(derivs, family)
-        if which == 0
-        else (fimlib.variance_i1, fimlib.variance_i2)[which - 1](
-            derivs, family, num_samples=NUM_SAMPLES
-        )
-    )
+    value = quantity(which, derivs, family)
     bounds = fimlib.theorem_4_1(
         derivs, family, num_samples=NUM_SAMPLES, eigenvalues=eigenvalues, centred=centred
     )
@@ -208,20 +210,16 @@ def matrices(cases: int) -> tuple[Matrices, ...]:
     return (*groups, Matrices(*trained(nn.Sigmoid, inputs(cases))))
 
 
-def totals(derivs: Derivatives) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i I, Σ_i V₁ and Σ_i V₂, [B] each."""
-    return (
-        fimlib.fisher_information(derivs, CATEGORICAL).total(),
-        fimlib.variance_i1(derivs, CATEGORICAL, num_samples=NUM_SAMPLES).total(),
-        fimlib.variance_i2(derivs, CATEGORICAL, num_samples=NUM_SAMPLES).total(),
-    )
+def total(which: int, derivs: Derivatives) -> Tensor:
+    """Σ_i I, Σ_i V₁ or Σ_i V₂, [B]."""
+    return quantity(which, derivs, CATEGORICAL).total()
 
 
 def size(which: int, derivs: Derivatives) -> Tensor:
     """What cancels on the way to the totals: in ΣV₁ the squares, of size Σ I² + V₁."""
     if which != 1:
         return torch.zeros(len(derivs.outputs), dtype=torch.float64)
-    return fimlib.fisher_information(derivs, CATEGORICAL).square().total() + totals(derivs)[1]
+    return quantity(0, derivs, CATEGORICAL).square().total() + total(1, derivs)
 
 
 def corollary_4_6(which: int, cases: int) -> Check:
@@ -231,7 +229,7 @@ def corollary_4_6(which: int, cases: int) -> Check:
         bound = fimlib.corollary_4_6(derivs, CATEGORICAL, num_samples=NUM_SAMPLES, eigenvalues=lam)[
             which
         ]
-        parts.append(at_most(totals(derivs)[which], bound.upper, 10 * size(which, derivs)))
+        parts.append(at_most(total(which, derivs), bound.upper, 10 * size(which, derivs)))
     return together(*parts)
 
 
@@ -257,8 +255,8 @@ def theorem_c_1(which: int, cases: int) -> Check:
         lower, upper = fimlib.trace_bounds.theorem_c_1(
             derivs, CATEGORICAL, num_samples=NUM_SAMPLES
         )[which]
-        total, rounding = totals(derivs)[which], 10 * size(which, derivs)
-        parts += [at_most(lower, total, rounding), at_most(total, upper, rounding)]
+        exact, rounding = total(which, derivs), 10 * size(which, derivs)
+        parts += [at_most(lower, exact, rounding), at_most(exact, upper, rounding)]
     return together(*parts)
 
 
@@ -377,13 +375,9 @@ def proposition_5_1(cases: int) -> Check:
         J, S = (make.normal(10, num_outputs, cases // 40, seed=s) for s in (5, 6))
         derivs = make.as_derivatives(h, J, S)
         bounds = fimlib.theorem_4_1(derivs, family, num_samples=NUM_SAMPLES)
-        values = (
-            fimlib.fisher_information(derivs, family),
-            fimlib.variance_i1(derivs, family, num_samples=NUM_SAMPLES),
-            fimlib.variance_i2(derivs, family, num_samples=NUM_SAMPLES),
-        )
-        for value, interval in zip(values, bounds, strict=True):
-            parts += [equal(side["theta"], value["theta"]) for side in interval]
+        for which, interval in enumerate(bounds):
+            value = quantity(which, derivs, family)["theta"]
+            parts += [equal(side["theta"], value) for side in interval]
         lam = fimlib.spectrum(family, h)
         ones = torch.ones(10, dtype=torch.float64)
         parts += [equal(e, ones * k) for e, k in zip(lam, (1, 1, 2, 2), strict=True)]

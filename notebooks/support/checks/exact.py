@@ -293,6 +293,15 @@ def eq_20(_cases: int) -> Check:
     return together(*parts)
 
 
+def of_biases(derivs: Derivatives, chosen: Tensor) -> Derivatives:
+    """The derivatives in the biases alone, at chosen inputs."""
+    blocks = tuple(
+        fimlib.Block(b.layer, b.J[chosen], b.second[chosen], {f"{b.layer}.bias": None})
+        for b in derivs.blocks
+    )
+    return Derivatives(derivs.outputs[chosen], blocks)
+
+
 def eq_20_sampled(_cases: int, repeats: int = 4000) -> Check:
     """The same by simulation on a trained network: 8 inputs of 200, 4 labels each; its biases."""
     n_x, n_y, population = 8, 4, 200
@@ -301,11 +310,7 @@ def eq_20_sampled(_cases: int, repeats: int = 4000) -> Check:
     joint.update(derivs)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(population, (repeats * n_x,), generator=generator)
-    blocks = tuple(
-        fimlib.Block(b.layer, b.J[chosen], b.second[chosen], {f"{b.layer}.bias": None})
-        for b in derivs.blocks
-    )
-    drawn_inputs = Derivatives(derivs.outputs[chosen], blocks)
+    drawn_inputs = of_biases(derivs, chosen)
     labels = FAMILY.sample(drawn_inputs.outputs, n_y, generator)
     parts = []
     for estimate, variance in (
@@ -330,10 +335,10 @@ def chebyshev(cases: int) -> Check:
     relative_error, confidence, inputs = 0.5, 0.9, 10
     repeats = -(-cases // inputs)
     generator, parts = torch.Generator().manual_seed(0), []
-    for block in make.trained_derivatives(inputs=inputs).blocks:
-        layer = fimlib.Block(block.layer, block.J, block.S, {"bias": None})
+    derivs = of_biases(make.trained_derivatives(inputs=inputs), torch.arange(inputs))
+    for block in derivs.blocks:
+        one, name = Derivatives(derivs.outputs, (block,)), f"{block.layer}.bias"
         for estimator, estimate in ((1, fimlib.estimate_i1), (2, fimlib.estimate_i2)):
-            one = Derivatives(make.trained_derivatives(inputs=inputs).outputs, (layer,))
             needed = fimlib.num_samples_needed(
                 one,
                 FAMILY,
@@ -341,22 +346,12 @@ def chebyshev(cases: int) -> Check:
                 confidence=confidence,
                 estimator=estimator,
             )[block.layer]
-            fisher = fimlib.fisher_information(one, FAMILY)["bias"]
+            fisher = fimlib.fisher_information(one, FAMILY)[name]
             failures = torch.zeros(inputs, dtype=torch.float64)
             for at in range(inputs):
-                copies = Derivatives(
-                    one.outputs[at].expand(repeats, -1),
-                    (
-                        fimlib.Block(
-                            block.layer,
-                            block.J[at].expand(repeats, -1, -1),
-                            block.second[at].expand(repeats, -1, -1),
-                            {"bias": None},
-                        ),
-                    ),
-                )
+                copies = of_biases(one, torch.full((repeats,), at))
                 labels = FAMILY.sample(copies.outputs, int(needed[at]), generator)
-                error = (estimate(copies, labels)["bias"] - fisher[at]).norm(dim=1)
+                error = (estimate(copies, labels)[name] - fisher[at]).norm(dim=1)
                 failures[at] = (error >= relative_error * fisher[at].norm()).double().mean()
             allowed = torch.full_like(failures, 1 - confidence)
             parts.append(at_most(failures, allowed, 0.0)._replace(cases=repeats * inputs))
