@@ -113,19 +113,12 @@ def _best(label: str, lines: list[tuple[_Panel, Artist]], size: float) -> _Place
 
 
 class _Place(NamedTuple):
-    """Where a label can stand.
+    """Where a label can stand."""
 
-    Attributes:
-        worth: The more, the better; -inf: it cannot stand there.
-        panel: Where.
-        box: What it covers, [4].
-        leader: The ends of a line from there to the line it names, [2, 2], or [0, 2]: neighbours.
-    """
-
-    worth: float
+    worth: float  # the more, the better; -inf: it cannot stand there
     panel: _Panel
-    box: Array
-    leader: Points
+    box: Array  # what it covers, [4]
+    leader: Points  # ends of a line from there to the line it names, [2, 2], or [0, 2]: neighbours
 
 
 class _Panel:

@@ -124,19 +124,12 @@ def decide(found: Mapping[str, Run]) -> list[Decision]:
 
 
 class Comparison(NamedTuple):
-    """A run beside the reference run of its name.
+    """A run beside the reference run of its name."""
 
-    Attributes:
-        figure: The paper's figure, or the run's name.
-        how: Which kind of comparison was made.
-        moved: Whether the values are others, by that kind's measure.
-        text: What was found.
-    """
-
-    figure: str
-    how: str
-    moved: bool
-    text: str
+    figure: str  # the paper's figure, or the run's name
+    how: str  # which kind of comparison was made
+    moved: bool  # whether the values are others, by that kind's measure
+    text: str  # what was found
 
 
 def compare(found: Mapping[str, Run], reference: Mapping[str, Run]) -> list[Comparison]:

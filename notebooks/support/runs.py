@@ -44,7 +44,6 @@ from support import cells as of_notebook
 from support import checkpoint, cli, data, figures, imports, launch, results, speed
 
 NOTEBOOKS = results.ROOT / "notebooks"
-SUPPORT = NOTEBOOKS / "support"
 FIMLIB = results.ROOT / "fimlib"
 # How the entries of runs.yml look.
 FORMS: dict[str, tuple[type, str]] = {

@@ -48,25 +48,15 @@ CLASSES = fimlib.Categorical()
 
 @dataclass(frozen=True)
 class Trap:
-    """A network, and what is hard about it.
+    """A network, and what is hard about it."""
 
-    Attributes:
-        group: Of the page.
-        what: The network, in a few words.
-        make: Makes it.
-        inputs: Makes its inputs, [B, ...].
-        hard: What may go wrong.
-        refused: Whether fimlib has to refuse it.
-        training: Whether it stays in training mode.
-    """
-
-    group: str
-    what: str
+    group: str  # of the page
+    what: str  # the network, in a few words
     make: Callable[[], nn.Module]
-    inputs: Callable[[], Tensor]
-    hard: str
-    refused: bool = False
-    training: bool = False
+    inputs: Callable[[], Tensor]  # makes its inputs, [B, ...]
+    hard: str  # what may go wrong
+    refused: bool = False  # whether fimlib has to refuse it
+    training: bool = False  # whether it stays in training mode
 
 
 # The right value.

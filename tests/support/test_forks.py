@@ -32,7 +32,7 @@ def pretend(folder, monkeypatch):
     for name in ("mnist", "checks"):
         text = (runs.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
         (folder / f"{name}.ipynb").write_text(text, encoding="utf-8")
-    (folder / "support").symlink_to(runs.SUPPORT)
+    (folder / "support").symlink_to(results.ROOT / "notebooks" / "support")
     spec = runs.Spec("first", "The first", folder / "mnist.ipynb", SIZE | {"seed": 0}, "first")
     monkeypatch.setattr(
         runs, "specs", lambda section="runs", **_: {"first": spec} if section == "runs" else {}

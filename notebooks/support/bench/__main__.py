@@ -14,8 +14,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,16 +89,15 @@ def confirmed(quick: bool) -> Row:
         for batch in QUICK_CONFIRMED if quick else CONFIRMED_BATCHES:
             for order in (1, 2):
                 row = attempt(measure.confirmation, Case(network, batch, quick=quick), order)
-                assert isinstance(row, dict)
                 rows.append(row)
                 print(f"check, {network}, B = {batch:,}, order {order}: {row.get('check')}")
     return {"record": record(started, load, quick), "rows": rows}
 
 
-def attempt(work: object, *arguments: object) -> object:
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a measurement in a process of its own; where it fails, a row that says so."""
     try:
-        return apart.apart(work, *arguments)  # type: ignore[arg-type]
+        return apart.apart(work, *arguments)
     except (RuntimeError, TimeoutError) as error:
         return {"status": "failed", "why": str(error)}
 
@@ -134,7 +134,6 @@ def on_threads(key: str, case: Case, numbers: Sequence[int]) -> Row:
     row: Row = {}
     for number in numbers:
         found = attempt(measure.measure, key, case, number)
-        assert isinstance(found, dict)
         if row and found["status"] == "measured":
             row["times"] |= found["times"]
         row = row or found

@@ -24,24 +24,15 @@ Batch = Tensor | dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A network, a batch of its inputs, and what its outputs mean.
+    """A network, a batch of its inputs, and what its outputs mean."""
 
-    Attributes:
-        title: What it is, in words.
-        make: Makes it, weights from torch's generator.
-        batch: Makes a batch.
-        family: Of its labels.
-        options: What ``accumulate``, ``estimate`` and ``summarise`` need beyond model, inputs and
-            family: ``forward`` and ``layers``.
-        packages: What pip calls the libraries that it needs, apart from torch.
-    """
-
-    title: str
-    make: Callable[[], nn.Module]
+    title: str  # what it is, in words
+    make: Callable[[], nn.Module]  # weights from torch's generator
     batch: Callable[[], Batch]
-    family: fimlib.Family = CLASSES
-    options: Mapping[str, Any] = field(default_factory=dict)
-    packages: tuple[str, ...] = ()
+    family: fimlib.Family = CLASSES  # of its labels
+    # What ``accumulate``, ``estimate`` and ``summarise`` need beyond model, inputs and family:
+    options: Mapping[str, Any] = field(default_factory=dict)  # ``forward`` and ``layers``
+    packages: tuple[str, ...] = ()  # what pip calls the libraries that it needs, apart from torch
 
     def inputs(self, batch: Batch) -> Tensor | list[Batch]:
         """What fimlib gets: a tensor, or a list of batches of any kind."""

@@ -32,25 +32,15 @@ PASSES = 32  # of ``estimate``, by default
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that can be measured.
+    """Something that can be measured."""
 
-    Attributes:
-        name: In the tables.
-        computes: What, in words.
-        prepare: From a model, which it may change, and a network to the function that is timed.
-        on: The networks that it is measured on.
-        package: What pip calls the library that it needs; "" for torch and fimlib.
-        estimate: Whether its values are random, with the exact ones as their mean.
-        passes: What the cost of a call is divided by.
-    """
-
-    name: str
-    computes: str
-    prepare: Prepare
-    on: tuple[str, ...] = CLASSIFIERS
-    package: str = ""
-    estimate: bool = False
-    passes: int = 1
+    name: str  # in the tables
+    computes: str  # what, in words
+    prepare: Prepare  # from a model, which it may change, and a network to the function timed
+    on: tuple[str, ...] = CLASSIFIERS  # the networks that it is measured on
+    package: str = ""  # what pip calls the library that it needs; "" for torch and fimlib
+    estimate: bool = False  # whether its values are random, with the exact ones as their mean
+    passes: int = 1  # what the cost of a call is divided by
 
 
 def unit(model: nn.Module, network: Network) -> Call:

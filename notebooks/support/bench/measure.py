@@ -36,21 +36,13 @@ class TooLong(BaseException):
 
 @dataclass(frozen=True)
 class Case:
-    """Where a candidate is measured.
+    """Where a candidate is measured."""
 
-    Attributes:
-        network: A name, or the widths of an MLP.
-        batch: B, the inputs.
-        device: "cpu" or "cuda".
-        quick: The tiny networks, and three repetitions.
-        check: Whether values are compared.
-    """
-
-    network: str | tuple[int, ...]
-    batch: int
-    device: str = "cpu"
-    quick: bool = False
-    check: bool = True
+    network: str | tuple[int, ...]  # a name, or the widths of an MLP
+    batch: int  # B, the inputs
+    device: str = "cpu"  # or "cuda"
+    quick: bool = False  # the tiny networks, and three repetitions
+    check: bool = True  # whether values are compared
 
 
 def heading(key: str, case: Case) -> Row:

@@ -19,25 +19,15 @@ CLASSES = fimlib.Categorical()
 
 @dataclass(frozen=True)
 class Network:
-    """A network to measure.
+    """A network to measure."""
 
-    Attributes:
-        title: What it is, in words.
-        shape: Of one input.
-        make: Makes it, weights from torch's generator.
-        outputs: T, for one input.
-        batches: B, the inputs.
-        family: Of its labels.
-        loss: The mean over the batch, as in training.
-    """
-
-    title: str
-    shape: tuple[int, ...]
-    make: Callable[[], nn.Module]
-    outputs: int
-    batches: Sequence[int] = BATCHES
-    family: fimlib.Family = CLASSES
-    loss: Loss = nn.functional.cross_entropy
+    title: str  # what it is, in words
+    shape: tuple[int, ...]  # of one input
+    make: Callable[[], nn.Module]  # weights from torch's generator
+    outputs: int  # T, for one input
+    batches: Sequence[int] = BATCHES  # B, the inputs
+    family: fimlib.Family = CLASSES  # of its labels
+    loss: Loss = nn.functional.cross_entropy  # the mean over the batch, as in training
 
 
 def mlp(*widths: int) -> nn.Sequential:

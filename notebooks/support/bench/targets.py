@@ -33,21 +33,14 @@ def quotient(
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached.
+    """What is to be reached."""
 
-    Attributes:
-        text: The cost, in words.
-        bound: How much at most, or at least.
-        at_most: Which of the two.
-        value: Reads it off; None where it was not measured. With the batch, if that varies.
-        limit: What stands in the way, told where it is missed.
-    """
-
-    text: str
-    bound: float
-    at_most: bool
+    text: str  # the cost, in words
+    bound: float  # how much at most, or at least
+    at_most: bool  # which of the two
+    # Reads it off; None where it was not measured. With the batch, if that varies.
     value: Callable[[Found], float | tuple[float, int] | None]
-    limit: str
+    limit: str  # what stands in the way, told where it is missed
 
 
 def large(found: Found, network: str) -> int:

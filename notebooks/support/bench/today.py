@@ -33,17 +33,11 @@ Values = tuple[object, float | None]  # what a call returns; the error that it s
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the README.
+    """A call of the README."""
 
-    Attributes:
-        text: In the table.
-        function: One of those below.
-        options: Its arguments, beyond those of the network.
-    """
-
-    text: str
-    function: Callable[..., Values]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    text: str  # in the table
+    function: Callable[..., Values]  # one of those below
+    options: Mapping[str, Any] = field(default_factory=dict)  # beyond those of the network
 
 
 def estimated(*network: Any, **options: Any) -> Values:
@@ -182,7 +176,7 @@ def standard_errors(one: LayerEstimate, right: float) -> float:
 # All cells.
 
 
-def rows(quick: bool, attempt: Callable[..., object], of: Sequence[str] | None = None) -> list[Row]:
+def rows(quick: bool, attempt: Callable[..., Any], of: Sequence[str] | None = None) -> list[Row]:
     """Every call of every network; the exact one comes first, to compare the estimates with it."""
     found = []
     for name in of or [*architectures.tasks(quick)]:
@@ -193,7 +187,6 @@ def rows(quick: bool, attempt: Callable[..., object], of: Sequence[str] | None =
             out_of_reach = own.get(EXACT, {}).get("status") == "skipped" and key not in ESTIMATES
             result = (own[EXACT], None) if out_of_reach else attempt(cell, name, key, quick, exact)
             row, I = result if isinstance(result, tuple) else (result, None)
-            assert isinstance(row, dict)
             exact = exact or I
             own[key] = row | head
             print(f"today, {name}, {key}: {shown(own[key])[0]}", flush=True)

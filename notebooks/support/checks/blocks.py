@@ -26,17 +26,11 @@ FAMILY = Categorical()
 
 
 class Block(NamedTuple):
-    """A block's sums over all pairs of parameters, [B, …] each.
+    """A block's sums over all pairs of parameters, [B, …] each."""
 
-    Attributes:
-        fisher: ‖I‖²_F, the sum of I(θ_ij)².
-        variance_i1: The sum of V₁(θ_ij), with one label.
-        bound: Its bound by Theorem B.1, λ_max(M) (Σ_i ‖J_i‖²)², with a certified λ_max(M).
-    """
-
-    fisher: Tensor
-    variance_i1: Tensor
-    bound: Tensor
+    fisher: Tensor  # ‖I‖²_F, the sum of I(θ_ij)²
+    variance_i1: Tensor  # the sum of V₁(θ_ij), with one label
+    bound: Tensor  # its bound by Theorem B.1, λ_max(M) (Σ_i ‖J_i‖²)², with a certified λ_max(M)
 
     def relative_error(self) -> Tensor:
         """√(ΣV₁/ΣI²) over the entries of the block."""
