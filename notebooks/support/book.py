@@ -480,11 +480,7 @@ def inputs() -> Iterator[Path]:
 
 
 def make(folder: Path, output: Path, *, smoke: bool = False) -> Path:
-    """Build the book from the runs of a folder; return its first page.
-
-    Raises:
-        BookError, ValueError, RunError: it cannot be built.
-    """
+    """Build the book from the runs of a folder; return its first page."""
     main_runs, aside = sources(folder, smoke=smoke)
     own = forked(folder)
     print(f"building the book with {origin(first(paper(main_runs)))} …", flush=True)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,33 +41,25 @@ class Running(NamedTuple):
     since: float
 
 
+@dataclass
 class Pool:
-    """Makes runs, several at a time.
+    """Makes runs, several at a time."""
 
-    Args:
-        queue: What each run will take; the first one that fits is started next.
-        done: How many were finished before.
-        jobs: How many may go on at a time.
-        memory: MB that all of them may take together; one goes on in any case.
-        start: Starts the process of a run.
-        rough: Whether the quotes are of another size of run: no time is told by them alone.
-    """
+    queue: list[Quote]  # what each run will take; the first one that fits is started next
+    done: int  # how many are finished
+    jobs: int  # how many may go on at a time
+    memory: float  # MB that all of them may take together; one goes on in any case
+    start: Callable[[str], subprocess.Popen[bytes]]  # starts the process of a run
+    rough: bool = False  # whether the quotes are of another size of run: they alone tell no time
+    running: list[Running] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    took: float = 0.0  # seconds, by the runs that were finished here
+    quoted: float = 0.0  # seconds that were quoted for these
+    told: float = 0.0  # when progress was told last
 
-    def __init__(
-        self,
-        queue: Sequence[Quote],
-        done: int,
-        jobs: int,
-        memory: float,
-        start: Callable[[str], subprocess.Popen[bytes]],
-        *,
-        rough: bool = False,
-    ) -> None:
-        self.queue, self.done, self.jobs, self.memory = [*queue], done, jobs, memory
-        self.start, self.rough, self.total = start, rough, done + len(queue)
-        self.running: list[Running] = []
-        self.failed: list[str] = []
-        self.took, self.quoted, self.told = 0.0, 0.0, 0.0
+    def __post_init__(self) -> None:
+        self.queue = [*self.queue]
+        self.total = self.done + len(self.queue)
 
     def work(self) -> list[str]:
         """Make all runs; after a failure no more are started. Returns the names that failed."""
