@@ -226,7 +226,7 @@ def write_fragments(main: Mapping[str, Run], aside: Mapping[str, Run]) -> None:
     results.write_text(GENERATED / "benchmark.md", tables.benchmark_page(tables.read_benchmark()))
     results.write_text(GENERATED / "today.md", today.page(today.read()))
     results.write_text(GENERATED / "intervals.md", today.intervals(today.read()))
-    results.write_text(GENERATED / "torture.md", torture.page(torture.read()))
+    results.write_text(GENERATED / "torture.md", torture.page(today.read(torture.FOUND)))
 
 
 def paper(group: Mapping[str, Run]) -> dict[str, Run]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -804,11 +803,6 @@ def counts(rows: list[dict[str, Any]]) -> str:
         body.append([library, *map(str, kinds), time_of])
     head = ["library", "right", "refused", "wrong", "a number where none exists", "median time"]
     return tables.table(head, body)
-
-
-def read(path: Path = FOUND) -> dict[str, Any] | None:
-    """What ``make bench TORTURE=1`` found last."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 if __name__ == "__main__":

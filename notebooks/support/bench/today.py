@@ -231,7 +231,7 @@ def first_words(why: str) -> str:
 
 
 def read(path: Path = FOUND) -> Row | None:
-    """What ``make bench TODAY=1`` found last."""
+    """What ``make bench`` found last, by default with ``TODAY=1``."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
