@@ -5,7 +5,7 @@ J comes from ``differentiate``'s engines, so any model that these support will d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fimlib.engines.checks import check_model, check_module
 from fimlib.engines.choose import differentiate_checked
 from fimlib.engines.confirm import confirm_hessian
 from fimlib.engines.forward_mode import twice_differentiable
-from fimlib.engines.model import call_with, kept_random_state, private_copy
+from fimlib.engines.model import call_with, differentiating, private_copy
 from fimlib.engines.rewrite import rewritten
 from fimlib.families.base import Family, Labels
 from fimlib.families.probabilities import warn_of_probabilities
@@ -107,21 +107,36 @@ def estimate_i2_matrix(
     def curvature(model: nn.Module) -> Tensor:
         own = private_copy(model)
         vector = torch.cat([own.get_parameter(name).detach().flatten() for name in names])
+
+        def at_vector(vector: Tensor) -> Tensor:
+            return at_outputs(functional(own, names, vector, x))
+
         with twice_differentiable(), rewritten():
-            hessian = torch.func.hessian(lambda v: at_outputs(functional(own, names, v, x)))
             try:
-                found: Tensor = hessian(vector)
+                found: Tensor = torch.func.hessian(at_vector)(vector)
             except RuntimeError as error:
                 raise_if_out_of_memory(error)
-                raise NotImplementedError(
-                    f"autograd cannot differentiate {type(model).__name__} twice: {error}"
-                ) from error
+                found = by_reverse_mode(model, at_vector, vector)
         return found.detach()
 
-    with kept_random_state(x):
+    with differentiating(model, x):
         found = curvature(model)
         confirm_hessian(model, x, names, found, at_outputs, curvature)
     return information - found.double()
+
+
+def by_reverse_mode(
+    model: nn.Module, function: Callable[[Tensor], Tensor], vector: Tensor
+) -> Tensor:
+    """The Hessian where an operation has no rule for forward mode, as an LSTM on a GPU."""
+    try:
+        found: Tensor = torch.autograd.functional.hessian(function, vector)
+    except RuntimeError as error:
+        raise_if_out_of_memory(error)
+        raise NotImplementedError(
+            f"autograd cannot differentiate {type(model).__name__} twice: {error}"
+        ) from error
+    return found
 
 
 def jacobian(

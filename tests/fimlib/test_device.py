@@ -6,6 +6,7 @@ What is computed there must equal what is computed on the CPU, but for rounding.
 
 import copy
 import functools
+import re
 
 import fake_device
 import pytest
@@ -291,7 +292,8 @@ def answer(way, kind, device):
     try:
         return [t.cpu() for t in numbers(way(model, x, labels))]
     except (ValueError, NotImplementedError) as error:
-        return str(error).replace("fake:0", "cpu")
+        # kernels of another name stand behind the same module
+        return re.sub(r"\w+Backward0 of", "", str(error).replace("fake:0", "cpu"))
 
 
 def numbers(value):

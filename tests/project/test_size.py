@@ -7,10 +7,10 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6352,
-    "core": 7130,
-    "rest": 2990,
-    "support and extensions": 14_850,
+    "engines": 6190,
+    "core": 6945,
+    "rest": 2915,
+    "support and extensions": 14_595,
 }
 REST = {"__init__", "__main__", "_checks", "_progress", "derivatives", "diagonal", "distributed"}
 REST |= {"_files", "_signals", "_tables", "_version", "memory", "plan", "streaming"}
