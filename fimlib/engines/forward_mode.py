@@ -117,11 +117,24 @@ def basis(parameter: Tensor, at: range, row: int = 0, count: int | None = None) 
 
 def together(own: nn.Module, x: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """Derivatives along several directions at once, by ``torch.vmap``: [c, B, T] each."""
-    count, row, directions = sum(map(len, entries.values())), 0, {}
+    curves = torch.vmap(along(own, x))
+    found: tuple[Tensor, Tensor]
+    try:
+        found = curves(directions(own, entries))
+    except RuntimeError as error:
+        raise_if_out_of_memory(error)
+        # where it works in place, as in a GRU, all parameters must have as many directions
+        others = {n: range(0) for n, _ in own.named_parameters() if n not in entries}
+        found = curves(directions(own, entries | others))
+    return found
+
+
+def directions(own: nn.Module, entries: Entries) -> dict[str, Tensor]:
+    """One direction for each of the entries, in all parameters named: name → [c, *shape]."""
+    count, row, found = sum(map(len, entries.values())), 0, {}
     for name, at in entries.items():
-        directions[name] = basis(own.get_parameter(name), at, row, count)
+        found[name] = basis(own.get_parameter(name), at, row, count)
         row += len(at)
-    found: tuple[Tensor, Tensor] = torch.vmap(along(own, x))(directions)
     return found
 
 

@@ -6,6 +6,7 @@ needs no autograd. A network whose outputs for one input are no function of that
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -130,11 +131,12 @@ def dense_curvlinops(model: nn.Module, x: Tensor, _: Network) -> Diagonal:
 
 def laplace_diagonal(model: nn.Module, x: Tensor, _: Network) -> Diagonal:
     """The precision that laplace-torch adds to the prior's, over the number of inputs."""
-    from laplace import Laplace
-
+    laplace = importlib.import_module("laplace")
     data = TensorDataset(x, torch.zeros(len(x), dtype=torch.long))
     model.requires_grad_()  # it reports what is trained
-    fitted = Laplace(model, "classification", subset_of_weights="all", hessian_structure="diag")
+    fitted = laplace.Laplace(
+        model, "classification", subset_of_weights="all", hessian_structure="diag"
+    )
     fitted.fit(DataLoader(data, batch_size=len(x)))
     return candidates.split(model, fitted.H / len(x))
 
@@ -162,7 +164,7 @@ LIBRARIES: Mapping[str, Callable[[nn.Module, Tensor, Network], Diagonal]] = {
 def installed() -> list[str]:
     """The libraries that can be asked; laplace-torch is installed by hand."""
     try:
-        import laplace  # noqa: F401
+        importlib.import_module("laplace")
     except (ImportError, RuntimeError) as error:  # of torchvision beside another torch
         print(f"{LAPLACE} is left out: {error}", flush=True)
         return [library for library in LIBRARIES if library != LAPLACE]

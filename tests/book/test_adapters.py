@@ -5,12 +5,13 @@ avalanche-lib``.
 """
 
 import copy
-import importlib
+import importlib.util
 import warnings
 
 import pytest
 import torch
 from strategies import inputs, mlp
+from support import results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,12 +21,16 @@ from fimlib import Categorical, Gaussian
 
 def adapter(name):
     """The module of an adapter; the test is skipped where its library cannot be imported."""
+    path = results.ROOT / "book" / "adapters" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # their business
-            return importlib.import_module(f"support.adapters.{name}")
+            spec.loader.exec_module(module)
     except (ImportError, RuntimeError) as error:  # of torchvision beside another torch
         pytest.skip(f"{name}: {error}")
+    return module
 
 
 def problem():
@@ -159,7 +164,8 @@ def test_what_torch_pruning_accumulates_by_itself():
             own.zero_grad()
             one.backward(retain_graph=True)
             scorer.accumulate_grad(own)
-        return {n: scorer._accu_grad[p] / scorer._counter[p] for n, p in own.named_parameters()}
+        sums, counts = (vars(scorer)[name] for name in ("_accu_grad", "_counter"))
+        return {n: sums[p] / counts[p] for n, p in own.named_parameters()}
 
     found = fimlib.identify(diagonal, net, [(x, y)], Categorical())
     assert "square of the last example's gradient" in str(found)
