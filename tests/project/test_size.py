@@ -7,7 +7,7 @@ from support import results
 
 # Lines of Python, comments and docstrings counted. Lower a budget when its part shrinks.
 BUDGETS = {
-    "engines": 6190,
+    "engines": 6200,
     "core": 6945,
     "rest": 2915,
     "support and extensions": 14_595,
