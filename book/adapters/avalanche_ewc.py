@@ -1,5 +1,6 @@
 """avalanche's elastic weight consolidation with the exact diagonal."""
 
+# ruff: noqa: ARG002
 from __future__ import annotations
 
 from typing import Any
@@ -32,8 +33,8 @@ class FisherPlugin(EWCPlugin):
     def compute_importances(
         self,
         model: nn.Module,
-        criterion: object,  # noqa: ARG002
-        optimizer: object,  # noqa: ARG002
+        criterion: object,
+        optimizer: object,
         dataset: Any,
         device: torch.device | str,
         batch_size: int,
