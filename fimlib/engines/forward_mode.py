@@ -68,7 +68,7 @@ def differentiate(
         x: [B, ...].
         names: Of parameters.
         outputs: h, [B, T].
-        curves: ``together`` or ``one_by_one``.
+        curves: One of ``WAYS``.
     """
     sizes = {n: own.get_parameter(n).numel() for n in names}
     J = {n: outputs.new_empty(*outputs.shape, size) for n, size in sizes.items()}

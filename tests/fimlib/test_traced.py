@@ -1202,3 +1202,21 @@ def test_zero_curvature_is_exactly_zero():
     net = chain(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
     derivs = differentiate(net, inputs(2, 25).view(2, 1, 5, 5))
     assert not any(block.S.any() for block in derivs.blocks)
+
+
+class LastState(nn.Module):
+    """A recurrent layer, whose biases enter before the second of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.RNN(2, 2, batch_first=True), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+def test_parameters_are_listed_in_the_order_of_the_model():
+    net = LastState().double()
+    derivs = fimlib.differentiate(net, inputs(3, 4).view(3, 2, 2), engine="traced", order=1)
+    listed = [name for block in derivs.blocks for name in block.inputs]
+    assert listed == [name for name, _ in net.named_parameters()]
