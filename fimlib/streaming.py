@@ -328,7 +328,7 @@ class Batches:
         return self.family.unmasked(h) if self.is_masked else h
 
     def has_masks(self, network: nn.Module, x: Tensor) -> bool:
-        """Whether outputs of −∞ are to be replaced; a few inputs tell."""
+        """Whether a few of the outputs hold −∞, and the family allows that."""
         if type(self.family).unmasked is Family.unmasked:
             return False
         try:

@@ -183,9 +183,9 @@ def check_outputs(outputs: Any, size: int, *, numbers: bool = True) -> None:
         return
     if torch.isneginf(outputs).any():
         raise ForwardError(
-            "some outputs are -inf: the weights are too large, or logits are masked by -inf, which "
-            "accumulate, estimate and summarise take for Categorical if the first inputs have "
-            "them; else mask them by -1e4, of which a softmax makes 0, too."
+            "some outputs are -inf: the weights are too large, or logits are masked by -inf. "
+            "accumulate, estimate and summarise accept a mask for Categorical if the first inputs "
+            "show it; elsewhere mask by -1e4, which a softmax also turns into 0."
         )
     raise ForwardError(
         "the outputs hold NaN or infinite values: the weights are too large, or forward() has "

@@ -147,7 +147,7 @@ class Family(ABC):
         return type(self).link is Family.link
 
     def unmasked(self, h: Tensor) -> Tensor:
-        """Outputs of −∞ as numbers, where the family has a meaning for them: [B, T] → [B, T]."""
+        """Replace outputs of −∞ by finite ones, if the family allows them: [B, T] → [B, T]."""
         return h
 
     def natural_derivatives(self, derivs: Derivatives) -> Derivatives:
